@@ -1,0 +1,1 @@
+"""Trains the MUG-V 10B video diffusion transformer with DeepSpeed."""

@@ -1,0 +1,1 @@
+"""Configuration: the schema, its loading, and what is checked before anything is allocated."""

@@ -1,0 +1,53 @@
+"""Sizes of the diffusion transformer, and the published presets."""
+
+from dataclasses import dataclass, fields
+
+HEAD_DIM = 72
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run. The message names the key, what is wrong and what would do."""
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Sizes of one MUG-DiT. `hidden_size` is always `num_heads` × 72.
+
+    Args:
+        hidden_size: D, the width of a token.
+        num_heads: attention heads, each 72 wide.
+        depth: number of blocks.
+        caption_channels: width of the text features (4096 for T5-XXL).
+        in_channels: latent channels; the output has twice as many, of which the first half is the velocity.
+        mlp_ratio: width of the feed-forward layer over `hidden_size`.
+
+    Raises:
+        ConfigError: a size is not positive, or `hidden_size` is not `num_heads` × 72.
+    """
+
+    hidden_size: int
+    num_heads: int
+    depth: int
+    caption_channels: int = 4096
+    in_channels: int = 24
+    mlp_ratio: int = 4
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if getattr(self, field.name) < 1:
+                raise ConfigError(f"model.{field.name} = {getattr(self, field.name)}: must be at least 1")
+        if self.hidden_size != self.num_heads * HEAD_DIM:
+            raise ConfigError(
+                f"model.hidden_size = {self.hidden_size}: must be num_heads × {HEAD_DIM} = {self.num_heads * HEAD_DIM}"
+            )
+
+
+# Widths from the published checkpoints and their converter.
+PRESETS = {
+    "mugdit_debug": DiTConfig(288, 4, 2),
+    "mugdit_1b": DiTConfig(1152, 16, 56),
+    "mugdit_2b": DiTConfig(1728, 24, 56),
+    "mugdit_4b": DiTConfig(2304, 32, 56),
+    "mugdit_10b": DiTConfig(3456, 48, 56),
+    "mugdit_18b": DiTConfig(4608, 64, 56),
+}

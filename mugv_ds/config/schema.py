@@ -1,0 +1,132 @@
+"""Every key of a training config, with its type, default and meaning. Unknown keys are errors."""
+
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from mugv_ds.config.model import PRESETS, DiTConfig
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: no extra keys, no silent type conversion, no change after loading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    preset: Literal[tuple(PRESETS)] = Field(description="A published size; the keys below override single values.")
+    hidden_size: Positive | None = Field(None, description="Width D; must be num_heads × 72.")
+    num_heads: Positive | None = Field(None, description="Attention heads, 72 wide each.")
+    depth: Positive | None = Field(None, description="Number of blocks.")
+    caption_channels: Positive | None = Field(None, description="Width of the text features (4096 for T5-XXL).")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="Dtype of weights and activations; fp32 for tests.")
+
+    def dit(self) -> DiTConfig:
+        """The sizes of the model: the preset with this section's overrides.
+
+        Raises:
+            ConfigError: the sizes do not fit together.
+        """
+        names = ("hidden_size", "num_heads", "depth", "caption_channels")
+        overrides = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return replace(PRESETS[self.preset], **overrides)
+
+
+class DataSection(Section):
+    manifest: str = Field(description="CSV of the training set; paths in it are relative to its folder.")
+    val_manifest: str | None = Field(None, description="CSV of held-out samples for the validation loss.")
+    index_dir: str | None = Field(None, description="Folder of the memory-mapped index; by default .index beside the CSV.")
+    null_text_path: str | None = Field(
+        None,
+        description="Text features that replace a dropped caption, relative to the CSV's folder: those of the negative "
+        "prompt, so that training sees what guidance subtracts. Required when flow.caption_drop > 0.",
+    )
+    global_batch_size: Positive = Field(description="Samples an optimizer step, over all ranks and accumulation.")
+    micro_batch_size: Positive = Field(1, description="Samples a data rank holds at once.")
+    max_text_tokens: Positive = Field(300, description="Captions are padded to this length (T5 of the published model: 300).")
+    default_fps: float = Field(30.0, gt=0, description="Frames a second of a sample whose manifest row does not say.")
+    num_workers: Annotated[int, Field(ge=0)] = Field(10, description="Loader processes of a rank that reads (published: 10).")
+    seed: Annotated[int, Field(ge=0)] = Field(6309, description="Seed of the order, the noise and the initial weights.")
+
+
+class FlowSection(Section):
+    shift: Literal["resolution"] | Annotated[float, Field(gt=0)] = Field(
+        "resolution",
+        description="Timestep shift r: 'resolution' is sqrt(height·width / 512²)·sqrt(latent frames), or a number.",
+    )
+    caption_drop: Share = Field(
+        0.1, description="Share of samples trained without caption. Ours: 0.1 as in Ho & Salimans 2022; unpublished."
+    )
+    first_frame_share: Share = Field(
+        0.0, description="Share of clips whose first latent frame is given clean (image-to-video). Ours; unpublished."
+    )
+
+
+class ParallelSection(Section):
+    data: Positive | None = Field(None, description="Data-parallel replicas; by default world / (sequence · pipeline).")
+    sequence: Positive = Field(1, description="Ranks that share one sample's tokens (Ulysses); must divide the heads.")
+    pipeline: Positive = Field(1, description="Pipeline stages; at most the number of blocks.")
+    activation_checkpointing: Literal["off", "selective", "full"] = Field(
+        "off", description="Recompute nothing, everything but self-attention, or every block in the backward pass."
+    )
+
+
+class OptimizerSection(Section):
+    lr: float = Field(1e-5, gt=0, description="Peak learning rate of AdamW (published default 1e-5).")
+    betas: tuple[Share, Share] = Field((0.9, 0.999), description="AdamW moment decay.")
+    eps: float = Field(1e-10, gt=0, description="AdamW epsilon (published default 1e-10).")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
+    gradient_clipping: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 switches clipping off.")
+
+
+class ScheduleSection(Section):
+    kind: Literal["constant", "cosine", "linear"] = Field("constant", description="Shape of the rate after warm-up.")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(100, description="Steps of linear warm-up from 0.")
+    steps: Positive = Field(description="Optimizer steps of the run; cosine and linear end there.")
+    final_lr_ratio: Share = Field(0.0, description="Rate at the end of cosine and linear, as a share of the peak.")
+
+
+class CheckpointSection(Section):
+    dir: str = Field(description="Folder of the run's checkpoints.")
+    save_every: Positive = Field(100, description="Steps between checkpoints; the last step is always saved.")
+    resume: Literal["auto", "must", "never"] = Field(
+        "auto",
+        description="auto: go on from the newest checkpoint in dir, or start if dir has none; must: fail without one; "
+        "never: fail if dir has one.",
+    )
+    init_from: str | None = Field(None, description="Published-format weights to start from (.pt, .safetensors or folder).")
+
+
+class LoggingSection(Section):
+    dir: str = Field(description="Folder of TensorBoard events.")
+    every: Positive = Field(10, description="Steps between records of the scalars.")
+    eval_every: Annotated[int, Field(ge=0)] = Field(0, description="Steps between validations; 0: only with val_manifest, at both ends.")
+    progress: bool = Field(True, description="Progress bar on rank 0.")
+    peak_tflops: float | None = Field(
+        None, gt=0, description="Dense bf16 peak of one device, for MFU; known for H100 and H200, else MFU is left out."
+    )
+
+
+class TrainConfig(Section):
+    """One training run. JSON files hold these sections; `extends` names a file whose values come first."""
+
+    model: ModelSection
+    data: DataSection
+    flow: FlowSection = FlowSection()
+    parallel: ParallelSection = ParallelSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection
+    checkpoint: CheckpointSection
+    logging: LoggingSection
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="Passed on to DeepSpeed after its keys are checked.")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "TrainConfig":
+        self.model.dit()
+        if self.flow.caption_drop > 0 and self.data.null_text_path is None:
+            raise ValueError("data.null_text_path: required when flow.caption_drop > 0; name the features or set it to 0")
+        return self
