@@ -39,7 +39,9 @@ class ModelSection(Section):
 class DataSection(Section):
     manifest: str = Field(description="CSV of the training set; paths in it are relative to its folder.")
     val_manifest: str | None = Field(None, description="CSV of held-out samples for the validation loss.")
-    index_dir: str | None = Field(None, description="Folder of the memory-mapped index; by default .index beside the CSV.")
+    index_dir: str | None = Field(
+        None, description="Folder of the memory-mapped index; by default .index beside the CSV."
+    )
     null_text_path: str | None = Field(
         None,
         description="Text features that replace a dropped caption, relative to the CSV's folder: those of the negative "
@@ -47,9 +49,13 @@ class DataSection(Section):
     )
     global_batch_size: Positive = Field(description="Samples an optimizer step, over all ranks and accumulation.")
     micro_batch_size: Positive = Field(1, description="Samples a data rank holds at once.")
-    max_text_tokens: Positive = Field(300, description="Captions are padded to this length (T5 of the published model: 300).")
+    max_text_tokens: Positive = Field(
+        300, description="Captions are padded to this length (T5 of the published model: 300)."
+    )
     default_fps: float = Field(30.0, gt=0, description="Frames a second of a sample whose manifest row does not say.")
-    num_workers: Annotated[int, Field(ge=0)] = Field(10, description="Loader processes of a rank that reads (published: 10).")
+    num_workers: Annotated[int, Field(ge=0)] = Field(
+        10, description="Loader processes of a rank that reads (published: 10)."
+    )
     seed: Annotated[int, Field(ge=0)] = Field(6309, description="Seed of the order, the noise and the initial weights.")
 
 
@@ -98,13 +104,17 @@ class CheckpointSection(Section):
         description="auto: go on from the newest checkpoint in dir, or start if dir has none; must: fail without one; "
         "never: fail if dir has one.",
     )
-    init_from: str | None = Field(None, description="Published-format weights to start from (.pt, .safetensors or folder).")
+    init_from: str | None = Field(
+        None, description="Published-format weights to start from (.pt, .safetensors or folder)."
+    )
 
 
 class LoggingSection(Section):
     dir: str = Field(description="Folder of TensorBoard events.")
     every: Positive = Field(10, description="Steps between records of the scalars.")
-    eval_every: Annotated[int, Field(ge=0)] = Field(0, description="Steps between validations; 0: only with val_manifest, at both ends.")
+    eval_every: Annotated[int, Field(ge=0)] = Field(
+        0, description="Steps between validations; 0: only with val_manifest, at both ends."
+    )
     progress: bool = Field(True, description="Progress bar on rank 0.")
     peak_tflops: float | None = Field(
         None, gt=0, description="Dense bf16 peak of one device, for MFU; known for H100 and H200, else MFU is left out."
@@ -122,11 +132,38 @@ class TrainConfig(Section):
     schedule: ScheduleSection
     checkpoint: CheckpointSection
     logging: LoggingSection
-    deepspeed: dict[str, Any] = Field(default_factory=dict, description="Passed on to DeepSpeed after its keys are checked.")
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict, description="Passed on to DeepSpeed after its keys are checked."
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainConfig":
-        self.model.dit()
+        dit = self.model.dit()
+        sequence, pipeline = self.parallel.sequence, self.parallel.pipeline
+        micro, batch = self.data.micro_batch_size, self.data.global_batch_size
+        if dit.num_heads % sequence:
+            raise ValueError(
+                f"parallel.sequence = {sequence}: does not divide the {dit.num_heads} attention heads of "
+                f"{self.model.preset}; use {_divisors(dit.num_heads)}"
+            )
+        if pipeline > dit.depth:
+            raise ValueError(
+                f"parallel.pipeline = {pipeline}: more stages than the {dit.depth} blocks of {self.model.preset}; "
+                f"use at most {dit.depth}"
+            )
+        if batch % micro:
+            raise ValueError(
+                f"data.micro_batch_size = {micro}: does not divide data.global_batch_size = {batch}; "
+                f"use {_divisors(batch)}"
+            )
         if self.flow.caption_drop > 0 and self.data.null_text_path is None:
-            raise ValueError("data.null_text_path: required when flow.caption_drop > 0; name the features or set it to 0")
+            raise ValueError(
+                "data.null_text_path: required when flow.caption_drop > 0; name the features or set it to 0"
+            )
         return self
+
+
+def _divisors(number: int) -> str:
+    """'1, 2 or 4' for 4."""
+    *most, last = [str(n) for n in range(1, number + 1) if number % n == 0]
+    return f"{', '.join(most)} or {last}" if most else last

@@ -1,0 +1,115 @@
+"""Saving and resuming a run through DeepSpeed.
+
+A run's folder holds `global_step<n>/` for each checkpoint and `latest`, which names the newest. The state of the data
+is the number of steps taken: order and randomness are functions of it.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from mugv_ds.config.schema import TrainConfig
+
+CONFIG_NAME = "run_config.json"
+_LATEST = "latest"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used. The message names the file or folder and what to do."""
+
+
+def newest(run_dir: Path) -> Path | None:
+    """The folder of the newest checkpoint in `run_dir`, or None if the run has none.
+
+    Raises:
+        CheckpointError: `latest` is missing beside checkpoints, or does not name one of them.
+    """
+    saved = sorted(path.name for path in run_dir.glob("global_step*"))
+    latest = run_dir / _LATEST
+    if not latest.is_file():
+        if saved:
+            raise CheckpointError(f"{latest}: missing, but there are {', '.join(saved)}; write the one to use into it")
+        return None
+    tag = latest.read_text().strip()
+    if tag not in saved:
+        raise CheckpointError(f"{latest}: names {tag!r}, which is not one of {', '.join(saved) or 'no checkpoints'}")
+    return run_dir / tag
+
+
+class Store:
+    """The checkpoints of one run.
+
+    Args:
+        config: of the run; it is kept beside each checkpoint, so that a checkpoint can be read without the run.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._config = config
+        self.dir = Path(config.checkpoint.dir)
+
+    def save(self, engine: PipelineEngine, step: int) -> None:
+        """Saves the state after `step` steps. All ranks call it."""
+        tag = f"global_step{step}"
+        engine.save_checkpoint(str(self.dir), tag=tag, client_state={"step": step}, save_latest=False)
+        if dist.get_rank() == 0:
+            (self.dir / tag / CONFIG_NAME).write_text(self._config.model_dump_json(indent=2))
+        dist.barrier()  # `latest` moves only when every rank has written
+        if dist.get_rank() == 0:
+            beside = self.dir / f"{_LATEST}.tmp"
+            beside.write_text(tag)
+            os.replace(beside, self.dir / _LATEST)
+
+    def resume(self, engine: PipelineEngine) -> int:
+        """Loads the newest checkpoint as `checkpoint.resume` says; returns the steps it has taken, 0 for a fresh start.
+
+        Raises:
+            CheckpointError: a checkpoint is wanted and there is none, or there is one and none may be, or it is broken.
+        """
+        mode, found = self._config.checkpoint.resume, newest(self.dir)
+        if found is None:
+            if mode == "must":
+                raise CheckpointError(f"{self.dir}: no checkpoint, and checkpoint.resume is 'must'")
+            return 0
+        if mode == "never":
+            raise CheckpointError(f"{self.dir}: holds {found.name}, and checkpoint.resume is 'never'; use another folder")
+        with _trusting_no_pickle():
+            path, state = engine.load_checkpoint(str(self.dir), tag=found.name)
+        if path is None:
+            raise CheckpointError(f"{found}: DeepSpeed could not load it")
+        return int(state["step"])
+
+
+@contextlib.contextmanager
+def _trusting_no_pickle() -> Iterator[None]:
+    """torch.load inside DeepSpeed takes tensors, plain values and the three classes its shards hold; nothing else."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals([fragment_address, LossScaler, ZeroStageEnum]):
+            yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def read_run_config(checkpoint: Path) -> TrainConfig:
+    """The config kept beside a checkpoint.
+
+    Raises:
+        CheckpointError: the folder is no checkpoint of ours.
+    """
+    path = checkpoint / CONFIG_NAME
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; {checkpoint} is not a checkpoint of a training run")
+    return TrainConfig.model_validate_json(path.read_text())

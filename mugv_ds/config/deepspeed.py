@@ -1,0 +1,209 @@
+"""The dict for `deepspeed.initialize(config=…)`: the user's "deepspeed" section, checked, plus what follows from ours.
+
+DeepSpeed ignores a top-level key that it does not know, and unknown keys of some sections: a misspelt one is lost in
+silence. Every key is therefore looked up here. The tables are those of DeepSpeed 0.19.8 (`runtime/config.py`,
+`runtime/constants.py`), spelt out so that reading a config does not import DeepSpeed; a test compares them with it.
+All layouts, one stage included, run DeepSpeed's PipelineEngine, which many of its settings do not reach.
+"""
+
+import copy
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from mugv_ds.config.model import ConfigError
+from mugv_ds.config.schema import TrainConfig
+
+Types = type | tuple[type, ...]
+_TYPE_NAMES = {dict: "an object", bool: "true or false", str: "a string", list: "a list", (int, float): "a number"}
+
+# Keys that work with the pipeline engine. DeepSpeed itself checks what is inside the objects without a table below.
+ALLOWED: dict[str, Types] = {
+    "zero_optimization": dict,
+    "zero_force_ds_cpu_optimizer": bool,
+    "checkpoint": dict,
+    "data_types": dict,
+    "communication_data_type": str,
+    "prescale_gradients": bool,
+    "gradient_predivide_factor": (int, float),
+    "comms_logger": dict,
+    "tensorboard": dict,
+    "wandb": dict,
+    "csv_monitor": dict,
+    "comet": dict,
+    "log_level": str,
+    "dump_state": bool,
+    "memory_breakdown": bool,
+    "disable_python_gc": bool,
+}
+ALLOWED_INSIDE: dict[str, dict[str, Types]] = {
+    "checkpoint": {
+        "tag_validation": str,
+        "checkpoint_serialization": bool,
+        "load_universal": bool,
+        "use_node_local_storage": bool,
+        "parallel_write": dict,
+    },
+    "data_types": {"grad_accum_dtype": str, "buffer_dtype": str, "keep_in_fp32_modules": list},
+}
+
+_NO_EFFECT = "has no effect on a pipeline of transformer blocks; leave it out"
+_REMOVED = "DeepSpeed has removed it; leave it out"
+_PRECISION = "the precision comes from model.precision; set that to bf16 or fp32"
+_LAYOUT = "its ranks would skip gradient averaging over the sequence; set parallel.data, .sequence and .pipeline"
+_PROFILE = "crashes with pipeline stages; step times and model FLOPs are logged every logging.every steps"
+
+# Keys that DeepSpeed knows and that are ours to set, or wrong here; with what to do instead.
+REFUSED: dict[str, str] = {
+    "train_batch_size": "derived; set data.global_batch_size",
+    "train_micro_batch_size_per_gpu": "derived; set data.micro_batch_size",
+    "gradient_accumulation_steps": "derived; set data.global_batch_size and data.micro_batch_size",
+    "gradient_clipping": "derived; set optimizer.gradient_clipping",
+    "optimizer": "derived; use our optimizer section (optimizer.lr and so on)",
+    "scheduler": "derived; use our schedule section (schedule.kind and so on)",
+    "steps_per_print": "DeepSpeed's own report counts sequence ranks as samples; set logging.every",
+    "zero_allow_untested_optimizer": "derived; the optimizer is AdamW, which ZeRO supports",
+    "bf16": _PRECISION,
+    "bfloat16": _PRECISION,
+    "fp16": _PRECISION,
+    "torch_autocast": _PRECISION,
+    "mesh_param": _LAYOUT,
+    "sequence_parallel_size": _LAYOUT,
+    "data_parallel_size": _LAYOUT,
+    "pipeline": "set parallel.pipeline for the stages and parallel.activation_checkpointing for recomputation; "
+    "pipeline.use_reentrant=false would keep everything that it recomputes",
+    "activation_checkpointing": "not read by the pipeline engine; set parallel.activation_checkpointing",
+    "wall_clock_breakdown": _PROFILE,
+    "flops_profiler": _PROFILE,
+    "gradient_allreduce_op": "gradients have to be averaged, as the loss is; leave it out",
+    "managed_gradient_accumulation": "the pipeline engine always accumulates itself; leave it out",
+    "seq_parallel_communication_data_type": "belongs to sequence_parallel_size; set communication_data_type",
+    "data_efficiency": "samples come from our loader; see the data section",
+    "dataloader_drop_last": "samples come from our loader; see the data section",
+    "timers": _NO_EFFECT,
+    "aio": _NO_EFFECT,
+    "autotuning": _NO_EFFECT,
+    "compile": _NO_EFFECT,
+    "datastates_ckpt": _NO_EFFECT,
+    "disable_allgather": _NO_EFFECT,
+    "expert_parallel": _NO_EFFECT,
+    "hybrid_engine": _NO_EFFECT,
+    "tensor_parallel": _NO_EFFECT,
+    "use_data_before_expert_parallelism": _NO_EFFECT,
+    "vocabulary_size": _NO_EFFECT,
+    "weight_quantization": _NO_EFFECT,
+    "amp": f"{_REMOVED}, and set model.precision",
+    "curriculum_learning": _REMOVED,
+    "compression_training": _REMOVED,
+    "eigenvalue": _REMOVED,
+    "elasticity": _REMOVED,
+    "graph_harvesting": _REMOVED,
+    "nebula": _REMOVED,
+    "progressive_layer_drop": _REMOVED,
+    "quantize_training": _REMOVED,
+    "sparse_attention": _REMOVED,
+    "sparse_gradients": _REMOVED,
+}
+REFUSED_INSIDE: dict[str, dict[str, str]] = {
+    "checkpoint": {"writer": "only DeepSpeed's default writer is sound; leave it out"},
+    "data_types": {"param_dtype": _PRECISION},
+}
+
+
+def deepspeed_config(config: TrainConfig, data_parallel: int) -> dict[str, Any]:
+    """Makes the config of the engine: the checked "deepspeed" section and the keys derived from the other sections.
+
+    `train_batch_size` counts every rank of DeepSpeed's data axis, in which our sequence ranks live: it is
+    `data.global_batch_size` × `parallel.sequence`.
+
+    Args:
+        config: the run.
+        data_parallel: number of ranks (or rank groups) that hold different samples.
+
+    Raises:
+        ConfigError: the section cannot be used, or the global batch does not split; the message names the key.
+    """
+    check_deepspeed_section(config)
+    micro = config.data.micro_batch_size
+    accumulation = gradient_accumulation(config, data_parallel)
+    derived = copy.deepcopy(config.deepspeed)
+    derived.setdefault("zero_optimization", {}).setdefault("stage", 1)
+    if config.model.precision == "bf16":
+        derived["bf16"] = {"enabled": True}
+        derived.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    derived.update(
+        train_micro_batch_size_per_gpu=micro,
+        gradient_accumulation_steps=accumulation,
+        train_batch_size=micro * accumulation * data_parallel * config.parallel.sequence,
+        gradient_clipping=config.optimizer.gradient_clipping,
+        steps_per_print=None,  # the one value with which DeepSpeed never prints
+        zero_allow_untested_optimizer=False,
+    )
+    return derived
+
+
+def gradient_accumulation(config: TrainConfig, data_parallel: int) -> int:
+    """Micro-batches that a data rank runs in one optimizer step.
+
+    Raises:
+        ConfigError: `data.global_batch_size` is not a multiple of what all data ranks hold at once.
+    """
+    batch, micro = config.data.global_batch_size, config.data.micro_batch_size
+    at_once = micro * data_parallel
+    if batch % at_once:
+        below = batch // at_once * at_once
+        values = f"{below} or {below + at_once}" if below else f"{at_once}"
+        raise ConfigError(
+            f"data.global_batch_size = {batch}: not a multiple of data.micro_batch_size × data ranks = "
+            f"{micro} × {data_parallel} = {at_once}; use {values}"
+        )
+    return batch // at_once
+
+
+def check_deepspeed_section(config: TrainConfig) -> None:
+    """Checks the "deepspeed" section key by key.
+
+    Raises:
+        ConfigError: a key is unknown, refused or of the wrong type; the message says what to do instead.
+    """
+    section = config.deepspeed
+    _refuse_auto(section, "deepspeed")
+    _check_keys(section, "deepspeed", ALLOWED, REFUSED)
+    for name, allowed in ALLOWED_INSIDE.items():
+        _check_keys(section.get(name, {}), f"deepspeed.{name}", allowed, REFUSED_INSIDE[name])
+    _check_zero_stage(config)
+
+
+def _refuse_auto(value: Any, key: str) -> None:
+    if value == "auto":
+        raise ConfigError(
+            f'{key} = "auto": only launchers of other projects fill this in; give a value or leave it out'
+        )
+    if isinstance(value, dict):
+        for name, child in value.items():
+            _refuse_auto(child, f"{key}.{name}")
+
+
+def _check_keys(section: dict[str, Any], prefix: str, allowed: dict[str, Types], refused: dict[str, str]) -> None:
+    for name, value in section.items():
+        key = f"{prefix}.{name}"
+        if name in refused:
+            raise ConfigError(f"{key}: {refused[name]}")
+        if name not in allowed:
+            raise ConfigError(f"{key}: unknown key; {_suggest(name, prefix, [*allowed, *refused], allowed)}")
+        if not isinstance(value, allowed[name]) or (isinstance(value, bool) and allowed[name] is not bool):
+            raise ConfigError(f"{key} = {value!r}: must be {_TYPE_NAMES[allowed[name]]}")
+
+
+def _suggest(name: str, prefix: str, known: Iterable[str], allowed: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {prefix}.{near[0]}?" if near else f"known here: {', '.join(allowed)}"
+
+
+def _check_zero_stage(config: TrainConfig) -> None:
+    stage = config.deepspeed.get("zero_optimization", {}).get("stage", 1)
+    key = f"deepspeed.zero_optimization.stage = {stage!r}"
+    if type(stage) is not int or stage not in (0, 1):
+        raise ConfigError(f"{key}: the pipeline engine, which runs every layout, takes 0 or 1")
+    if stage == 0 and config.model.precision == "bf16":
+        raise ConfigError(f"{key}: DeepSpeed accumulates bf16 gradients in fp32 with stage 1 only; use 1")

@@ -1,0 +1,207 @@
+"""Reads a training config: JSON files that extend one another, then overrides, then the schema."""
+
+import difflib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from mugv_ds.config.deepspeed import check_deepspeed_section
+from mugv_ds.config.model import ConfigError
+from mugv_ds.config.schema import TrainConfig
+
+Json = dict[str, Any]
+_SHOWN = 60  # characters of a wrong value that an error message repeats
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Values of one file or one override; `origin` is what an error message calls it."""
+
+    origin: str
+    values: Json
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Reads the config at `path`, puts `overrides` on top and checks the result.
+
+    A file may name another one, relative to itself, as `"extends"`; the other's values come first. Objects merge key
+    by key, everything else is replaced.
+
+    Args:
+        path: JSON file.
+        overrides: `section.key=value`, the value as JSON, or else taken as a string. Later ones win.
+
+    Raises:
+        ConfigError: anything is wrong with a file, a key or a value; one line that names file (or override) and key.
+    """
+    path = Path(path)
+    layers = [*_read_chain(path), *(_read_override(text) for text in overrides)]
+    merged: Json = {}
+    for layer in layers:
+        _refuse_non_finite(layer)
+        merged = _merge(merged, layer.values)
+    try:
+        # As JSON text, not as Python objects, so that strict mode takes a list for a tuple.
+        config = TrainConfig.model_validate_json(json.dumps(merged))
+        check_deepspeed_section(config)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, layers, path)) from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return config
+
+
+def _read_chain(path: Path) -> list[_Layer]:
+    """The file at `path` and those that it extends, the outermost base first."""
+    layers: list[_Layer] = []
+    seen: set[Path] = set()
+    origin = str(path)
+    current: Path | None = path
+    while current is not None:
+        values = _read_file(current, origin)
+        if current.resolve() in seen:
+            raise ConfigError(f"{origin}: {current} is extended in a circle; remove one of the links")
+        seen.add(current.resolve())
+        base = values.pop("extends", None)
+        if base is not None and not isinstance(base, str):
+            raise ConfigError(f"{current}: extends = {_show(base)}: must be the path of a JSON file")
+        layers.append(_Layer(str(current), values))
+        origin = f"{current}: extends"
+        current = None if base is None else current.parent / base
+    return layers[::-1]
+
+
+def _read_file(path: Path, origin: str) -> Json:
+    """The object in the file at `path`; `origin` says who asked for it where there is none."""
+    try:
+        # Asking first keeps a FIFO from blocking the start.
+        text = path.read_text(encoding="utf-8") if path.is_file() else None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+    if text is None:
+        raise ConfigError(f"{origin}: there is no regular file {path}")
+    try:
+        values = _parse(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a duplicate key, thousands of digits or of brackets
+        raise ConfigError(f"{path}: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must hold a JSON object of sections")
+    return values
+
+
+def _read_override(text: str) -> _Layer:
+    origin = f"override {text!r}"
+    key, equals, value_text = text.partition("=")
+    parts = key.split(".")
+    if not equals or len(parts) < 2 or not all(parts):
+        raise ConfigError(f"{origin}: must read section.key=value")
+    try:
+        value = _parse(value_text)
+    except json.JSONDecodeError:
+        value = value_text
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{origin}: {error}") from None
+    for part in reversed(parts):
+        value = {part: value}
+    return _Layer(origin, value)
+
+
+def _parse(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_refuse_duplicates)
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> Json:
+    values: Json = {}
+    for key, value in pairs:
+        if key in values:
+            raise ConfigError(f"{key}: appears twice in one object; keep one")
+        values[key] = value
+    return values
+
+
+def _refuse_non_finite(layer: _Layer) -> None:
+    """Python's JSON reader takes NaN, Infinity and 1e999, which no setting can mean."""
+    for key, value in _leaves(layer.values):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{layer.origin}: {key} = {_show(value)}: must be a finite number")
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything in `value` that is neither an object nor a list."""
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    else:
+        yield key, value
+        return
+    for name, child in items:
+        yield from _leaves(child, f"{key}.{name}" if key else str(name))
+
+
+def _merge(base: Json, top: Json) -> Json:
+    merged = dict(base)
+    for key, value in top.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            value = _merge(merged[key], value)
+        merged[key] = value
+    return merged
+
+
+def _explain(error: ValidationError, layers: list[_Layer], path: Path) -> str:
+    """One line about the first wrong key, which may have broken several rules, and how many others there are."""
+    by_key: dict[tuple, list[ErrorDetails]] = {}
+    for details in error.errors(include_url=False):
+        # Below section and key pydantic goes on with list indices and with names of the types in a union.
+        loc = details["loc"]
+        key = (*loc[:2], *(part for part in loc[2:] if isinstance(part, int)))
+        by_key.setdefault(key, []).append(details)
+    key, broken = next(iter(by_key.items()))
+    more = f" (and {len(by_key) - 1} more)" if len(by_key) > 1 else ""
+    origin = next((layer.origin for layer in reversed(layers) if _holds(layer.values, key)), str(path))
+    return f"{origin}: {_describe(key, broken)}{more}"
+
+
+def _holds(values: Any, key: tuple) -> bool:
+    """Whether section and name of `key` are in `values`; no for (), the key of rules that concern several keys."""
+    for part in key[:2]:
+        if not isinstance(values, dict) or part not in values:
+            return False
+        values = values[part]
+    return bool(key)
+
+
+def _describe(key: tuple, broken: list[ErrorDetails]) -> str:
+    name = ".".join(map(str, key))
+    first = broken[0]
+    if first["type"] == "value_error":  # raised by the schema's own checks, whose messages name the key
+        return str(first["ctx"]["error"])
+    if first["type"] == "missing":
+        return f"{name}: required, and not given"
+    if first["type"] == "extra_forbidden":
+        return f"{name}: unknown key; {_suggest(key)}"
+    problems = " or ".join(details["msg"].removeprefix("Input should be ") for details in broken)
+    return f"{name} = {_show(first['input'])}: must be {problems}"
+
+
+def _suggest(key: tuple) -> str:
+    model = TrainConfig if len(key) == 1 else TrainConfig.model_fields[key[0]].annotation
+    known = list(model.model_fields)
+    prefix = "".join(f"{part}." for part in key[:-1])
+    near = difflib.get_close_matches(key[-1], known, n=1)
+    return f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}"
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

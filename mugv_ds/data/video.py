@@ -1,0 +1,109 @@
+"""Video files in and out, and contact sheets to look at."""
+
+import textwrap
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+# x264 quality: 18 is called visually lossless; small flat-coloured clips show chroma loss sooner, and bits are cheap here.
+_CRF = "10"
+_SHEET_FRAME_WIDTH = 128  # frames of small videos are enlarged to about this many pixels
+_SHEET_GAP = 4
+_FONT_SIZE = 13
+
+
+def write_mp4(path: str | Path, frames: np.ndarray, fps: float) -> None:
+    """Writes an H.264 (yuv420p) mp4 file.
+
+    Args:
+        path: file to write; its folder must exist.
+        frames: uint8 RGB [F, H, W, 3], H and W even (yuv420p halves the colour planes).
+        fps: frames a second.
+
+    Raises:
+        ValueError: the frames have another shape or dtype, odd sides, or `fps` is not positive.
+    """
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or len(frames) == 0:
+        raise ValueError(f"{path}: frames must be uint8 [F, H, W, 3] with F ≥ 1, got {frames.dtype} {frames.shape}")
+    _, height, width, _ = frames.shape
+    if height % 2 or width % 2:
+        raise ValueError(f"{path}: height and width must be even for yuv420p, got {height}×{width}: crop or resize")
+    if not fps > 0:
+        raise ValueError(f"{path}: fps must be positive, got {fps}")
+    with av.open(str(path), "w", format="mp4") as container:
+        # 30000/1001 and its like come back exactly.
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = {"crf": _CRF}
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def read_mp4(path: str | Path) -> tuple[np.ndarray, float]:
+    """Reads all frames of a video file.
+
+    Returns:
+        uint8 RGB frames [F, H, W, 3], and the frames a second.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file cannot be decoded as video.
+    """
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"{path}: holds no video stream")
+            stream = container.streams.video[0]
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+            rate = stream.average_rate
+    except av.error.InvalidDataError as error:
+        raise ValueError(f"{path}: not a readable video ({error.strerror})") from error
+    if not frames or not rate:
+        raise ValueError(f"{path}: its video stream holds no frames")
+    return np.stack(frames), float(rate)
+
+
+def contact_sheet(path: str | Path, videos: Sequence[tuple[str, np.ndarray]], frames_per_video: int = 6) -> None:
+    """Writes a PNG with one row a video: the caption, and below it frames evenly spaced from the first to the last.
+
+    Args:
+        path: file to write.
+        videos: (caption, uint8 RGB frames [F, H, W, 3]) pairs; sizes may differ. Small frames are enlarged by a whole
+            factor without smoothing.
+        frames_per_video: frames in a row; a video with fewer frames repeats some.
+
+    Raises:
+        ValueError: there are no videos.
+    """
+    if not videos:
+        raise ValueError(f"{path}: a contact sheet needs at least one video")
+    rows = [_sheet_row(caption, frames, frames_per_video) for caption, frames in videos]
+    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
+    sheet.save(path, format="PNG")
+
+
+def _sheet_row(caption: str, frames: np.ndarray, count: int) -> Image.Image:
+    picked = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
+    zoom = max(1, _SHEET_FRAME_WIDTH // frames.shape[2])
+    height, width = frames.shape[1] * zoom, frames.shape[2] * zoom
+    row_width = count * (width + _SHEET_GAP) + _SHEET_GAP
+    # The default font is about half as wide as it is high.
+    text = "\n".join(textwrap.wrap(caption, max(8, 2 * (row_width - 2 * _SHEET_GAP) // _FONT_SIZE)))
+    text_height = (text.count("\n") + 1) * (_FONT_SIZE + 5) + _SHEET_GAP
+
+    row = Image.new("RGB", (row_width, text_height + height + _SHEET_GAP), "white")
+    font = ImageFont.load_default(size=_FONT_SIZE)
+    ImageDraw.Draw(row).multiline_text((_SHEET_GAP, _SHEET_GAP), text, fill="black", font=font)
+    for index, frame in enumerate(picked):
+        image = Image.fromarray(frame).resize((width, height), Image.Resampling.NEAREST)
+        row.paste(image, (_SHEET_GAP + index * (width + _SHEET_GAP), text_height))
+    return row

@@ -1,0 +1,121 @@
+"""One place that starts DeepSpeed: the process group, the stage of this rank, the optimizer, the engine."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import Tensor
+
+from mugv_ds.config.deepspeed import deepspeed_config
+from mugv_ds.config.schema import OptimizerSection, ScheduleSection, TrainConfig
+from mugv_ds.engine.schedule import rate_factor
+from mugv_ds.models.attention import sdpa
+from mugv_ds.models.rope import patch_grid
+from mugv_ds.objectives.flow import loss_by_quartile, weighted_error
+from mugv_ds.parallel.layout import Layout, Place, sequence_group
+from mugv_ds.parallel.pipeline import DiTPipeline, Labels, stage_boundaries
+from mugv_ds.parallel.ulysses import Ulysses
+
+QUARTILE_TERMS = [f"{kind}_q{q}" for q in range(4) for kind in ("loss", "count")]
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among all: its global rank, the layout, its place in it, its device, its sequence group."""
+
+    rank: int
+    layout: Layout
+    place: Place
+    device: torch.device
+    group: dist.ProcessGroup | None
+
+    @property
+    def sequence_source(self) -> int:
+        """The global rank that reads for this one's sequence group."""
+        return self.rank - self.place.sequence
+
+
+def start_process(config: TrainConfig) -> Process:
+    """Joins the process group that the launcher describes in the environment.
+
+    Raises:
+        ConfigError: the layout does not fit the number of processes.
+    """
+    layout = Layout.fit(config.parallel, int(os.environ["WORLD_SIZE"]))
+    local_rank = int(os.environ["LOCAL_RANK"])
+    accelerator = get_accelerator()
+    device = torch.device(accelerator.device_name(local_rank))
+    if device.type == "cpu":
+        # Its shared-memory collectives would be compiled at start; gloo does what a CPU run needs.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        local_processes = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max((os.cpu_count() or 1) // local_processes, 1))
+    else:
+        accelerator.set_device(local_rank)
+    deepspeed.init_distributed("gloo" if device.type == "cpu" else "nccl", verbose=False)
+    rank = dist.get_rank()
+    return Process(rank, layout, layout.place(rank), device, sequence_group(layout, rank))
+
+
+def build_engine(
+    config: TrainConfig,
+    process: Process,
+    shape: tuple[int, int, int],
+    weights: Callable[[list[tuple[str, torch.nn.Module]]], None] | None = None,
+) -> PipelineEngine:
+    """The DeepSpeed engine around this rank's `DiTPipeline`.
+
+    Args:
+        shape: latent (T, H, W) of a typical sample, by whose cost the stages are balanced.
+        weights: called with the stage's layers (`DiTPipeline.named_layers`) to put other weights than the initial in.
+    """
+    layout, dit = process.layout, config.model.dit()
+    module = DiTPipeline(
+        dit,
+        layout=layout,
+        boundaries=stage_boundaries(dit, layout.pipeline, patch_grid(*shape).tokens, config.data.max_text_tokens),
+        ulysses=Ulysses(process.group, layout.sequence, process.place.sequence, sdpa),
+        loss=partial(flow_objective, sequence=layout.sequence),
+        terms=QUARTILE_TERMS,
+        recompute=config.parallel.activation_checkpointing,
+        seed=config.data.seed,
+        dtype=torch.bfloat16 if config.model.precision == "bf16" else torch.float32,
+        device=process.device,
+    )
+    if weights is not None:
+        weights(module.named_layers())
+    optimizer = adamw(module.parameters(), config.optimizer, process.device)
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=optimizer,
+        lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_factor, config.schedule)),
+        config=deepspeed_config(config, layout.data),
+    )
+    return engine
+
+
+def adamw(parameters, section: OptimizerSection, device: torch.device) -> torch.optim.AdamW:
+    """AdamW; on a GPU as one fused kernel."""
+    return torch.optim.AdamW(
+        list(parameters),
+        lr=section.lr,
+        betas=section.betas,
+        eps=section.eps,
+        weight_decay=section.weight_decay,
+        fused=device.type == "cuda",
+    )
+
+
+def flow_objective(velocity: Tensor, labels: Labels, sequence: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """This rank's part of the flow loss, and sums by timestep quartile.
+
+    DeepSpeed averages over the ranks that share a sequence, whose parts have to be summed: hence · sequence.
+    """
+    loss_B = weighted_error(velocity, labels.target_BnPC, labels.weight_BnP1) * sequence
+    return loss_B.mean(), loss_by_quartile(loss_B, labels.timestep)

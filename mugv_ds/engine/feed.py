@@ -1,0 +1,187 @@
+"""From manifest rows to what DeepSpeed's schedule asks each rank for.
+
+Of the ranks that share a sequence one reads; the others receive what it read. The ranks of the first and of the last
+pipeline stage read the same sample with the same randomness, which is a function of (seed, sample id, visit) alone.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mugv_ds.config.schema import DataSection, FlowSection
+from mugv_ds.data import noise
+from mugv_ds.data.manifest import Index
+from mugv_ds.data.sample import SampleError, read_row, read_text
+from mugv_ds.engine.build import Process
+from mugv_ds.objectives import flow
+from mugv_ds.parallel.pipeline import DiTPipeline, Inputs, Labels, labels
+
+LATENT_CHANNELS = 24
+
+
+class Batch(NamedTuple):
+    """A micro-batch as it is read: B samples of one latent shape."""
+
+    x: Tensor  # fp32 [B, 24, T, H, W], noised, but clean where x_mask is False
+    target: Tensor  # fp32 [B, 24, T, H, W], the velocity
+    timestep: Tensor  # fp32 [B]
+    text: Tensor  # fp32 [B, L, C]
+    text_mask: Tensor  # bool [B, L]
+    x_mask: Tensor  # bool [B, T]
+    fps: Tensor  # fp32 [B]
+    weight: Tensor  # fp32 [B], 0 for a filler that counts nowhere
+
+
+def empty_batch(size: int, shape: tuple[int, int, int], text_tokens: int, channels: int, device) -> Batch:
+    """Where a `Batch` of this size and latent shape can be received."""
+    latent, frames = (size, LATENT_CHANNELS, *shape), shape[0]
+
+    def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(sizes, dtype=dtype, device=device)
+
+    return Batch(
+        x=empty(*latent),
+        target=empty(*latent),
+        timestep=empty(size),
+        text=empty(size, text_tokens, channels),
+        text_mask=empty(size, text_tokens, dtype=torch.bool),
+        x_mask=empty(size, frames, dtype=torch.bool),
+        fps=empty(size),
+        weight=empty(size),
+    )
+
+
+@dataclass(frozen=True)
+class FlowSamples:
+    """Reads samples and makes flow-matching batches of them; the same call gives the same batch in any process.
+
+    Args:
+        index: the manifest. data, flow: sections of the config. channels: width of the text features.
+    """
+
+    index: Index
+    data: DataSection
+    flow: FlowSection
+    channels: int
+
+    def __call__(self, picks: Sequence[tuple[int, int | None]]) -> Batch:
+        """The batch of these (row, visit) pairs, all of one latent shape; visit None marks a filler.
+
+        Raises:
+            SampleError: a file that cannot be used; the message names it.
+        """
+        return Batch(*map(torch.stack, zip(*(self._sample(row, visit) for row, visit in picks), strict=True)))
+
+    def _sample(self, row_number: int, visit: int | None) -> Batch:
+        sample = read_row(
+            self.index, row_number, channels=self.channels, max_text_tokens=self.data.max_text_tokens
+        )
+        row, x0 = sample.row, sample.latent
+        key = (self.data.seed, row.sample_id, visit or 0)
+        frames = x0.shape[1]
+
+        t = flow.draw_time(torch.tensor(noise.time_normal(*key)), self._shift(row.height, row.width, frames))
+        epsilon = noise.gaussian(*key, tuple(x0.shape))
+        x_mask = torch.ones(frames, dtype=torch.bool)
+        if frames > 1 and noise.first_frame_uniform(*key) < self.flow.first_frame_share:
+            x_mask[0] = False
+        x_t = flow.interpolate(x0[None], epsilon[None], t[None])[0]
+
+        text, text_mask = sample.text, sample.text_mask
+        if noise.caption_uniform(*key) < self.flow.caption_drop:
+            text, text_mask = self._null_text()
+        return Batch(
+            x=torch.where(x_mask[None, :, None, None], x_t, x0),
+            target=flow.velocity(x0, epsilon),
+            timestep=t.float(),
+            text=text,
+            text_mask=text_mask,
+            x_mask=x_mask,
+            fps=torch.tensor(row.fps or self.data.default_fps, dtype=torch.float32),
+            weight=torch.tensor(0.0 if visit is None else 1.0),
+        )
+
+    def _shift(self, height: int, width: int, frames: int) -> float:
+        if self.flow.shift == "resolution":
+            return flow.resolution_shift(height, width, frames)
+        return self.flow.shift
+
+    def _null_text(self) -> tuple[Tensor, Tensor]:
+        path = Path(self.index.root) / self.data.null_text_path
+        return read_text(path, self.channels, self.data.max_text_tokens)
+
+
+class Feed:
+    """Turns the batches that this rank reads, or receives, into what its pipeline stage takes.
+
+    Args:
+        module: the stage.
+        process: this process; the first rank of each sequence group reads.
+        data: section of the config. channels: width of the text features.
+    """
+
+    def __init__(self, module: DiTPipeline, process: Process, data: DataSection, channels: int) -> None:
+        self.module, self.process, self.data, self.channels = module, process, data, channels
+        self.waited = 0.0  # seconds spent waiting for data, since the caller last set it to 0
+
+    @property
+    def reads(self) -> bool:
+        """Whether this rank reads samples."""
+        return self.process.place.sequence == 0 and (self.module.is_first or self.module.is_last)
+
+    def stage(self, batches: Iterable[Batch] | None, shape: tuple[int, int, int], count: int) -> Iterator[tuple]:
+        """Yields (`Inputs`, `Labels`) of `count` micro-batches with this latent shape.
+
+        Args:
+            batches: where this rank reads, the micro-batches; elsewhere None.
+        Raises:
+            SampleError: a sample cannot be used; it is raised on every rank of the sequence group.
+        """
+        batches = iter(batches) if self.reads else None
+        for _ in range(count):
+            batch = self._share(batches, shape)
+            weight = flow.loss_weight(batch.x_mask, batch.target.shape[1], *shape[1:])
+            weight = weight * batch.weight[:, None, None, None, None]
+            yield (
+                tuple(Inputs(batch.x, batch.timestep, batch.text, batch.text_mask, batch.x_mask, batch.fps)),
+                tuple(self._labels(batch, weight)),
+            )
+
+    def _labels(self, batch: Batch, weight: Tensor) -> Labels:
+        return labels(batch.target, weight, batch.timestep, self.module.token_n)
+
+    def _share(self, batches: Iterator[Batch] | None, shape: tuple[int, int, int]) -> Batch:
+        """The next micro-batch on this device: read here, or received from the rank that reads."""
+        device, group, source = self.process.device, self.process.group, self.process.sequence_source
+        begin, failure = time.perf_counter(), None
+        if batches is not None:
+            try:
+                batch = Batch(*(tensor.to(device, non_blocking=True) for tensor in next(batches)))
+            except SampleError as error:
+                failure = error
+        else:
+            batch = empty_batch(self.data.micro_batch_size, shape, self.data.max_text_tokens, self.channels, device)
+        self.waited += time.perf_counter() - begin
+        if group is not None:
+            self._agree(failure)
+            for tensor in batch:
+                dist.broadcast(tensor, source, group=group)
+        elif failure is not None:
+            raise failure
+        return batch
+
+    def _agree(self, failure: SampleError | None) -> None:
+        """All ranks of the group go on, or all raise."""
+        source = self.process.sequence_source
+        failed = torch.tensor([failure is not None], dtype=torch.int32, device=self.process.device)
+        dist.broadcast(failed, source, group=self.process.group)
+        if failure is not None:
+            raise failure
+        if failed.item():
+            raise SampleError(f"rank {source}, which reads for this one, met a sample that cannot be used")

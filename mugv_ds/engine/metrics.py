@@ -1,0 +1,154 @@
+"""What a run reports: scalars for TensorBoard, gathered without holding up the device between records."""
+
+import time
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from mugv_ds.config.schema import LoggingSection
+
+# Dense bf16 peak in TFLOP/s by a part of the device's name, from NVIDIA's data sheets (SXM).
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0}
+
+
+def peak_tflops(section: LoggingSection, device: torch.device) -> float | None:
+    """Dense bf16 peak of one device: the config's value, or that of a known chip, or None."""
+    if section.peak_tflops is not None or device.type != "cuda":
+        return section.peak_tflops
+    name = torch.cuda.get_device_name(device)
+    return next((peak for chip, peak in PEAK_TFLOPS.items() if chip in name), None)
+
+
+class OptimizerProbe:
+    """Sums over the optimizer's fp32 partitions, taken right before a step, when gradients are reduced and clipped.
+
+    Each rank holds a distinct part of the parameters and of their gradients, so sums over all ranks are global.
+
+    Args:
+        optimizer: the AdamW inside DeepSpeed's. parameters: number of parameters on this rank's stage.
+        replicas: ranks that hold the same stage.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: int, replicas: int) -> None:
+        self.armed = False
+        self._stage_parameters, self._replicas = parameters, replicas
+        self._sums: Tensor | None = None
+        optimizer.register_step_pre_hook(self._look)
+
+    def _look(self, optimizer: torch.optim.Optimizer, *_) -> None:
+        if not self.armed:
+            return
+        parts = [part for group in optimizer.param_groups for part in group["params"]]
+        zeros = sum((part.grad == 0).sum() for part in parts)
+        squares = sum(part.detach().float().square().sum(dtype=torch.float64) for part in parts)
+        held = sum(part.numel() for part in parts)
+        self._sums = torch.stack([squares, zeros.double(), squares.new_tensor(held)])
+
+    def read(self) -> dict[str, float]:
+        """Parameter norm and share of zeros in the gradient at the last step. All ranks call it."""
+        sums = torch.cat([self._sums, self._sums.new_tensor([self._stage_parameters / self._replicas])])
+        dist.all_reduce(sums)
+        squares, zeros, held, parameters = sums.tolist()
+        padding = held - parameters  # DeepSpeed pads the partitions to equal length; the padding's gradient is zero
+        return {"param_norm": squares**0.5, "grad_zero_share": (zeros - padding) / parameters}
+
+
+class Recorder:
+    """Writes the scalars of every `logging.every`-th step; on rank 0, all ranks take part.
+
+    Args:
+        section: the config. rank: global rank. world_size: processes. steps: of the run, start: first step of this
+        process's part. peak: dense bf16 TFLOP/s of one device, or None.
+    """
+
+    def __init__(
+        self, section: LoggingSection, *, rank: int, world_size: int, start: int, steps: int, peak: float | None
+    ) -> None:
+        self._every, self._world_size, self._peak, self._steps = section.every, world_size, peak, steps
+        self._writer = SummaryWriter(section.dir, purge_step=start) if rank == 0 else None
+        self._bar = tqdm(total=steps, initial=start, disable=rank != 0 or not section.progress, unit="step")
+        self._begin_window()
+
+    def _begin_window(self) -> None:
+        self._begin = time.perf_counter()
+        self._window = dict.fromkeys(("steps", "samples", "tokens", "flops"), 0.0)
+        self._losses: list[Tensor] = []
+        self._quartiles: dict[str, Tensor] = {}
+
+    def due(self, step: int) -> bool:
+        """Whether the scalars are written at the end of this step."""
+        return (step + 1) % self._every == 0 or step + 1 == self._steps
+
+    def step(self, loss: Tensor, terms: dict[str, Tensor], *, samples: int, tokens: int, flops: float) -> None:
+        """Notes a finished step: its loss and quartile sums as tensors, samples, tokens and model FLOPs of all ranks."""
+        self._losses.append(loss.detach())
+        for name, value in terms.items():
+            self._quartiles[name] = self._quartiles.get(name, 0) + value
+        for name, value in (("steps", 1), ("samples", samples), ("tokens", tokens), ("flops", flops)):
+            self._window[name] += value
+        self._bar.update()
+
+    def record(self, step: int, engine: PipelineEngine, probe: OptimizerProbe, waited: float) -> None:
+        """Writes the scalars since the last record. All ranks call it.
+
+        Args:
+            waited: seconds this rank spent waiting for data since then; the largest of all ranks is reported.
+        """
+        loss = torch.stack(self._losses).mean().item()  # waits for the device
+        seconds = time.perf_counter() - self._begin
+        device = self._losses[0].device
+        memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+        worst = torch.tensor([waited, memory], dtype=torch.float64, device=device)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        waited, memory = worst.tolist()
+        norm = engine.get_global_grad_norm()
+        tflops = self._window["flops"] / seconds / self._world_size / 1e12
+        scalars = {
+            "train/loss": loss,
+            **self._quartile_means(),
+            "train/lr": engine.get_lr()[0],
+            "train/grad_norm": float(norm) if norm is not None else float("nan"),
+            **{f"train/{name}": value for name, value in probe.read().items()},
+            "speed/seconds_per_step": seconds / self._window["steps"],
+            "speed/samples_per_second": self._window["samples"] / seconds,
+            "speed/tokens_per_second": self._window["tokens"] / seconds,
+            "speed/model_tflops_per_device": tflops,
+            "speed/data_wait_seconds": waited,
+        }
+        if self._peak is not None:
+            scalars["speed/mfu"] = tflops / self._peak
+        if device.type == "cuda":
+            scalars["memory/peak_gib"] = memory
+        self.write(step, scalars.items())
+        self._bar.set_postfix(loss=f"{loss:.4f}", lr=f"{scalars['train/lr']:.2e}")
+        self._begin_window()
+
+    def _quartile_means(self) -> dict[str, float]:
+        means = {}
+        for q in range(4):
+            count = float(self._quartiles[f"count_q{q}"])
+            if count > 0:
+                means[f"train/loss_t{250 * q}-{250 * (q + 1)}"] = float(self._quartiles[f"loss_q{q}"]) / count
+        return means
+
+    def write(self, step: int, scalars: Iterable[tuple[str, float]]) -> None:
+        """Writes scalars at this step; on rank 0, elsewhere nothing happens."""
+        if self._writer is not None:
+            for name, value in scalars:
+                self._writer.add_scalar(name, value, step)
+
+    def say(self, line: str) -> None:
+        """Prints a line above the progress bar, on rank 0."""
+        if self._writer is not None:
+            tqdm.write(line)
+
+    def close(self) -> None:
+        """Ends the bar and flushes the events."""
+        self._bar.close()
+        if self._writer is not None:
+            self._writer.close()

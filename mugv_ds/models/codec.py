@@ -1,0 +1,80 @@
+"""A linear video codec with the VideoVAE's interface, fitted in seconds: for demos and tests that need no download."""
+
+from pathlib import Path
+from typing import Self
+
+import torch
+from einops import rearrange
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+BLOCK = 8  # pixels and frames a latent position covers on each axis, as in the VideoVAE
+CHANNELS = 24
+_BLOCK_PIXELS = 3 * BLOCK**3
+
+
+class LinearCodec(nn.Module):
+    """Principal components of 8×8×8 blocks: latent = basis · (block − mean) / scale.
+
+    One scale for all channels: the root mean square of the latents it was fitted on becomes 1, and a squared error in
+    latents stays proportional to the squared error in pixels it causes.
+
+    Buffers: mean [1536], basis [24, 1536] with orthonormal rows, scale [].
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(_BLOCK_PIXELS))
+        self.register_buffer("basis", torch.eye(CHANNELS, _BLOCK_PIXELS))
+        self.register_buffer("scale", torch.ones(()))
+
+    @classmethod
+    def fit(cls, videos: Tensor) -> Self:
+        """Fits the codec to videos [B, 3, F, H, W] in [−1, 1].
+
+        Raises:
+            ValueError: F, H or W is no multiple of 8, or the videos have fewer than 24 blocks.
+        """
+        blocks = rearrange(_to_blocks(videos), "b t h w p -> (b t h w) p").double()
+        if len(blocks) < CHANNELS:
+            raise ValueError(f"fitting {CHANNELS} channels takes at least {CHANNELS} blocks of 8×8×8, got {len(blocks)}")
+        codec = cls()
+        mean = blocks.mean(dim=0)
+        covariance = torch.cov(blocks.T, correction=0)
+        variances, vectors = torch.linalg.eigh(covariance)  # ascending
+        codec.mean.copy_(mean)
+        codec.basis.copy_(vectors[:, -CHANNELS:].flip(1).T)
+        codec.scale.copy_(variances[-CHANNELS:].mean().sqrt())
+        return codec
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Pixels [B, 3, F, H, W] in [−1, 1] → latents [B, 24, F/8, H/8, W/8].
+
+        Raises:
+            ValueError: F, H or W is no multiple of 8.
+        """
+        latent = (_to_blocks(video) - self.mean) @ self.basis.T / self.scale
+        return rearrange(latent, "b t h w c -> b c t h w")
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Latents [B, 24, T, h, w] → pixels [B, 3, 8T, 8h, 8w], about [−1, 1] and not clamped."""
+        blocks = rearrange(latent, "b c t h w -> b t h w c") * self.scale @ self.basis + self.mean
+        return rearrange(blocks, "b t h w (c p q r) -> b c (t p) (h q) (w r)", c=3, p=BLOCK, q=BLOCK, r=BLOCK)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the buffers as safetensors."""
+        save_file(self.state_dict(), path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Reads a codec that `save` wrote."""
+        codec = cls()
+        codec.load_state_dict(load_file(path))
+        return codec
+
+
+def _to_blocks(video: Tensor) -> Tensor:
+    """[B, 3, F, H, W] → [B, F/8, H/8, W/8, 1536]."""
+    if video.ndim != 5 or video.shape[1] != 3 or any(size % BLOCK for size in video.shape[2:]):
+        raise ValueError(f"video must be [B, 3, F, H, W] with F, H, W multiples of {BLOCK}, got {list(video.shape)}")
+    return rearrange(video, "b c (t p) (h q) (w r) -> b t h w (c p q r)", p=BLOCK, q=BLOCK, r=BLOCK)

@@ -1,0 +1,220 @@
+"""The parts of the diffusion transformer. Parameter names are those of the published weights.
+
+Shape suffixes: B batch, N tokens held, L text tokens, D hidden size, K token classes (0 noised, 1 clean).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mugv_ds.config.model import HEAD_DIM, DiTConfig
+from mugv_ds.models.attention import Attention, sdpa
+from mugv_ds.models.rope import rotate
+
+EPS = 1e-6
+
+
+class Condition(NamedTuple):
+    """What every block is told beside its tokens. The first three carry gradients."""
+
+    modulation_BKD: Tensor  # [B, 2, 6·D]: shift, scale, gate of attention, then of the feed-forward layer
+    time_BKD: Tensor  # [B, 2, D]: the timestep and fps embedding, for the final layer
+    text_BLD: Tensor
+    text_mask_BL: Tensor  # bool, False for padding
+    clean_BN: Tensor  # bool, True for tokens modulated with timestep 0
+    cos: Tensor  # [B, N, 1, 36]
+    sin: Tensor
+
+
+class Modulation(NamedTuple):
+    """adaLN of one half of a block, one row per token."""
+
+    shift_BND: Tensor
+    scale_BND: Tensor
+    gate_BND: Tensor
+
+
+def by_class(rows_BKD: Tensor, clean_BN: Tensor) -> Tensor:
+    """Each token's row [B, N, D]: of class 1 where the token is clean, else of class 0."""
+    noised, clean = rows_BKD[:, :, None].unbind(1)
+    return torch.where(clean_BN[..., None], clean, noised)
+
+
+def modulate(x_BND: Tensor, shift_BND: Tensor, scale_BND: Tensor) -> Tensor:
+    """LayerNorm without affine, then scale and shift (adaLN; Peebles & Xie 2023)."""
+    return F.layer_norm(x_BND, x_BND.shape[-1:], eps=EPS) * (1 + scale_BND) + shift_BND
+
+
+def sinusoid(value_B: Tensor, width: int = 256) -> Tensor:
+    """[B, width] fp32: cos then sin of value · 10000^(−k/(width/2)), whatever the dtype of the model."""
+    k = torch.arange(width // 2, device=value_B.device, dtype=torch.float64)
+    frequency = (10000.0 ** (-k / (width // 2))).float()
+    angle = value_B.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class ScalarEmbedder(nn.Module):
+    """Embeds one number a sample (timestep or fps): sinusoid, Linear, SiLU, Linear. [B] → [B, D]."""
+
+    def __init__(self, hidden_size: int, width: int = 256) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(width, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, value_B: Tensor) -> Tensor:
+        return self.mlp(sinusoid(value_B).to(self.mlp[0].weight.dtype))
+
+
+class Mlp(nn.Module):
+    """fc1, GELU (tanh form), fc2."""
+
+    def __init__(self, width_in: int, width: int, width_out: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width_in, width)
+        self.fc2 = nn.Linear(width, width_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class CaptionEmbedder(nn.Module):
+    """Text features [B, L, C] → [B, L, D]: LayerNorm, Mlp, LayerNorm, both norms without affine.
+
+    Some training checkpoints carry a null caption `y_embedding` that the published weights have not: loading drops it.
+    """
+
+    def __init__(self, caption_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.y_proj = Mlp(caption_channels, hidden_size, hidden_size)
+
+    def forward(self, text_BLC: Tensor) -> Tensor:
+        text = text_BLC.to(self.y_proj.fc1.weight.dtype)
+        text = self.y_proj(F.layer_norm(text, text.shape[-1:], eps=EPS))
+        return F.layer_norm(text, text.shape[-1:], eps=EPS)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        state_dict.pop(prefix + "y_embedding", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm over a head's 72 channels, computed and returned in fp32 (rotation follows before the cast back)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(HEAD_DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (HEAD_DIM,), self.weight.float(), EPS)
+
+
+class SelfAttention(nn.Module):
+    """The projections of self-attention; the attention itself is a function handed to the block."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.q_norm = HeadNorm()
+        self.k_norm = HeadNorm()
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def project(self, x_BND: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k (normalised and rotated) and v, each [B, N, heads, 72]."""
+        q, k, v = rearrange(self.qkv(x_BND), "b n (three head d) -> three b n head d", three=3, d=HEAD_DIM)
+        q = rotate(self.q_norm(q), cos, sin).to(v.dtype)
+        k = rotate(self.k_norm(k), cos, sin).to(v.dtype)
+        return q, k, v
+
+
+class CrossAttention(nn.Module):
+    """Every token looks at the caption; padding text takes no part."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.q_linear = nn.Linear(hidden_size, hidden_size)
+        self.kv_linear = nn.Linear(hidden_size, 2 * hidden_size)
+        self.q_norm = HeadNorm()
+        self.k_norm = HeadNorm()
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x_BND: Tensor, text_BLD: Tensor, text_mask_BL: Tensor) -> Tensor:
+        q = rearrange(self.q_linear(x_BND), "b n (head d) -> b n head d", d=HEAD_DIM)
+        k, v = rearrange(self.kv_linear(text_BLD), "b l (two head d) -> two b l head d", two=2, d=HEAD_DIM)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        return self.proj(rearrange(sdpa(q, k, v, text_mask_BL), "b n head d -> b n (head d)"))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to the caption, feed-forward.
+
+    x += gate_a · attn(LN(x)·(1+scale_a) + shift_a)
+    x += cross_attn(LN(x))
+    x += gate_m · mlp(LN(x)·(1+scale_m) + shift_m)
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.scale_shift_table = nn.Parameter(torch.zeros(6, width))
+        self.attn = SelfAttention(width)
+        self.cross_attn_norm = nn.LayerNorm(width, eps=EPS)
+        self.cross_attn = CrossAttention(width)
+        self.mlp = Mlp(width, config.mlp_ratio * width, width)
+
+    def forward(self, x_BND: Tensor, condition: Condition, attention: Attention, recompute: str = "off") -> Tensor:
+        """[B, N, D] → [B, N, D].
+
+        Args:
+            attention: takes q, k, v [B, N, heads, 72] of the tokens held, returns o of the same shape.
+            recompute: what the backward pass computes again instead of keeping: "off" nothing, "selective" all but
+                self-attention (whose q, k, v and o are kept), "full" everything.
+        """
+        if recompute == "full":
+            return _checkpoint(self.forward, x_BND, condition, attention)
+        run = _checkpoint if recompute == "selective" else _call
+        q, k, v = run(self._before_attention, x_BND, condition)
+        return run(self._after_attention, x_BND, attention(q, k, v), condition)
+
+    def _before_attention(self, x_BND: Tensor, condition: Condition) -> tuple[Tensor, Tensor, Tensor]:
+        modulation = self._modulation(condition, 0)
+        x = modulate(x_BND, modulation.shift_BND, modulation.scale_BND)
+        return self.attn.project(x, condition.cos, condition.sin)
+
+    def _after_attention(self, x_BND: Tensor, o: Tensor, condition: Condition) -> Tensor:
+        gate = self._modulation(condition, 0).gate_BND
+        x = x_BND + gate * self.attn.proj(rearrange(o, "b n head d -> b n (head d)"))
+        x = x + self.cross_attn(self.cross_attn_norm(x), condition.text_BLD, condition.text_mask_BL)
+        modulation = self._modulation(condition, 1)
+        return x + modulation.gate_BND * self.mlp(modulate(x, modulation.shift_BND, modulation.scale_BND))
+
+    def _modulation(self, condition: Condition, half: int) -> Modulation:
+        """Shift, scale and gate of attention (half 0) or the feed-forward layer (half 1) for each token."""
+        rows = rearrange(condition.modulation_BKD, "b k (six d) -> six b k d", six=6)
+        rows = rows + self.scale_shift_table[:, None, None]
+        return Modulation(*(by_class(row, condition.clean_BN) for row in rows[3 * half : 3 * half + 3]))
+
+
+class FinalLayer(nn.Module):
+    """Modulated LayerNorm and the linear back to patches: [B, N, D] → [B, N, 2·2·48] fp32, (row, column, channel)."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.scale_shift_table = nn.Parameter(torch.zeros(2, config.hidden_size))
+        self.linear = nn.Linear(config.hidden_size, 4 * 2 * config.in_channels)
+
+    def forward(self, x_BND: Tensor, condition: Condition) -> Tensor:
+        rows = self.scale_shift_table[:, None, None] + condition.time_BKD
+        shift, scale = (by_class(row, condition.clean_BN) for row in rows)
+        return self.linear(modulate(x_BND, shift, scale)).float()
+
+
+def _call(function, *args):
+    return function(*args)
+
+
+def _checkpoint(function, *args):
+    # Nothing in a block draws random numbers, so there is no generator state to keep.
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

@@ -1,0 +1,67 @@
+"""Ulysses sequence parallelism (Jacobs et al. 2023): tokens are sharded everywhere but in self-attention, heads there.
+
+Before attention one all-to-all turns q, k and v together from (some tokens, all heads) into (all tokens, some heads);
+after it one more turns o back.
+"""
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from deepspeed import comm
+from einops import rearrange
+from torch import Tensor
+
+from mugv_ds.models.attention import Attention
+
+
+class _AllToAll(torch.autograd.Function):
+    """Sends row r of x [ranks, …] to rank r; row r of the result came from rank r. It is its own inverse."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+        ctx.group = group
+        x = x.contiguous()
+        received = torch.empty_like(x)
+        comm.all_to_all_single(received, x, group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return _AllToAll.apply(gradient, ctx.group), None
+
+
+class Ulysses:
+    """Self-attention over a sequence whose tokens are spread over a group of ranks.
+
+    Args:
+        group: the ranks that share the sequence; None if `size` is 1.
+        size, rank: of this process in the group.
+        attention: computes attention of the heads that this rank gets, over all tokens.
+    """
+
+    def __init__(
+        self, group: torch.distributed.ProcessGroup | None, size: int, rank: int, attention: Attention
+    ) -> None:
+        self.group, self.size, self.rank, self.attention = group, size, rank, attention
+
+    def local_tokens(self, tokens: int, device: torch.device | str = "cpu") -> Tensor:
+        """Indices [n] of the tokens this rank holds, of a sequence of `tokens`.
+
+        Every rank holds n = ceil(tokens / size); indices from `tokens` on are padding.
+        """
+        n = -(-tokens // self.size)
+        return torch.arange(self.rank * n, (self.rank + 1) * n, device=device)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, tokens: int) -> Tensor:
+        """Attention of the local q, k, v [B, n, heads, 72] over all `tokens`; returns the local o [B, n, heads, 72].
+
+        Padding is dropped before attention, so it takes no part; its o is zero.
+        """
+        if self.size == 1:
+            return self.attention(q, k, v)
+        send = rearrange(torch.stack([q, k, v]), "qkv b n (rank head) d -> rank qkv b n head d", rank=self.size)
+        q, k, v = rearrange(_AllToAll.apply(send, self.group), "rank qkv b n head d -> qkv b (rank n) head d")
+        padding = q.shape[1] - tokens
+        o = self.attention(q[:, :tokens], k[:, :tokens], v[:, :tokens])
+        send = rearrange(F.pad(o, (0, 0, 0, 0, 0, padding)), "b (rank n) head d -> rank b n head d", rank=self.size)
+        return rearrange(_AllToAll.apply(send, self.group), "rank b n head d -> b n (rank head) d")

@@ -1,0 +1,191 @@
+"""Config files: what a good one becomes, and the one line that every bad one gets."""
+
+import copy
+import json
+import os
+
+import pytest
+
+from mugv_ds.config import ConfigError, load_config
+
+GOOD = {
+    "model": {"preset": "mugdit_debug"},
+    "data": {"manifest": "train.csv", "null_text_path": "null.pt", "global_batch_size": 12, "micro_batch_size": 2},
+    "optimizer": {"lr": 1e-4, "betas": [0.9, 0.95]},
+    "schedule": {"steps": 10},
+    "checkpoint": {"dir": "runs/x"},
+    "logging": {"dir": "runs/x/events"},
+    "deepspeed": {"zero_optimization": {"stage": 1, "reduce_bucket_size": 1000}},
+}
+
+
+def write(folder, name, values):
+    path = folder / name
+    path.write_text(values if isinstance(values, str) else json.dumps(values), encoding="utf-8")
+    return path
+
+
+def error_of(path, overrides=()):
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_good_file(tmp_path):
+    config = load_config(write(tmp_path, "run.json", GOOD))
+    assert config.optimizer.betas == (0.9, 0.95)
+    assert config.model.dit().hidden_size == 288
+    assert config.deepspeed == GOOD["deepspeed"]
+    assert config.parallel.sequence == 1
+
+
+def test_extends_merges_objects_and_replaces_the_rest(tmp_path):
+    (tmp_path / "shared").mkdir()
+    write(tmp_path / "shared", "base.json", GOOD)
+    write(tmp_path / "shared", "middle.json", {"extends": "base.json", "optimizer": {"lr": 3e-4, "eps": 1e-8}})
+    top = {
+        "extends": "shared/middle.json",
+        "optimizer": {"lr": 5e-4, "betas": [0.8, 0.9]},
+        "deepspeed": {"zero_optimization": {"reduce_bucket_size": 7}},
+    }
+    config = load_config(write(tmp_path, "run.json", top))
+    assert (config.optimizer.lr, config.optimizer.eps, config.optimizer.betas) == (5e-4, 1e-8, (0.8, 0.9))
+    assert config.deepspeed == {"zero_optimization": {"stage": 1, "reduce_bucket_size": 7}}
+    assert config.data.manifest == "train.csv"
+
+
+def test_overrides_come_last_and_are_json_or_strings(tmp_path):
+    path = write(tmp_path, "run.json", GOOD)
+    overrides = [
+        "optimizer.lr=1",
+        "optimizer.lr=2e-4",
+        "optimizer.betas=[0.5, 0.6]",
+        "data.manifest=other/a=b.csv",
+        "logging.progress=false",
+        "data.val_manifest=null",
+        "deepspeed.zero_optimization.stage=1",
+    ]
+    config = load_config(path, overrides)
+    assert (config.optimizer.lr, config.optimizer.betas) == (2e-4, (0.5, 0.6))
+    assert (config.data.manifest, config.data.val_manifest) == ("other/a=b.csv", None)
+    assert config.logging.progress is False
+    assert config.deepspeed["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 1000}
+
+
+def text(**sections):
+    return json.dumps({**GOOD, **sections})
+
+
+BAD_FILES = {
+    "empty": ("", "run.json:1:1: not JSON"),
+    "trailing comma": ('{"model": {},\n  "data": {},}', "run.json:2:14: not JSON"),
+    "a list": ("[]", "run.json: must hold a JSON object"),
+    "duplicate section": ('{"model": {}, "model": {}}', "run.json: model: appears twice"),
+    "duplicate key": ('{"data": {"seed": 1, "seed": 2}}', "run.json: seed: appears twice"),
+    "NaN": ('{"optimizer": {"lr": NaN}}', "run.json: optimizer.lr = NaN: must be a finite number"),
+    "Infinity in a list": (
+        '{"optimizer": {"betas": [0.9, Infinity]}}',
+        "optimizer.betas.1 = Infinity: must be a finite",
+    ),
+    "overflow": ('{"deepspeed": {"a": {"b": -1e999}}}', "run.json: deepspeed.a.b = -Infinity: must be a finite"),
+    "too many digits": ('{"schedule": {"steps": ' + "9" * 5000 + "}}", "run.json: Exceeds the limit"),
+    "too many brackets": ("[" * 100_000, "run.json: maximum recursion depth"),
+    "unknown section": (text(optimiser={}), "run.json: optimiser: unknown key; did you mean optimizer?"),
+    "unknown key": (text(optimizer={"lrr": 1}), "run.json: optimizer.lrr: unknown key; did you mean optimizer.lr?"),
+    "unlike any key": (text(schedule={"steps": 1, "zzz": 1}), "schedule.zzz: unknown key; known here: kind, warmup"),
+    "missing section": (json.dumps({k: v for k, v in GOOD.items() if k != "data"}), "run.json: data: required"),
+    "missing key": (text(schedule={}), "run.json: schedule.steps: required"),
+    "string for a section": (text(model="mugdit_10b"), 'run.json: model = "mugdit_10b": must be an object'),
+    "string for int": (text(schedule={"steps": "10"}), 'run.json: schedule.steps = "10": must be a valid integer'),
+    "float for int": (text(schedule={"steps": 10.5}), "run.json: schedule.steps = 10.5: must be a valid integer"),
+    "bool for int": (text(schedule={"steps": True}), "run.json: schedule.steps = true: must be a valid integer"),
+    "negative rate": (text(optimizer={"lr": -1.0}), "run.json: optimizer.lr = -1.0: must be greater than 0"),
+    "item of a pair": (text(optimizer={"betas": [0.9, 1.5]}), "run.json: optimizer.betas.1 = 1.5: must be less"),
+    "unknown preset": (text(model={"preset": "10b"}), """run.json: model.preset = "10b": must be 'mugdit_debug'"""),
+    "neither of a union": (
+        text(flow={"shift": "auto"}),
+        """flow.shift = "auto": must be 'resolution' or a valid number""",
+    ),
+    "two wrong keys": (
+        text(schedule={"steps": 0, "warmup_steps": -1}),
+        "must be greater than or equal to 0 (and 1 more)",
+    ),
+    "extends a number": ('{"extends": 3}', "run.json: extends = 3: must be the path"),
+    "extends nothing": ('{"extends": "no.json"}', "run.json: extends: there is no regular file"),
+    "extends itself": ('{"extends": "run.json"}', "run.json is extended in a circle"),
+    "sizes that do not fit": (
+        text(model={"preset": "mugdit_debug", "num_heads": 5}),
+        "run.json: model.hidden_size = 288",
+    ),
+    "heads": (
+        text(parallel={"sequence": 5}),
+        "run.json: parallel.sequence = 5: does not divide the 4 attention heads of mugdit_debug; use 1, 2 or 4",
+    ),
+    "stages": (
+        text(parallel={"pipeline": 3}),
+        "run.json: parallel.pipeline = 3: more stages than the 2 blocks of mugdit_debug; use at most 2",
+    ),
+    "micro-batch": (
+        text(data={**GOOD["data"], "micro_batch_size": 5}),
+        "data.micro_batch_size = 5: does not divide data.global_batch_size = 12; use 1, 2, 3, 4, 6 or 12",
+    ),
+    "dropped captions": (
+        text(data={"manifest": "m.csv", "global_batch_size": 1}),
+        "run.json: data.null_text_path: required when flow.caption_drop > 0",
+    ),
+    "DeepSpeed's key": (text(deepspeed={"zero_optimisation": {}}), "did you mean deepspeed.zero_optimization?"),
+}
+
+
+@pytest.mark.parametrize(("content", "expected"), BAD_FILES.values(), ids=BAD_FILES.keys())
+def test_bad_file(tmp_path, content, expected):
+    message = error_of(write(tmp_path, "run.json", content))
+    assert message.startswith(str(tmp_path / "run.json"))
+    assert expected in message
+
+
+BAD_OVERRIDES = {
+    "no value": ("optimizer.lr", "override 'optimizer.lr': must read section.key=value"),
+    "no key": ("optimizer=1", "override 'optimizer=1': must read section.key=value"),
+    "empty key": ("optimizer..lr=1", "must read section.key=value"),
+    "unknown section": ("optim.lr=1", "override 'optim.lr=1': optim: unknown key; did you mean optimizer?"),
+    "unknown key": ("optimizer.lrr=1", "override 'optimizer.lrr=1': optimizer.lrr: unknown key; did you mean"),
+    "wrong type": (
+        "schedule.steps=ten",
+        """override 'schedule.steps=ten': schedule.steps = "ten": must be a valid int""",
+    ),
+    "NaN": ("optimizer.lr=NaN", "override 'optimizer.lr=NaN': optimizer.lr = NaN: must be a finite number"),
+    "duplicate": ('deepspeed.checkpoint={"a": 1, "a": 2}', "a: appears twice"),
+}
+
+
+@pytest.mark.parametrize(("override", "expected"), BAD_OVERRIDES.values(), ids=BAD_OVERRIDES.keys())
+def test_bad_override(tmp_path, override, expected):
+    assert expected in error_of(write(tmp_path, "run.json", GOOD), [override])
+
+
+def test_message_names_the_file_that_holds_the_key(tmp_path):
+    base = copy.deepcopy(GOOD)
+    base["optimizer"]["lr"] = "fast"
+    write(tmp_path, "base.json", base)
+    top = write(tmp_path, "run.json", {"extends": "base.json", "optimizer": {"eps": 1e-8}})
+    assert error_of(top).startswith(f'{tmp_path / "base.json"}: optimizer.lr = "fast"')
+
+
+def test_circle_of_two_files(tmp_path):
+    write(tmp_path, "a.json", {"extends": "b.json"})
+    write(tmp_path, "b.json", {"extends": "a.json"})
+    assert "extended in a circle" in error_of(tmp_path / "a.json")
+
+
+def test_not_a_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "fifo.json")
+    for path in (tmp_path / "none.json", tmp_path, tmp_path / "fifo.json"):
+        assert f"there is no regular file {path}" in error_of(path)
+
+
+def test_not_utf8(tmp_path):
+    (tmp_path / "run.json").write_bytes(b'{"model": "\xff"}')
+    assert "run.json: not UTF-8 text: invalid start byte at byte 11" in error_of(tmp_path / "run.json")

@@ -1,0 +1,39 @@
+"""Runs a function in several real processes, as the launcher would start them."""
+
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIME_OUT = timedelta(minutes=3)
+
+
+def run_ranks(world_size: int, function: Callable, *args) -> None:
+    """Calls `function(*args)`, a function of a test module, in `world_size` processes (gloo) and waits for all.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: one of them failed; the message holds its traceback.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.start_processes(_start, (world_size, port, function, args), nprocs=world_size, start_method="spawn")
+
+
+def _start(rank: int, world_size: int, port: int, function: Callable, args: tuple) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    try:
+        function(*args)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,150 @@
+"""The model against what the published code computed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from mugv_ds.models import PRESETS, DiT, DiTConfig
+from mugv_ds.models.dit import init_weights
+from mugv_ds.models.layers import sinusoid
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+RECORDS = ["dit_t2v", "dit_i2v_batch"]
+
+
+def load_record(name: str) -> tuple[DiT, dict[str, torch.Tensor]]:
+    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+        sizes = {key: int(value) for key, value in file.metadata().items()}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    model = DiT(DiTConfig(**sizes))
+    model.load_state_dict({key[6:]: value for key, value in tensors.items() if key.startswith("param.")}, strict=True)
+    return model, tensors
+
+
+def run(model: DiT, r: dict[str, torch.Tensor], **kwargs) -> torch.Tensor:
+    return model(
+        r["in.x"], r["in.timestep"], r["in.text"][:, 0], r["in.text_mask"], r["in.x_mask"], r["in.fps"],
+        r["in.frame_index"], **kwargs,
+    )  # fmt: skip
+
+
+def record_loss(prediction: torch.Tensor, r: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The records' loss: one mean over all noised elements of the batch, against the target as it is."""
+    weight = r["in.x_mask"][:, None, :, None, None].expand_as(r["in.target"])
+    return (prediction[:, :24] - r["in.target"])[weight].square().mean()
+
+
+def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
+    value = value.detach()
+    difference, scale = (value.double() - reference.double()).norm(), reference.double().norm()
+    return float(difference / scale) if scale > 0 else float(difference)
+
+
+@pytest.mark.parametrize("recompute", ["off", "selective", "full"])
+@pytest.mark.parametrize("name", RECORDS)
+def test_output_and_every_gradient_match_the_published_code(name, recompute):
+    model, r = load_record(name)
+    prediction = run(model, r, recompute=recompute)
+    assert prediction.dtype == torch.float32
+    assert relative(prediction, r["out.pred"]) <= 2e-5
+    loss = record_loss(prediction, r)
+    assert relative(loss, r["out.loss"][0]) <= 2e-5
+    loss.backward()
+    gradients = {key[5:] for key in r if key.startswith("grad.")}
+    assert gradients == {name for name, _ in model.named_parameters()}
+    errors = {name: relative(p.grad, r[f"grad.{name}"]) for name, p in model.named_parameters()}
+    assert max(errors.values()) <= 2e-5, max(errors.items(), key=lambda item: item[1])
+
+
+def test_10b_has_the_published_keys_shapes_and_size():
+    with torch.device("meta"):
+        model = DiT(PRESETS["mugdit_10b"])
+    ours = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert ours == json.loads((GOLDEN / "dit_10b_keys.json").read_text())
+    assert sum(p.numel() for p in model.parameters()) == 10_830_321_984
+
+
+@pytest.mark.parametrize(("preset", "count"), [("mugdit_2b", 2_712_853_632), ("mugdit_debug", 4_828_512)])
+def test_parameter_counts_of_the_other_presets(preset, count):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in DiT(PRESETS[preset]).parameters()) == count
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_bf16_error_is_that_of_rounding(name):
+    """No further from the fp32 record than 1.5 × a run of plain PyTorch modules under bf16 autocast is."""
+    model, r = load_record(name)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            plain = relative(run(model, r), r["out.pred"])
+        ours = relative(run(model.bfloat16(), r), r["out.pred"])
+    assert 1e-4 < ours <= 1.5 * plain
+
+
+def test_timesteps_are_embedded_in_fp32():
+    """In bf16, 998 and 1000 are the same number; the embedding must tell them apart."""
+    a, b = sinusoid(torch.tensor([998.0, 1000.0]))
+    assert (a - b).abs().max() > 0.5
+    model, r = load_record("dit_t2v")
+    model, outputs = model.bfloat16(), []
+    for t in (998.0, 1000.0):
+        outputs.append(run(model, r | {"in.timestep": torch.tensor([t])}))
+    assert not torch.equal(*outputs)
+
+
+def test_null_caption_of_training_checkpoints_is_accepted():
+    model, _ = load_record("dit_t2v")
+    state = model.state_dict() | {"y_embedder.y_embedding": torch.zeros(300, 32)}
+    model.load_state_dict(state, strict=True)
+    with pytest.raises(RuntimeError, match="unexpected_name"):
+        model.load_state_dict(state | {"y_embedder.unexpected_name": torch.zeros(1)}, strict=True)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 3), (2, 4, 5), (3, 5, 4)])
+def test_odd_sides_are_padded_with_zeros_and_cropped(shape):
+    model, r = load_record("dit_t2v")
+    x = torch.randn(1, 24, *shape, generator=torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(x, (0, shape[2] % 2, 0, shape[1] % 2))
+    with torch.no_grad():
+        out = model(x, r["in.timestep"], r["in.text"][:, 0])
+        whole = model(padded, r["in.timestep"], r["in.text"][:, 0])
+    assert out.shape == (1, 48, *shape)
+    assert torch.equal(out, whole[..., : shape[1], : shape[2]])
+
+
+def test_padding_text_takes_no_part():
+    model, r = load_record("dit_t2v")
+    text = r["in.text"][:, 0]
+    padded = torch.cat([text, torch.full((1, 5, 32), 7.0)], dim=1)
+    mask = torch.arange(12)[None] < 7
+    with torch.no_grad():
+        assert relative(run(model, r | {"in.text": padded[:, None], "in.text_mask": mask}), run(model, r)) < 1e-6
+
+
+def test_forward_compiles_without_graph_breaks():
+    """One graph, no complex numbers in it, and gradients through it equal the eager ones."""
+    model, r = load_record("dit_i2v_batch")
+    ops = set()
+
+    def inspect(graph, inputs):
+        ops.update(node.target for node in graph.graph.nodes)
+        return graph
+
+    compiled = torch.compile(model, fullgraph=True, backend=inspect)
+    r_compiled = run(compiled, r)
+    assert relative(r_compiled, r["out.pred"]) <= 2e-5
+    assert ops and not any("complex" in str(op) or str(op) == "cpu" for op in ops)
+
+
+def test_initial_weights_do_not_depend_on_how_the_model_is_split():
+    config = DiTConfig(144, 2, 2, caption_channels=32)
+    whole, part = DiT(config), DiT(config).blocks[1]
+    init_weights(whole, "", seed=3)
+    init_weights(part, "blocks.1.", seed=3)
+    for name, value in part.state_dict().items():
+        assert torch.equal(value, whole.state_dict()[f"blocks.1.{name}"]), name
+    init_weights(part, "blocks.1.", seed=4)
+    assert not torch.equal(part.mlp.fc1.weight, whole.blocks[1].mlp.fc1.weight)

@@ -1,0 +1,191 @@
+"""Every layout trains the same model: loss, every gradient and twenty steps equal those of one process, in fp32."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from deepspeed.utils import safe_get_full_optimizer_state
+
+from mugv_ds.config.schema import TrainConfig
+from mugv_ds.engine.build import build_engine, start_process
+from mugv_ds.engine.feed import Batch, Feed
+from mugv_ds.models import DiT
+from mugv_ds.models.dit import init_weights
+from mugv_ds.objectives.flow import flow_loss
+from tests.distributed import run_ranks
+
+LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 2, 2), (2, 2, 1)]
+SHAPE = (3, 6, 9)  # 3 · 3 · 5 + 2 = 47 tokens: odd, and a side is padded
+TEXT_TOKENS, CHANNELS, GLOBAL_BATCH, STEPS = 7, 32, 4, 20
+BETA1 = 0.9
+
+
+def config(layout: tuple[int, int, int], recompute: str = "off") -> TrainConfig:
+    data, sequence, pipeline = layout
+    return TrainConfig.model_validate(
+        {
+            "model": {
+                "preset": "mugdit_debug", "hidden_size": 144, "num_heads": 2, "caption_channels": CHANNELS,
+                "precision": "fp32",
+            },
+            "data": {
+                "manifest": "unused", "global_batch_size": GLOBAL_BATCH, "max_text_tokens": TEXT_TOKENS, "num_workers": 0,
+                "micro_batch_size": GLOBAL_BATCH // (2 * data),
+            },
+            "flow": {"caption_drop": 0.0},
+            "parallel": {
+                "data": data, "sequence": sequence, "pipeline": pipeline, "activation_checkpointing": recompute,
+            },
+            "optimizer": {"lr": 1e-3, "betas": (BETA1, 0.999), "eps": 1e-6, "gradient_clipping": 0.0},
+            "schedule": {"steps": STEPS, "warmup_steps": 5},
+            "checkpoint": {"dir": "unused"},
+            "logging": {"dir": "unused"},
+        }
+    )  # fmt: skip
+
+
+def global_batch(step: int) -> Batch:
+    """Four samples: clean and noised frames, captions of unequal length; the same in every process."""
+    generator = torch.Generator().manual_seed(step)
+    b, (frames, height, width) = GLOBAL_BATCH, SHAPE
+    x_mask = torch.ones(b, frames, dtype=torch.bool)
+    x_mask[1, 0] = x_mask[2, 1] = False
+    return Batch(
+        x=torch.randn(b, 24, frames, height, width, generator=generator),
+        target=torch.randn(b, 24, frames, height, width, generator=generator),
+        timestep=1000 * torch.rand(b, generator=generator),
+        text=torch.randn(b, TEXT_TOKENS, CHANNELS, generator=generator),
+        text_mask=torch.arange(TEXT_TOKENS)[None] < torch.tensor([7, 3, 1, 5])[:, None],
+        x_mask=x_mask,
+        fps=torch.tensor([24.0, 30.0, 16.0, 8.0]),
+        weight=torch.ones(b),
+    )
+
+
+def perturb(layers: list[tuple[str, torch.nn.Module]]) -> None:
+    """Moves the weights off their initial zeros, so that every gradient differs from zero, equally for every split."""
+    for prefix, layer in layers:
+        for name, parameter in layer.named_parameters():
+            key = int.from_bytes(hashlib.blake2b((prefix + name).encode(), digest_size=7).digest())
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(key))
+            parameter.data.add_(noise, alpha=0.05)
+
+
+def reference() -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and first gradients in one process without DeepSpeed: plain model, plain loss, torch's AdamW."""
+    settings = config((1, 1, 1))
+    section = settings.optimizer
+    model = DiT(settings.model.dit())
+    init_weights(model, "", settings.data.seed)
+    perturb([("", model)])
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=section.lr, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay
+    )
+    losses, gradients = [], {}
+    for step in range(STEPS):
+        batch = global_batch(step)
+        prediction = model(batch.x, batch.timestep, batch.text, batch.text_mask, batch.x_mask, batch.fps)
+        loss = flow_loss(prediction, batch.target, batch.x_mask).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        gradients = gradients or {name: p.grad.clone() for name, p in model.named_parameters()}
+        optimizer.param_groups[0]["lr"] = section.lr * min((step + 1) / settings.schedule.warmup_steps, 1)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, gradients
+
+
+def train_layout(settings: TrainConfig, out: Path, steps: int) -> None:
+    """Trains on the global batches through DeepSpeed; rank files hold losses, terms and the stage's first gradients."""
+    process = start_process(settings)
+    engine = build_engine(settings, process, SHAPE, weights=perturb)
+    module, micro = engine.module, settings.data.micro_batch_size
+    feed = Feed(module, process, settings.data, CHANNELS)
+    losses, gradients, terms = [], {}, {}
+    for step in range(steps):
+        whole = global_batch(step)
+        begin = process.place.data * (GLOBAL_BATCH // process.layout.data)
+        parts = [Batch(*(t[i : i + micro] for t in whole)) for i in range(begin, begin + 2 * micro, micro)]
+        if module.set_shape(SHAPE, process.device):
+            engine.reset_activation_shape()
+        losses.append(engine.train_batch(feed.stage(parts, SHAPE, len(parts))).item())
+        if step == 0:
+            terms = {name: value.item() for name, value in engine.get_additional_losses().items()}
+            for prefix, layer in module.named_layers():
+                for name, parameter in layer.named_parameters():
+                    # After the first step the first moment is (1 − β1) times the reduced gradient.
+                    moment = safe_get_full_optimizer_state(parameter, "exp_avg")
+                    gradients[prefix + name] = moment / (1 - BETA1)
+    torch.save({"losses": losses, "gradients": gradients, "terms": terms}, out / f"rank{process.rank}.pt")
+
+
+def train_cases(cases: list[tuple[TrainConfig, Path, int]]) -> None:
+    for case in cases:
+        train_layout(*case)
+
+
+def start(cases: dict[str, tuple[TrainConfig, int]], folder: Path) -> dict[str, list[dict]]:
+    """Runs the cases, those of one world size in one launch, and reads what each rank wrote."""
+    worlds: dict[int, list] = {}
+    for name, (settings, steps) in cases.items():
+        (folder / name).mkdir()
+        parallel = settings.parallel
+        world = parallel.data * parallel.sequence * parallel.pipeline
+        worlds.setdefault(world, []).append((settings, folder / name, steps))
+    for world, these in worlds.items():
+        run_ranks(world, train_cases, these)
+    return {name: [torch.load(f, weights_only=True) for f in sorted((folder / name).iterdir())] for name in cases}
+
+
+def name_of(layout: tuple[int, int, int]) -> str:
+    return "dp{}-sp{}-pp{}".format(*layout)
+
+
+@pytest.fixture(scope="module")
+def expected() -> tuple[list[float], dict[str, torch.Tensor]]:
+    return reference()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, list[dict]]:
+    cases = {name_of(layout): (config(layout), STEPS) for layout in LAYOUTS}
+    for recompute in ("selective", "full"):
+        cases[recompute] = (config((1, 2, 2), recompute), 2)
+    return start(cases, tmp_path_factory.mktemp("layouts"))
+
+
+CASES = [*map(name_of, LAYOUTS), "selective", "full"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_equal_those_of_one_process(case, expected, results):
+    for rank in results[case]:
+        torch.testing.assert_close(rank["losses"], expected[0][: len(rank["losses"])], rtol=1e-5, atol=0)
+    assert expected[0][-1] < 0.99 * expected[0][0], "the loss curve must move, or the comparison shows nothing"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_gradient_equals_that_of_one_process(case, expected, results):
+    gradients = {name: g for rank in results[case] for name, g in rank["gradients"].items()}
+    assert gradients.keys() == expected[1].keys()
+    errors = {name: float((gradients[name] - g).norm() / g.norm()) for name, g in expected[1].items()}
+    assert max(errors.values()) <= 1e-5, max(errors.items(), key=lambda item: item[1])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_replicas_hold_the_same_gradients(case, results):
+    for rank in results[case]:
+        for other in results[case]:
+            for name in rank["gradients"].keys() & other["gradients"].keys():
+                assert torch.equal(rank["gradients"][name], other["gradients"][name]), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_quartile_sums_cover_the_batch(case, expected, results):
+    """Averaged over replicas and accumulation: their sum is the loss of a micro-batch, their count its size."""
+    for rank in results[case]:
+        terms, replicas = rank["terms"], int(case[2]) if case.startswith("dp") else 1
+        count = sum(terms[f"count_q{q}"] for q in range(4))
+        assert count == pytest.approx(GLOBAL_BATCH / (2 * replicas))
+        assert sum(terms[f"loss_q{q}"] for q in range(4)) / count == pytest.approx(expected[0][0], rel=1e-5)
