@@ -16,13 +16,14 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
+from mugv_ds.config.errors import InputError
 from mugv_ds.config.schema import TrainConfig
 
 CONFIG_NAME = "run_config.json"
 _LATEST = "latest"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(InputError):
     """A checkpoint that cannot be used. The message names the file or folder and what to do."""
 
 
@@ -65,7 +66,7 @@ class Store:
         if dist.get_rank() == 0:
             beside = self.dir / f"{_LATEST}.tmp"
             beside.write_text(tag)
-            os.replace(beside, self.dir / _LATEST)
+            beside.replace(self.dir / _LATEST)
 
     def resume(self, engine: PipelineEngine) -> int:
         """Loads the newest checkpoint as `checkpoint.resume` says; returns the steps it has taken, 0 for a fresh start.
@@ -79,7 +80,9 @@ class Store:
                 raise CheckpointError(f"{self.dir}: no checkpoint, and checkpoint.resume is 'must'")
             return 0
         if mode == "never":
-            raise CheckpointError(f"{self.dir}: holds {found.name}, and checkpoint.resume is 'never'; use another folder")
+            raise CheckpointError(
+                f"{self.dir}: holds {found.name}, and checkpoint.resume is 'never'; use another folder"
+            )
         with _trusting_no_pickle():
             path, state = engine.load_checkpoint(str(self.dir), tag=found.name)
         if path is None:

@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-from mugv_ds.config.model import ConfigError
+from mugv_ds.config.errors import ConfigError
 from mugv_ds.config.schema import TrainConfig
 
 Types = type | tuple[type, ...]

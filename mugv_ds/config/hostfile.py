@@ -11,12 +11,14 @@ from typing import NoReturn
 
 import psutil
 
+from mugv_ds.config.errors import InputError
+
 MAX_SLOTS = 1024
 _LINE = re.compile(r"(?P<host>\S+)\s+slots=(?P<slots>[0-9]{1,18})")
 _HOST = re.compile(r"[A-Za-z0-9._-]+")
 
 
-class HostfileError(ValueError):
+class HostfileError(InputError):
     """A hostfile that must not be launched with. The message names file and line, and what is wrong."""
 
 

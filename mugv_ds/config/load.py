@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from mugv_ds.config.deepspeed import check_deepspeed_section
-from mugv_ds.config.model import ConfigError
+from mugv_ds.config.errors import ConfigError
 from mugv_ds.config.schema import TrainConfig
 
 Json = dict[str, Any]

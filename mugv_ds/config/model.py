@@ -2,11 +2,9 @@
 
 from dataclasses import dataclass, fields
 
+from mugv_ds.config.errors import ConfigError
+
 HEAD_DIM = 72
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run. The message names the key, what is wrong and what would do."""
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from array import array
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -35,12 +36,13 @@ REQUIRED_COLUMNS = ("sample_id", "source", "latent_path", "text_feat_path")
 CHOICES = {"source": ("generated", "real"), "kind": ("image", "video"), "label": ("good", "bad")}
 
 _INDEX_VERSION = 1  # part of the index's name: a change of the columns below must raise it
+_SHAPE_COLUMNS = ("latent_t", "latent_h", "latent_w")
 _FEATURES = Features(
     {
         **{name: Value("string") for name in (*REQUIRED_COLUMNS, "caption", "kind", "label", "pair_id")},
         "fps": Value("float64"),
         "rank": Value("int32"),
-        **{name: Value("int32") for name in ("latent_t", "latent_h", "latent_w")},
+        **{name: Value("int32") for name in _SHAPE_COLUMNS},
     }
 )
 _INTEGER_COLUMNS = ("num_frames", "height", "width", "rank")
@@ -50,6 +52,7 @@ _MAX_LINE_BYTES = 1 << 20
 _CHUNK_ROWS = 10_000
 _HEADER_THREADS = 16  # opening files is waiting, on a network file system most of all
 _UNREADABLE = (0, 0, 0)
+_DIGITS = re.compile("[0-9]{1,6}")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 logger = logging.getLogger(__name__)
@@ -129,12 +132,12 @@ class Index:
             IndexError: there is no such row.
         """
         record = self._dataset[i]
-        shape = tuple(record.pop(name) for name in ("latent_t", "latent_h", "latent_w"))
+        shape = tuple(record.pop(name) for name in _SHAPE_COLUMNS)
         return Row(latent_shape=shape, **record)
 
     def shapes(self) -> np.ndarray:
         """(T, H, W) of every row's latent: int32 [n, 3]; zeros where it could not be read."""
-        columns = (self._dataset.data.column(name).to_numpy() for name in ("latent_t", "latent_h", "latent_w"))
+        columns = (self._dataset.data.column(name).to_numpy() for name in _SHAPE_COLUMNS)
         return np.stack(list(columns), axis=1)
 
     def resolve(self, relative: str) -> Path:
@@ -237,7 +240,7 @@ def resolve(root: str | Path, relative: str) -> Path:
     return path
 
 
-def _write(csv_path: Path, stream: Any) -> None:
+def _write(csv_path: Path, stream: BinaryIO) -> None:
     """Writes the index of a checked CSV as one Arrow stream, a chunk of rows at a time."""
     rows, unreadable = 0, []
     with (
@@ -246,13 +249,11 @@ def _write(csv_path: Path, stream: Any) -> None:
     ):
         records = _records(csv_path)
         while chunk := list(itertools.islice(records, _CHUNK_ROWS)):
-            for (line, record), shape in zip(
-                chunk, pool.map(_latent_shape, itertools.repeat(csv_path), chunk), strict=True
-            ):
+            for (line, record), shape in zip(chunk, _shapes(csv_path, chunk, pool), strict=True):
                 if isinstance(shape, SampleError):
                     unreadable.append(f"{csv_path}:{line}: {shape}")
                     shape = _UNREADABLE
-                record["latent_t"], record["latent_h"], record["latent_w"] = shape
+                record.update(zip(_SHAPE_COLUMNS, shape, strict=True))
             columns = {name: [record[name] for _, record in chunk] for name in _FEATURES}
             writer.write_table(pa.table(columns, schema=_FEATURES.arrow_schema))
             rows += len(chunk)
@@ -263,16 +264,27 @@ def _write(csv_path: Path, stream: Any) -> None:
         logger.warning("left out: %s", message)
 
 
-def _latent_shape(csv_path: Path, numbered: tuple[int, Record]) -> Shape | SampleError:
-    """(T, H, W) of a row's latent, or why it cannot be known."""
+def _shapes(csv_path: Path, chunk: list[tuple[int, Record]], pool: ThreadPoolExecutor) -> list[Shape | SampleError]:
+    """(T, H, W) of each row's latent, or why it cannot be known; files are opened only where the row does not say."""
+    declared = [_declared_shape(record) for _, record in chunk]
+    unknown = [row for row, shape in zip(chunk, declared, strict=True) if None in shape]
+    stored = pool.map(partial(_stored_shape, csv_path), unknown)
+    return [next(stored) if None in shape else shape for shape in declared]
+
+
+def _declared_shape(record: Record) -> tuple[int | None, int | None, int | None]:
+    """(T, H, W) as far as the row says."""
+    frames, height, width = record["num_frames"], record["height"], record["width"]
+    return frames and math.ceil(frames / STRIDE), height and height // STRIDE, width and width // STRIDE
+
+
+def _stored_shape(csv_path: Path, numbered: tuple[int, Record]) -> Shape | SampleError:
+    """(T, H, W) from the header of a row's latent, or what is wrong with the file.
+
+    Raises:
+        ManifestError, PathError, UnsafeFileError: see `build_index`.
+    """
     line, record = numbered
-    declared = (
-        record["num_frames"] and math.ceil(record["num_frames"] / STRIDE),
-        record["height"] and record["height"] // STRIDE,
-        record["width"] and record["width"] // STRIDE,
-    )
-    if None not in declared:
-        return declared
     try:
         path = resolve(csv_path.parent, record["latent_path"])
         shape = tuple(check_latent(load_tensors(path), path).shape[1:])
@@ -282,10 +294,10 @@ def _latent_shape(csv_path: Path, numbered: tuple[int, Record]) -> Shape | Sampl
         raise
     except SampleError as error:
         return error
-    for name, said, found in zip(("num_frames", "height", "width"), declared, shape, strict=True):
-        if said not in (None, found):
+    for name, declared, stored in zip(("num_frames", "height", "width"), _declared_shape(record), shape, strict=True):
+        if declared not in (None, stored):
             raise ManifestError(
-                f"{csv_path}:{line}: {name} = {record[name]} means {said} in the latent, but {path} has {found}"
+                f"{csv_path}:{line}: {name} = {record[name]} means {declared} in the latent, but {path} has {stored}"
             )
     return shape
 
@@ -358,7 +370,7 @@ def _rows(csv_path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
             yield line, values
 
 
-def _lines(csv_path: Path, file: Any) -> Iterator[str]:
+def _lines(csv_path: Path, file: BinaryIO) -> Iterator[str]:
     """The lines of a CSV opened in binary, decoded; a byte-order mark is dropped."""
     for number, raw in enumerate(iter(lambda: file.readline(_MAX_LINE_BYTES), b""), 1):
         if len(raw) == _MAX_LINE_BYTES:
@@ -406,8 +418,8 @@ def _positive_float(text: str) -> float:
 
 def _integer(name: str, text: str) -> int:
     smallest = 0 if name == "rank" else 1
-    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < smallest:
-        raise ManifestError(f"{name} = {text!r}: must be a whole number of at least {smallest}")
+    if not _DIGITS.fullmatch(text) or int(text) < smallest:
+        raise ManifestError(f"{name} = {text!r}: must be a whole number from {smallest} to 999999")
     return int(text)
 
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import deepspeed
 import torch
@@ -13,7 +14,8 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
 from mugv_ds.config.deepspeed import deepspeed_config
-from mugv_ds.config.schema import OptimizerSection, ScheduleSection, TrainConfig
+from mugv_ds.config.errors import PeerError
+from mugv_ds.config.schema import OptimizerSection, TrainConfig
 from mugv_ds.engine.schedule import rate_factor
 from mugv_ds.models.attention import sdpa
 from mugv_ds.models.rope import patch_grid
@@ -23,6 +25,9 @@ from mugv_ds.parallel.pipeline import DiTPipeline, Labels, stage_boundaries
 from mugv_ds.parallel.ulysses import Ulysses
 
 QUARTILE_TERMS = [f"{kind}_q{q}" for q in range(4) for kind in ("loss", "count")]
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,26 @@ class Process:
     def sequence_source(self) -> int:
         """The global rank that reads for this one's sequence group."""
         return self.rank - self.place.sequence
+
+    def first_then_all(self, function: Callable[[], T]) -> T:
+        """Calls `function` on rank 0, and then, what it prepared being there, on the others.
+
+        Raises:
+            PeerError: on the others, when it failed on rank 0.
+        """
+        failure = None
+        if self.rank == 0:
+            try:
+                result = function()
+            except Exception as error:
+                failure = error
+        failed = torch.tensor([failure is not None], dtype=torch.int32, device=self.device)
+        dist.broadcast(failed, 0)
+        if failure is not None:
+            raise failure
+        if failed.item():
+            raise PeerError("rank 0 failed, and says why")
+        return result if self.rank == 0 else function()
 
 
 def start_process(config: TrainConfig) -> Process:

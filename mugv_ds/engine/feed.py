@@ -7,17 +7,18 @@ pipeline stage read the same sample with the same randomness, which is a functio
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mugv_ds.config.errors import PeerError
 from mugv_ds.config.schema import DataSection, FlowSection
 from mugv_ds.data import noise
+from mugv_ds.data.buckets import Step
 from mugv_ds.data.manifest import Index
-from mugv_ds.data.sample import SampleError, read_row, read_text
+from mugv_ds.data.sample import read_row, read_text
 from mugv_ds.engine.build import Process
 from mugv_ds.objectives import flow
 from mugv_ds.parallel.pipeline import DiTPipeline, Inputs, Labels, labels
@@ -70,7 +71,7 @@ class FlowSamples:
     flow: FlowSection
     channels: int
 
-    def __call__(self, picks: Sequence[tuple[int, int | None]]) -> Batch:
+    def __call__(self, picks: Sequence[tuple[int, int | None]], step: Step | None = None) -> Batch:
         """The batch of these (row, visit) pairs, all of one latent shape; visit None marks a filler.
 
         Raises:
@@ -79,12 +80,13 @@ class FlowSamples:
         return Batch(*map(torch.stack, zip(*(self._sample(row, visit) for row, visit in picks), strict=True)))
 
     def _sample(self, row_number: int, visit: int | None) -> Batch:
-        sample = read_row(
-            self.index, row_number, channels=self.channels, max_text_tokens=self.data.max_text_tokens
-        )
-        row, x0 = sample.row, sample.latent
+        tokens = self.data.max_text_tokens
+        row = self.index.row(row_number)
         key = (self.data.seed, row.sample_id, visit or 0)
-        frames = x0.shape[1]
+        drop = noise.caption_uniform(*key) < self.flow.caption_drop
+        sample = read_row(self.index, row_number, channels=self.channels, max_text_tokens=tokens, with_text=not drop)
+        x0, frames = sample.latent, sample.latent.shape[1]
+        text, text_mask = self._null_text() if drop else (sample.text, sample.text_mask)
 
         t = flow.draw_time(torch.tensor(noise.time_normal(*key)), self._shift(row.height, row.width, frames))
         epsilon = noise.gaussian(*key, tuple(x0.shape))
@@ -93,9 +95,6 @@ class FlowSamples:
             x_mask[0] = False
         x_t = flow.interpolate(x0[None], epsilon[None], t[None])[0]
 
-        text, text_mask = sample.text, sample.text_mask
-        if noise.caption_uniform(*key) < self.flow.caption_drop:
-            text, text_mask = self._null_text()
         return Batch(
             x=torch.where(x_mask[None, :, None, None], x_t, x0),
             target=flow.velocity(x0, epsilon),
@@ -113,7 +112,7 @@ class FlowSamples:
         return self.flow.shift
 
     def _null_text(self) -> tuple[Tensor, Tensor]:
-        path = Path(self.index.root) / self.data.null_text_path
+        path = self.index.resolve(self.data.null_text_path)
         return read_text(path, self.channels, self.data.max_text_tokens)
 
 
@@ -141,7 +140,7 @@ class Feed:
         Args:
             batches: where this rank reads, the micro-batches; elsewhere None.
         Raises:
-            SampleError: a sample cannot be used; it is raised on every rank of the sequence group.
+            SampleError: a sample cannot be used. PeerError: the rank that reads for this one met an error.
         """
         batches = iter(batches) if self.reads else None
         for _ in range(count):
@@ -159,29 +158,28 @@ class Feed:
     def _share(self, batches: Iterator[Batch] | None, shape: tuple[int, int, int]) -> Batch:
         """The next micro-batch on this device: read here, or received from the rank that reads."""
         device, group, source = self.process.device, self.process.group, self.process.sequence_source
+        device, group, source = self.process.device, self.process.group, self.process.sequence_source
         begin, failure = time.perf_counter(), None
         if batches is not None:
             try:
                 batch = Batch(*(tensor.to(device, non_blocking=True) for tensor in next(batches)))
-            except SampleError as error:
+            except Exception as error:
                 failure = error
         else:
             batch = empty_batch(self.data.micro_batch_size, shape, self.data.max_text_tokens, self.channels, device)
         self.waited += time.perf_counter() - begin
         if group is not None:
             self._agree(failure)
-            for tensor in batch:
-                dist.broadcast(tensor, source, group=group)
-        elif failure is not None:
-            raise failure
-        return batch
-
-    def _agree(self, failure: SampleError | None) -> None:
-        """All ranks of the group go on, or all raise."""
-        source = self.process.sequence_source
-        failed = torch.tensor([failure is not None], dtype=torch.int32, device=self.process.device)
-        dist.broadcast(failed, source, group=self.process.group)
         if failure is not None:
             raise failure
-        if failed.item():
-            raise SampleError(f"rank {source}, which reads for this one, met a sample that cannot be used")
+        if group is not None:
+            for tensor in batch:
+                dist.broadcast(tensor, source, group=group)
+        return batch
+
+    def _agree(self, failure: Exception | None) -> None:
+        """The ranks that would wait for a sample that cannot be read stop instead."""
+        failed = torch.tensor([failure is not None], dtype=torch.int32, device=self.process.device)
+        dist.broadcast(failed, self.process.sequence_source, group=self.process.group)
+        if failed.item() and failure is None:
+            raise PeerError(f"rank {self.process.sequence_source} could not read a sample, and says why")

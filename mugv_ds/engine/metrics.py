@@ -85,7 +85,7 @@ class Recorder:
         return (step + 1) % self._every == 0 or step + 1 == self._steps
 
     def step(self, loss: Tensor, terms: dict[str, Tensor], *, samples: int, tokens: int, flops: float) -> None:
-        """Notes a finished step: its loss and quartile sums as tensors, samples, tokens and model FLOPs of all ranks."""
+        """Notes a finished step: loss and quartile sums as tensors; samples, tokens and model FLOPs of all ranks."""
         self._losses.append(loss.detach())
         for name, value in terms.items():
             self._quartiles[name] = self._quartiles.get(name, 0) + value

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from mugv_ds.config.model import ConfigError
+from mugv_ds.config.errors import ConfigError
 from mugv_ds.config.schema import ParallelSection
 
 

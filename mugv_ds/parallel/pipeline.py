@@ -17,7 +17,8 @@ from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 from deepspeed.runtime.utils import partition_balanced
 from torch import Tensor
 
-from mugv_ds.config.model import ConfigError, DiTConfig
+from mugv_ds.config.errors import ConfigError
+from mugv_ds.config.model import DiTConfig
 from mugv_ds.models.dit import Embedders, describe_tokens, init_weights, patch_pixels
 from mugv_ds.models.flops import layer_flops
 from mugv_ds.models.layers import Block, Condition, FinalLayer

@@ -1,46 +1,22 @@
 """The model against what the published code computed."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from mugv_ds.models import PRESETS, DiT, DiTConfig
 from mugv_ds.models.dit import init_weights
 from mugv_ds.models.layers import sinusoid
+from tests.records import GOLDEN, load_record, relative, run
 
-GOLDEN = Path(__file__).parent.parent / "golden"
 RECORDS = ["dit_t2v", "dit_i2v_batch"]
-
-
-def load_record(name: str) -> tuple[DiT, dict[str, torch.Tensor]]:
-    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-        sizes = {key: int(value) for key, value in file.metadata().items()}
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    model = DiT(DiTConfig(**sizes))
-    model.load_state_dict({key[6:]: value for key, value in tensors.items() if key.startswith("param.")}, strict=True)
-    return model, tensors
-
-
-def run(model: DiT, r: dict[str, torch.Tensor], **kwargs) -> torch.Tensor:
-    return model(
-        r["in.x"], r["in.timestep"], r["in.text"][:, 0], r["in.text_mask"], r["in.x_mask"], r["in.fps"],
-        r["in.frame_index"], **kwargs,
-    )  # fmt: skip
 
 
 def record_loss(prediction: torch.Tensor, r: dict[str, torch.Tensor]) -> torch.Tensor:
     """The records' loss: one mean over all noised elements of the batch, against the target as it is."""
     weight = r["in.x_mask"][:, None, :, None, None].expand_as(r["in.target"])
     return (prediction[:, :24] - r["in.target"])[weight].square().mean()
-
-
-def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
-    value = value.detach()
-    difference, scale = (value.double() - reference.double()).norm(), reference.double().norm()
-    return float(difference / scale) if scale > 0 else float(difference)
 
 
 @pytest.mark.parametrize("recompute", ["off", "selective", "full"])

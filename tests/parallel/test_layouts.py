@@ -30,8 +30,8 @@ def config(layout: tuple[int, int, int], recompute: str = "off") -> TrainConfig:
                 "precision": "fp32",
             },
             "data": {
-                "manifest": "unused", "global_batch_size": GLOBAL_BATCH, "max_text_tokens": TEXT_TOKENS, "num_workers": 0,
-                "micro_batch_size": GLOBAL_BATCH // (2 * data),
+                "manifest": "unused", "num_workers": 0, "max_text_tokens": TEXT_TOKENS,
+                "global_batch_size": GLOBAL_BATCH, "micro_batch_size": GLOBAL_BATCH // (2 * data),
             },
             "flow": {"caption_drop": 0.0},
             "parallel": {

@@ -1,0 +1,58 @@
+# Everything runs inside .venv, which `make install` creates. Variables: CONFIG, SET, HOSTFILE, CKPT, OUT, FORMAT, PYTHON.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+HOSTFILE ?= hostfiles/localhost
+CONFIG ?= ds_configs/debug.json
+FORMAT ?= pt
+# One host, no ssh. For several hosts see the README.
+LAUNCH = $(BIN)/python tools/check_hostfile.py $(HOSTFILE) && $(BIN)/deepspeed --hostfile $(HOSTFILE) --no_ssh \
+	--node_rank 0 --master_addr 127.0.0.1
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart demo-data train dry-run convert-hf sample test lint clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/installed  ## Create .venv and install the package with its test tools
+
+$(VENV)/installed: setup.cfg constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+quickstart: install  ## The whole job on this machine: demo data, training on two processes, weights, sampled videos
+	$(BIN)/python tools/make_demo_data.py --out data/demo
+	rm -rf runs/debug exports/debug samples/debug
+	$(MAKE) --no-print-directory train CONFIG=ds_configs/debug.json
+	$(MAKE) --no-print-directory convert-hf CKPT=runs/debug/checkpoints OUT=exports/debug
+	$(MAKE) --no-print-directory sample
+	$(BIN)/python tools/summary.py --run runs/debug/tensorboard --weights exports/debug --samples samples/debug
+
+demo-data: install  ## Draw, encode and write the demo clips to data/demo
+	$(BIN)/python tools/make_demo_data.py --out data/demo
+
+train: install  ## Train CONFIG on the hosts of HOSTFILE; SET="section.key=value …" overrides
+	$(LAUNCH) mugv_ds/train.py --config $(CONFIG) $(addprefix --set ,$(SET))
+
+dry-run: install  ## Print what CONFIG would run, without starting it
+	$(BIN)/python mugv_ds/train.py --dry-run --config $(CONFIG) $(addprefix --set ,$(SET))
+
+convert-hf: install  ## Write checkpoint CKPT as published-format weights to OUT (FORMAT=pt or safetensors)
+	@test -n "$(CKPT)" -a -n "$(OUT)" || { echo "usage: make convert-hf CKPT=runs/…/checkpoints OUT=exports/…"; exit 2; }
+	$(BIN)/python tools/convert_hf.py --ckpt $(CKPT) --out $(OUT) --format $(FORMAT)
+
+sample: install  ## Sample the demo prompts from exports/debug to samples/debug
+	$(BIN)/python tools/sample.py --weights exports/debug --codec data/demo/codec.safetensors --demo-prompts \
+		--out samples/debug
+
+test: install lint  ## Run the linter and all tests
+	$(BIN)/python -m pytest
+
+lint: install  ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:  ## Remove what runs made; keeps .venv
+	rm -rf data/demo runs/debug exports/debug samples/debug

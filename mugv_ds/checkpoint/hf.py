@@ -1,0 +1,206 @@
+"""Weights in the published format: read from any of its files, written from a training checkpoint.
+
+The format is `DiT.state_dict()`, as one `.pt`, as one `.safetensors`, or as a folder of shards with an index. Tensors
+are memory-mapped and handled a layer at a time: converting takes the memory of one shard, whatever the model's size.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mugv_ds.checkpoint.store import CheckpointError, newest, read_run_config
+from mugv_ds.config.model import DiTConfig
+from mugv_ds.models.dit import DiT
+
+CONFIG_NAME = "config.json"
+PT_NAME = "dit.pt"
+_INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SHARD_SIZE = "5GB"
+
+
+class PublishedWeights(Mapping[str, Tensor]):
+    """The tensors of published-format weights by name, each read when it is asked for.
+
+    Args:
+        path: a `.pt`/`.bin`/`.safetensors` file, or a folder that holds one of them or shards with their index.
+
+    Raises:
+        CheckpointError: there are no weights at `path`, or a file is not what its name says.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._file_of = {name: file for file in self._files() for name in _names(file)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        file = self._file_of[name]
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as tensors:
+                return tensors.get_tensor(name)
+        return _load_pt(file)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+    def _files(self) -> list[Path]:
+        if self.path.is_file():
+            return [self.path]
+        for name in _INDEX_NAMES:
+            if (self.path / name).is_file():
+                shards = sorted(set(json.loads((self.path / name).read_text())["weight_map"].values()))
+                return [self._inside(shard) for shard in shards]
+        found = [file for file in (self.path / PT_NAME, self.path / "model.safetensors") if file.is_file()]
+        if not found:
+            raise CheckpointError(
+                f"{self.path}: holds no weights ({PT_NAME}, model.safetensors, or shards with an index)"
+            )
+        return found[:1]
+
+    def _inside(self, shard: str) -> Path:
+        file = self.path / shard
+        if Path(shard).name != shard or not file.is_file():
+            raise CheckpointError(f"{self.path}: its index names {shard!r}, which is not a file in this folder")
+        return file
+
+
+def load_into(path: str | Path, layers: Iterable[tuple[str, nn.Module]]) -> None:
+    """Copies published-format weights into parts of a DiT, each with the prefix of its names.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape.
+    """
+    weights = PublishedWeights(path)
+    for prefix, layer in layers:
+        state = {}
+        for name, parameter in layer.state_dict().items():
+            if prefix + name not in weights:
+                raise CheckpointError(f"{path}: has no {prefix + name}; it is not a DiT of this depth")
+            state[name] = weights[prefix + name]
+            if state[name].shape != parameter.shape:
+                raise CheckpointError(
+                    f"{path}: {prefix + name} is {list(state[name].shape)}, the model wants {list(parameter.shape)}"
+                )
+        layer.load_state_dict(state, strict=True)
+
+
+def load_dit(path: str | Path) -> DiT:
+    """The model of published-format weights with their `config.json` beside them.
+
+    Raises:
+        CheckpointError: weights or sizes are missing or do not fit.
+    """
+    path = Path(path)
+    file = (path if path.is_dir() else path.parent) / CONFIG_NAME
+    try:
+        config = DiTConfig(**json.loads(file.read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: must hold the model's sizes, as the converter writes them: {error}") from None
+    with torch.device("meta"):
+        model = DiT(config)
+    model = model.to_empty(device="cpu")
+    load_into(path, [("", model)])
+    return model
+
+
+class TrainedLayers(Mapping[str, Tensor]):
+    """The weights of a DeepSpeed pipeline checkpoint, by published name, each read when it is asked for.
+
+    Args:
+        checkpoint: a `global_step<n>` folder. depth: blocks of the model.
+    """
+
+    def __init__(self, checkpoint: Path, depth: int) -> None:
+        self._place: dict[str, tuple[Path, str]] = {}
+        prefixes = ["", *(f"blocks.{i}." for i in range(depth)), "final_layer."]
+        for layer, prefix in enumerate(prefixes):
+            file = checkpoint / f"layer_{layer:02d}-model_states.pt"
+            if not file.is_file():
+                raise CheckpointError(f"{file}: missing; the checkpoint is not complete")
+            self._place.update({prefix + name: (file, name) for name in _names(file)})
+
+    def __getitem__(self, name: str) -> Tensor:
+        file, local = self._place[name]
+        return _load_pt(file)[local]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._place)
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+
+def export(checkpoint: Path, out: Path, *, layout: str) -> Path:
+    """Writes a training checkpoint in the published format, with `config.json`; returns the weights' path.
+
+    Args:
+        checkpoint: a run's folder (its newest checkpoint is taken) or a `global_step<n>` folder in it.
+        out: folder to write. layout: "pt" for one file, "safetensors" for shards of 5 GB with an index.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be used, or is not a whole DiT.
+    """
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"{checkpoint}: no such folder")
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out}: is a file; name a folder")
+    found = checkpoint if checkpoint.name.startswith("global_step") else newest(checkpoint)
+    if found is None:
+        raise CheckpointError(f"{checkpoint}: holds no checkpoint")
+    config = read_run_config(found).model.dit()
+    weights = TrainedLayers(found, config.depth)
+    _check_complete(weights, config, found)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / CONFIG_NAME).write_text(json.dumps(asdict(config), indent=2) + "\n")
+    if layout == "pt":
+        torch.save(dict(weights), out / PT_NAME)
+        return out / PT_NAME
+    _save_shards(weights, out)
+    return out
+
+
+def _check_complete(weights: Mapping[str, Tensor], config: DiTConfig, checkpoint: Path) -> None:
+    with torch.device("meta"):
+        wanted = DiT(config).state_dict()
+    if wanted.keys() != weights.keys():
+        odd = sorted(wanted.keys() ^ weights.keys())
+        raise CheckpointError(f"{checkpoint}: not a DiT of these sizes; {len(odd)} names differ, the first is {odd[0]}")
+
+
+def _save_shards(weights: Mapping[str, Tensor], out: Path) -> None:
+    plan = split_torch_state_dict_into_shards(dict(weights), max_shard_size=_SHARD_SIZE)
+    for file, names in plan.filename_to_tensors.items():
+        save_file({name: weights[name].contiguous() for name in names}, out / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (out / _INDEX_NAMES[0]).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _names(file: Path) -> list[str]:
+    if file.suffix != ".safetensors":
+        return list(_load_pt(file))
+    try:
+        with safe_open(file, "pt") as tensors:
+            return list(tensors.keys())
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: not a safetensors file: {error}") from None
+
+
+def _load_pt(file: Path) -> dict[str, Tensor]:
+    """The state dict in a file; its tensors are mapped, not read."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise CheckpointError(f"{file}: cannot be read as plain tensors: {error}") from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{file}: must hold a dict of tensors")
+    return state

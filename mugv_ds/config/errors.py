@@ -1,0 +1,13 @@
+"""Errors that end a command."""
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used. Commands print the message, one line, and exit with status 2."""
+
+
+class ConfigError(InputError):
+    """A configuration that cannot be run. The message names the key, what is wrong and what would do."""
+
+
+class PeerError(RuntimeError):
+    """Another rank met an error, which it reports; this one only stops."""

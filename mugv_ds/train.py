@@ -1,0 +1,80 @@
+"""Trains the DiT; started by `deepspeed`, one process a device.
+
+deepspeed --hostfile hostfiles/localhost --no_ssh --node_rank 0 --master_addr 127.0.0.1 \\
+    mugv_ds/train.py --config ds_configs/debug.json --set schedule.steps=20
+"""
+
+import argparse
+import os
+import sys
+from functools import partial
+
+from mugv_ds.config import InputError, PeerError, TrainConfig, load_config
+from mugv_ds.config.hostfile import check_launcher
+
+
+def train(config: TrainConfig) -> None:
+    """Runs the training that `config` describes, as one of the processes of the launch.
+
+    Raises:
+        InputError: config, data, weights or checkpoint cannot be used. PeerError: another rank met an error.
+    """
+    # Imported here, so that a wrong command line or config answers at once.
+    import torch.distributed as dist
+
+    from mugv_ds.checkpoint.hf import load_into
+    from mugv_ds.checkpoint.store import Store
+    from mugv_ds.data.manifest import open_index
+    from mugv_ds.engine.build import build_engine, start_process
+    from mugv_ds.engine.loop import Trainer
+
+    process = start_process(config)
+    training, validation = (
+        path and process.first_then_all(partial(open_index, path, config.data.index_dir))
+        for path in (config.data.manifest, config.data.val_manifest)
+    )
+    init = config.checkpoint.init_from
+    engine = build_engine(
+        config,
+        process,
+        shape=tuple(training.shapes().max(axis=0).tolist()),
+        weights=init and partial(load_into, init),
+    )
+    store = Store(config)
+    start = store.resume(engine)
+    if process.rank == 0:
+        print(f"going on after step {start}" if start else f"starting from {init or 'fresh weights'}", flush=True)
+    Trainer(config, process, engine, train=training, validation=validation, save=partial(store.save, engine)).run(start)
+    dist.destroy_process_group()  # without it some processes abort at exit
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses the command line; returns the exit status: 0, or 2 with one line that says what to change."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="JSON file of ds_configs/")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a value")
+    parser.add_argument("--dry-run", action="store_true", help="print layout, sizes and merged config; start nothing")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher gives it; it is in the environment too
+    arguments = parser.parse_args(argv)
+    world_size = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
+    try:
+        config = load_config(arguments.config, arguments.set)
+        if arguments.dry_run:
+            from mugv_ds.engine.describe import describe
+
+            print(describe(config, world_size))
+        elif world_size is None:
+            parser.error("started without the deepspeed launcher; see the command above, or use --dry-run")
+        else:
+            check_launcher(world_size)
+            train(config)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except PeerError:
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from mugv_ds.data import noise
+from mugv_ds.data.buckets import Order, micro_batches
+from mugv_ds.data.loader import loader
+from mugv_ds.data.sample import SampleError
+
+ORDER = Order(np.array([(1, 4, 4)] * 7 + [(2, 4, 4)] * 6, dtype=np.int32), 4, 0)
+WORKERS = [0, 2]
+
+
+def draw(visits):
+    """A batch as training makes them: rows, visits, and noise keyed by both."""
+    return {
+        "visits": torch.tensor(visits),
+        "noise": torch.stack([noise.gaussian(0, str(row), visit, (3,)) for row, visit in visits]),
+    }
+
+
+def threads(visits):
+    torch.rand(1)
+    return torch.tensor([torch.get_num_threads(), torch.cuda.is_initialized()])
+
+
+@dataclass(frozen=True)
+class FailAt:
+    row: int
+
+    def __call__(self, visits):
+        if self.row in [row for row, _ in visits]:
+            raise SampleError(f"data/x.pt: row {self.row} is bad")
+        return draw(visits)
+
+
+@dataclass(frozen=True)
+class DieAt:
+    """Kills its own process at a row: once, or always if `once` is False."""
+
+    row: int
+    sentinel: Path
+    once: bool
+
+    def __call__(self, visits):
+        if self.row in [row for row, _ in visits] and not (self.once and self.sentinel.exists()):
+            self.sentinel.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return draw(visits)
+
+
+def read(start, stop, *, workers=0, rank=0, ranks=1, micro=1, make=draw):
+    return loader(
+        ORDER,
+        start_step=start,
+        stop_step=stop,
+        data_rank=rank,
+        data_ranks=ranks,
+        micro=micro,
+        make=make,
+        num_workers=workers,
+    )
+
+
+def plain(steps):
+    return [(step, [(b["visits"].tolist(), b["noise"].tolist()) for b in batches]) for step, batches in steps]
+
+
+EXPECTED = plain((ORDER.step(i), [draw(b) for b in micro_batches(ORDER.step(i), 0, 1, 1)]) for i in range(12))
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize("start", [0, 5])
+def test_resuming_is_going_on(workers, start):
+    assert plain(read(start, 12, workers=workers)) == EXPECTED[start:]
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 2), (2, 1), (2, 2), (4, 1)])
+def test_ranks_share_each_step(ranks, micro):
+    by_rank = [list(read(0, 6, rank=rank, ranks=ranks, micro=micro)) for rank in range(ranks)]
+    for index, shares in enumerate(zip(*by_rank, strict=True)):
+        step = ORDER.step(index)
+        assert all(got == step and len(batches) == 4 // ranks // micro for got, batches in shares)
+        together = torch.cat([batch["visits"] for _, batches in shares for batch in batches])
+        assert together.tolist() == [list(pair) for pair in zip(step.rows, step.visits, strict=True)]
+
+
+def test_nothing_to_read():
+    assert list(read(5, 5)) == []
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_ambient_random_state_is_left_alone(workers):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(read(0, 2, workers=workers))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_workers_have_one_thread_and_no_cuda():
+    assert [batch.tolist() for _, batches in read(0, 1, workers=1, make=threads) for batch in batches] == [[1, 0]] * 4
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_an_error_keeps_its_class_and_message(workers):
+    bad = ORDER.step(2).rows[1]
+    with pytest.raises(SampleError, match=rf"data/x\.pt: row {bad} is bad"):
+        list(read(0, 4, workers=workers, make=FailAt(bad)))
+
+
+def test_a_killed_worker_is_replaced(tmp_path, caplog):
+    step = ORDER.step(3)
+    new = next(row for row in step.rows if all(row not in ORDER.step(i).rows for i in range(3)))
+    make = DieAt(new, tmp_path / "died", once=True)
+    with caplog.at_level(logging.WARNING):
+        assert plain(read(0, 8, workers=2, make=make)) == EXPECTED[:8]
+    assert (tmp_path / "died").exists()
+    assert "exited unexpectedly" in caplog.text
+    assert "rows [" in caplog.text
+
+
+def test_workers_that_die_again_and_again_end_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("mugv_ds.data.loader._MAX_RESTARTS", 1)
+    make = DieAt(ORDER.step(0).rows[0], tmp_path / "died", once=False)
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        list(read(0, 2, workers=1, make=make))
+
+
+def test_workers_end_with_the_run(tmp_path):
+    code = """
+import time
+from tests.data.test_loader import read
+steps = read(0, 12, workers=2)
+next(steps)
+print("reading", flush=True)
+time.sleep(60)
+"""
+    root = Path(__file__).parents[2]
+    with subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout.readline() == "reading\n"
+        helpers = psutil.Process(run.pid).children(recursive=True)
+        assert len(helpers) >= 2
+        run.kill()
+        deadline = time.monotonic() + 20
+        while any(helper.is_running() and helper.status() != "zombie" for helper in helpers):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)

@@ -1,0 +1,27 @@
+"""Writes a training checkpoint as published-format weights that `DiT.load_state_dict(strict=True)` takes."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mugv_ds.checkpoint.hf import export
+from mugv_ds.config import InputError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ckpt", type=Path, required=True, help="a run's checkpoint folder, or a global_step<n> in it")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--format", choices=["pt", "safetensors"], default="pt", help="one .pt, or sharded safetensors")
+    args = parser.parse_args(argv)
+    try:
+        print(export(args.ckpt, args.out, layout=args.format))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
