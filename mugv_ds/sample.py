@@ -1,16 +1,99 @@
-"""The rectified-flow sampler with classifier-free guidance: text, or text and a first frame, to a latent video."""
+"""The rectified-flow sampler with classifier-free guidance: text, or text and a first frame, to video."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mugv_ds.data.noise import gaussian
 from mugv_ds.models.dit import DiT
+from mugv_ds.models.text import NEGATIVE_PROMPT, PROMPT_SUFFIX
 from mugv_ds.objectives.flow import MAX_TIME, resolution_shift, sampling_times
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (z [B, 24, T, H, W], t scalar) → dz/d(−t/1000), of z's shape
+
+
+STRIDE = 8  # pixels and frames that a latent covers along each axis
+
+
+class Codec(Protocol):
+    """A video codec: [B, 3, F, H, W] in [−1, 1] ↔ [B, 24, F/8, H/8, W/8]."""
+
+    def encode(self, video: Tensor) -> Tensor: ...
+
+    def decode(self, latent: Tensor) -> Tensor: ...
+
+
+class TextEncoder(Protocol):
+    """Texts → features [B, L, C] and mask bool [B, L]."""
+
+    def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]: ...
+
+
+@torch.no_grad()
+def sample_videos(
+    model: DiT,
+    codec: Codec,
+    encoder: TextEncoder,
+    prompts: Sequence[str],
+    *,
+    frames: int,
+    height: int,
+    width: int,
+    fps: float,
+    seed: int,
+    image: Tensor | None = None,
+    steps: int = 25,
+    guidance: float = 4.0,
+    shift: float | None = None,
+) -> Tensor:
+    """Videos of the prompts, on the device of the model.
+
+    Args:
+        frames, height, width: of the videos; multiples of 8.
+        fps: frames a second that the model is told.
+        seed: a prompt's noise is keyed by (seed, prompt), so it does not depend on the other prompts.
+        image: [3, height, width] in [−1, 1]: the first latent frame (8 frames) of every video shows it.
+        steps, guidance, shift: see `sample_latents`.
+    Returns:
+        uint8 [B, frames, height, width, 3].
+    Raises:
+        ValueError: a size is no multiple of 8, or the image has another size.
+    """
+    if any(size < STRIDE or size % STRIDE for size in (frames, height, width)):
+        raise ValueError(f"frames {frames}, height {height}, width {width}: must be multiples of {STRIDE}")
+    device = model.start_token.device
+    shape = (model.config.in_channels, frames // STRIDE, height // STRIDE, width // STRIDE)
+    noise = torch.stack([gaussian(seed, prompt, 0, shape) for prompt in prompts]).to(device)
+    reference, frame_mask = torch.zeros_like(noise), torch.ones(len(prompts), shape[1], dtype=torch.bool, device=device)
+    if image is not None:
+        if image.shape != (3, height, width):
+            raise ValueError(f"the image is {list(image.shape)}, the videos take [3, {height}, {width}]")
+        still = image[None, :, None].expand(-1, -1, STRIDE, -1, -1).to(device)
+        reference[:, :, :1], frame_mask[:, 0] = codec.encode(still), False
+    text, text_mask = encoder([prompt + PROMPT_SUFFIX for prompt in prompts])
+    negative_text, negative_mask = encoder([NEGATIVE_PROMPT] * len(prompts))
+    latents = sample_latents(
+        model,
+        noise=noise,
+        reference=reference,
+        frame_mask=frame_mask,
+        text=text.to(device),
+        text_mask=text_mask.to(device),
+        negative_text=negative_text.to(device),
+        negative_mask=negative_mask.to(device),
+        fps=torch.full((len(prompts),), fps, device=device),
+        height=height,
+        width=width,
+        steps=steps,
+        guidance=guidance,
+        shift=shift,
+    )
+    pixels = codec.decode(latents).clamp(-1, 1).permute(0, 2, 3, 4, 1)
+    return ((pixels + 1) * 127.5).round().to(torch.uint8)
 
 
 @torch.no_grad()

@@ -4,10 +4,12 @@ import logging
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from copy import copy
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
+from traceback import format_tb
 from typing import TypeVar
 
 import torch
@@ -50,89 +52,89 @@ def loader(
     Raises:
         ValueError: a step cannot be split evenly.
         RuntimeError: workers were killed time and again.
-        Exception: what `make` raised, in its own class, with the worker's traceback in the message.
+        Exception: what `make` raised, as it was; in a worker, with its traceback as a note.
     """
-    order = copy(order)  # reading runs ahead of the caller, in another epoch at times; an Order caches one
-    step, restarts = start_step, 0
-    while step < stop_step:
-        requests = _Requests(order, step, stop_step, data_rank, data_ranks, micro)
+    ahead = copy(order)  # what is read next is in another epoch than the caller at times; an Order caches one
+
+    def micro_batches_of(which: Order, step: int) -> list[list[Visit]]:
+        return micro_batches(which.step(step), data_rank, data_ranks, micro)
+
+    step, restarts, failure = start_step, 0, None
+    while step < stop_step and failure is None:
+        wanted = chain.from_iterable(micro_batches_of(ahead, index) for index in range(step, stop_step))
         try:
-            for item in _read(requests, make, num_workers):
-                yield item
-                step, restarts = step + 1, 0
+            with closing(_read(wanted, make, num_workers)) as batches:
+                while step < stop_step:
+                    made = list(islice(batches, len(micro_batches_of(order, step))))
+                    failure = next((item.error for item in made if isinstance(item, _Failure)), None)
+                    if failure is not None:
+                        break
+                    yield order.step(step), made
+                    step, restarts = step + 1, 0
         except (RuntimeError, ConnectionError, EOFError) as error:
             if num_workers == 0 or not _worker_died(error) or restarts == _MAX_RESTARTS:
                 raise
             restarts += 1
-            rows = [row for _, visits in requests.of_step(step) for row, _ in visits]
-            logger.warning("%s; step %d, rows %s: read again, %d of %d", error, step, rows, restarts, _MAX_RESTARTS)
+            rows = [row for visits in micro_batches_of(order, step) for row, _ in visits]
+            logger.warning(
+                "a loader worker was killed (%r); step %d, rows %s: read again, %d of %d",
+                error,
+                step,
+                rows,
+                restarts,
+                _MAX_RESTARTS,
+            )
+    if failure is not None:
+        raise failure
 
 
 @dataclass(frozen=True)
-class _Requests:
-    """The micro-batches in the order they are wanted, worked out as they are asked for: the DataLoader's sampler."""
+class _Failure:
+    """What `make` raised, handed over as a value: DataLoader would raise another message in its place."""
 
-    order: Order
-    start_step: int
-    stop_step: int
-    data_rank: int
-    data_ranks: int
-    micro: int
-
-    def of_step(self, index: int) -> list[tuple[Step, list[Visit]]]:
-        step = self.order.step(index)
-        return [(step, visits) for visits in micro_batches(step, self.data_rank, self.data_ranks, self.micro)]
-
-    def __iter__(self) -> Iterator[tuple[Step, list[Visit]]]:
-        for index in range(self.start_step, self.stop_step):
-            yield from self.of_step(index)
+    error: Exception
 
 
 @dataclass(frozen=True)
 class _Reader(Dataset):
-    """The worker's side: a request in, a batch out. It has no state; the order stays in the main process."""
+    """The worker's side: visits in, a batch out. It has no state; the order stays in the main process."""
 
     make: Callable[[list[Visit]], Batch]
 
-    def __getitem__(self, request: tuple[Step, list[Visit]]) -> tuple[Step, Batch]:
-        step, visits = request
-        return step, self.make(visits)
+    def __getitem__(self, visits: list[Visit]) -> Batch | _Failure:
+        try:
+            return self.make(visits)
+        except Exception as error:
+            error.add_note("".join(format_tb(error.__traceback__)))  # a traceback does not pickle
+            return _Failure(error)
 
 
-def _read(
-    requests: _Requests, make: Callable[[list[Visit]], Batch], num_workers: int
-) -> Iterator[tuple[Step, list[Batch]]]:
-    """One pass over `requests`, grouped by step."""
-    batches = DataLoader(
-        _Reader(make),
-        sampler=requests,
-        batch_size=None,
-        collate_fn=_as_made,
-        num_workers=num_workers,
-        multiprocessing_context=_workers_context() if num_workers else None,
-        worker_init_fn=_end_with_parent,
-        generator=torch.Generator(),  # otherwise each pass would draw a seed from the ambient one
+def _read(wanted: Iterable[list[Visit]], make: Callable[[list[Visit]], Batch], num_workers: int) -> Iterator[Batch]:
+    """The batches that are wanted, in that order."""
+    batches = iter(
+        DataLoader(
+            _Reader(make),
+            sampler=wanted,
+            batch_size=None,
+            collate_fn=_as_made,
+            num_workers=num_workers,
+            multiprocessing_context=_workers_context() if num_workers else None,
+            worker_init_fn=_end_with_parent,
+            generator=torch.Generator(),  # otherwise each pass would draw a seed from the ambient one
+        )
     )
-    per_step = requests.order.global_batch_size // (requests.data_ranks * requests.micro)
-    items = iter(batches)
     try:
-        for step, first in items:
-            yield step, [first, *(batch for _, batch in islice(items, per_step - 1))]
+        yield from batches
     finally:
         if num_workers:
             # An exception from a worker is part of a reference cycle that holds the iterator. The garbage collector
             # may take its queues first, and the iterator would then wait 5 s for each worker.
-            items._shutdown_workers()
+            batches._shutdown_workers()
 
 
 def _worker_died(error: Exception) -> bool:
-    """Whether a worker is gone: DataLoader says so, or the connection broke over which it was passing a tensor.
-
-    What `make` raised in a worker starts with "Caught" instead.
-    """
-    if isinstance(error, RuntimeError):
-        return str(error).startswith("DataLoader worker (pid")
-    return not str(error).startswith("Caught ")
+    """Whether a worker is gone: DataLoader says so, or the connection broke over which it was passing a tensor."""
+    return not isinstance(error, RuntimeError) or str(error).startswith("DataLoader worker (pid")
 
 
 def _workers_context() -> multiprocessing.context.BaseContext:
@@ -159,5 +161,5 @@ def _end_with_parent(_worker: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _as_made(item: tuple[Step, Batch]) -> tuple[Step, Batch]:
-    return item
+def _as_made(batch: Batch) -> Batch:
+    return batch

@@ -28,6 +28,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, Value
 from datasets.arrow_writer import ArrowWriter
 
+from mugv_ds.config.errors import InputError
 from mugv_ds.data.tensor_file import SampleError, UnsafeFileError, check_latent, load_tensors
 
 STRIDE = 8  # pixels a latent holds along height and width, frames along time
@@ -61,11 +62,11 @@ Shape = tuple[int, int, int]
 Record = dict[str, Any]
 
 
-class ManifestError(ValueError):
+class ManifestError(InputError):
     """The CSV is not a manifest. The message names file, line and what is wrong."""
 
 
-class PathError(ValueError):
+class PathError(InputError):
     """A path of the manifest leads somewhere it must not. The message names it."""
 
 

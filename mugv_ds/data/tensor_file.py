@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mugv_ds.config.errors import InputError
+
 LATENT_CHANNELS = 24
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -33,7 +35,7 @@ _GLOBAL_OPCODES = {"GLOBAL", "INST"}
 _HIDDEN_GLOBAL_OPCODES = {"STACK_GLOBAL", "EXT1", "EXT2", "EXT4"}  # torch.save writes none of these
 
 
-class SampleError(ValueError):
+class SampleError(InputError):
     """A sample's file cannot be used. The message names the file and what is wrong with it."""
 
 
@@ -137,7 +139,9 @@ def _refuse_foreign(path: Path, head: bytes) -> None:
     if head.startswith(b"version https://git-lfs"):
         raise SampleError(f"{path}: a Git LFS pointer, not the data; run `git lfs pull`")
     if head.startswith(b"\x80"):
-        raise UnsafeFileError(f"{path}: a bare pickle, which can run code; save tensors with torch.save")
+        raise UnsafeFileError(
+            f"{path}: a bare pickle (as torch.save wrote before 1.6), which can run code; save it again"
+        )
     if head.lstrip().startswith(b"<"):
         raise SampleError(f"{path}: an HTML or XML page, not the data; download it again")
     raise SampleError(f"{path}: not a file of torch.save")

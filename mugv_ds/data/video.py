@@ -7,9 +7,12 @@ from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+import torch
+from av.video.reformatter import ColorRange, Colorspace
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
-# x264 quality: 18 is called visually lossless; small flat-coloured clips show chroma loss sooner, and bits are cheap here.
+# x264 quality: 18 is called visually lossless; small clips of flat colour show losses sooner, and bits are cheap here.
 _CRF = "10"
 _SHEET_FRAME_WIDTH = 128  # frames of small videos are enlarged to about this many pixels
 _SHEET_GAP = 4
@@ -39,8 +42,14 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: float) -> None:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"crf": _CRF}
+        # Players guess the matrix of an untagged file by its size, so that colours would shift with the resolution.
+        stream.codec_context.colorspace = Colorspace.ITU709
+        stream.codec_context.color_range = ColorRange.MPEG
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
+                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+            )
+            container.mux(stream.encode(picture))
         container.mux(stream.encode())
 
 
@@ -107,3 +116,21 @@ def _sheet_row(caption: str, frames: np.ndarray, count: int) -> Image.Image:
         image = Image.fromarray(frame).resize((width, height), Image.Resampling.NEAREST)
         row.paste(image, (_SHEET_GAP + index * (width + _SHEET_GAP), text_height))
     return row
+
+
+def read_image(path: str | Path, height: int, width: int) -> Tensor:
+    """Reads an image as the first frame of a video: scaled to cover height × width, then cropped around its centre.
+
+    Returns:
+        float32 [3, height, width] in [−1, 1].
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is no image.
+    """
+    try:
+        with Image.open(path) as image:
+            fitted = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path}: not a readable image") from error
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1

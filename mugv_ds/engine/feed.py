@@ -16,7 +16,6 @@ from torch import Tensor
 from mugv_ds.config.errors import PeerError
 from mugv_ds.config.schema import DataSection, FlowSection
 from mugv_ds.data import noise
-from mugv_ds.data.buckets import Step
 from mugv_ds.data.manifest import Index
 from mugv_ds.data.sample import read_row, read_text
 from mugv_ds.engine.build import Process
@@ -71,7 +70,7 @@ class FlowSamples:
     flow: FlowSection
     channels: int
 
-    def __call__(self, picks: Sequence[tuple[int, int | None]], step: Step | None = None) -> Batch:
+    def __call__(self, picks: Sequence[tuple[int, int | None]]) -> Batch:
         """The batch of these (row, visit) pairs, all of one latent shape; visit None marks a filler.
 
         Raises:

@@ -14,6 +14,7 @@ from mugv_ds.engine.build import Process
 from mugv_ds.engine.evaluate import sweep
 from mugv_ds.engine.feed import Batch, Feed, FlowSamples
 from mugv_ds.engine.metrics import OptimizerProbe, Recorder, peak_tflops
+from mugv_ds.engine.schedule import rate_factor
 from mugv_ds.models.flops import train_flops
 from mugv_ds.models.rope import patch_grid
 
@@ -104,7 +105,13 @@ class Trainer:
             flops=samples * train_flops(self.dit, tokens, self.config.data.max_text_tokens),
         )
         if recorder.due(step):
-            recorder.record(step + 1, self.engine, self.probe, self.feed.waited)
+            recorder.record(
+                step + 1,
+                rate=self.config.optimizer.lr * rate_factor(self.config.schedule, step),
+                norm=float(self.engine.get_global_grad_norm()),
+                probe=self.probe,
+                waited=self.feed.waited,
+            )
             self.feed.waited = 0.0
             self.engine.timers("train_batch").reset()  # DeepSpeed appends to it every step and never clears it
 

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -93,11 +92,14 @@ class Recorder:
             self._window[name] += value
         self._bar.update()
 
-    def record(self, step: int, engine: PipelineEngine, probe: OptimizerProbe, waited: float) -> None:
+    def record(self, done: int, *, rate: float, norm: float, probe: OptimizerProbe, waited: float) -> None:
         """Writes the scalars since the last record. All ranks call it.
 
         Args:
-            waited: seconds this rank spent waiting for data since then; the largest of all ranks is reported.
+            done: steps taken.
+            rate, norm: learning rate and global gradient norm (before clipping) of the last step.
+            probe: armed for the last step.
+            waited: seconds this rank spent waiting for data since the last record; the longest of all ranks is written.
         """
         loss = torch.stack(self._losses).mean().item()  # waits for the device
         seconds = time.perf_counter() - self._begin
@@ -106,13 +108,12 @@ class Recorder:
         worst = torch.tensor([waited, memory], dtype=torch.float64, device=device)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         waited, memory = worst.tolist()
-        norm = engine.get_global_grad_norm()
         tflops = self._window["flops"] / seconds / self._world_size / 1e12
         scalars = {
             "train/loss": loss,
             **self._quartile_means(),
-            "train/lr": engine.get_lr()[0],
-            "train/grad_norm": float(norm) if norm is not None else float("nan"),
+            "train/lr": rate,
+            "train/grad_norm": norm,
             **{f"train/{name}": value for name, value in probe.read().items()},
             "speed/seconds_per_step": seconds / self._window["steps"],
             "speed/samples_per_second": self._window["samples"] / seconds,
@@ -124,8 +125,8 @@ class Recorder:
             scalars["speed/mfu"] = tflops / self._peak
         if device.type == "cuda":
             scalars["memory/peak_gib"] = memory
-        self.write(step, scalars.items())
-        self._bar.set_postfix(loss=f"{loss:.4f}", lr=f"{scalars['train/lr']:.2e}")
+        self.write(done, scalars.items())
+        self._bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.2e}")
         self._begin_window()
 
     def _quartile_means(self) -> dict[str, float]:
@@ -137,7 +138,7 @@ class Recorder:
         return means
 
     def write(self, step: int, scalars: Iterable[tuple[str, float]]) -> None:
-        """Writes scalars at this step; on rank 0, elsewhere nothing happens."""
+        """Writes scalars at this step; on ranks other than 0 nothing happens."""
         if self._writer is not None:
             for name, value in scalars:
                 self._writer.add_scalar(name, value, step)

@@ -10,7 +10,7 @@ MAX_TIME = 1000.0
 
 
 def resolution_shift(height: float, width: float, frames: int) -> float:
-    """r = sqrt(height·width / 512²)·sqrt(frames), of pixels and latent frames: large videos spend more time near noise."""
+    """r = sqrt(height·width / 512²)·sqrt(frames), pixels and latent frames: large videos train nearer to noise."""
     return (height * width / 512**2) ** 0.5 * frames**0.5
 
 

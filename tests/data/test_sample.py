@@ -1,6 +1,8 @@
 import os
 import pickle
+import re
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,9 +107,11 @@ def put(content, path):
 def test_bad_latent(tmp_path, content, message):
     path = tmp_path / "x.pt"
     put(content, path)
-    with pytest.raises(SampleError, match=message) as error:
+    with pytest.raises(SampleError) as error:
         read_latent(path, SHAPE)
-    assert str(path) in str(error.value)
+    file, _, reason = str(error.value).partition(": ")
+    assert file == str(path)
+    assert re.search(message, reason)
     assert not isinstance(error.value, UnsafeFileError)
 
 
@@ -143,9 +147,11 @@ TEXTS = {
 def test_bad_text(tmp_path, content, message):
     path = tmp_path / "x_text.pt"
     put(content, path)
-    with pytest.raises(SampleError, match=message) as error:
+    with pytest.raises(SampleError) as error:
         read_text(path, CHANNELS, TOKENS)
-    assert str(path) in str(error.value)
+    file, _, reason = str(error.value).partition(": ")
+    assert file == str(path)
+    assert re.search(message, reason)
 
 
 def save_protocol_4(value, path):
@@ -182,8 +188,7 @@ def test_latent_is_read_as_it_is_stored(tmp_path, dtype):
     assert got.dtype == torch.float32
     assert got.is_contiguous()
     assert torch.equal(got, latent(dtype).float())
-    path.write_bytes(b"")  # the result does not live in the file
-    assert torch.equal(got, latent(dtype).float())
+    assert str(path) not in Path("/proc/self/maps").read_text()  # the result does not hold the file
 
 
 def test_latent_of_any_memory_order(tmp_path):

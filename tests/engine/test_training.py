@@ -1,0 +1,200 @@
+"""Whole runs through the launcher: what they write, and what is left of them after a kill."""
+
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mugv_ds.checkpoint.hf import load_dit
+from mugv_ds.models import DiT
+from tests.dataset import write_config, write_dataset
+
+ROOT = Path(__file__).parent.parent.parent
+SHAPES = [(2, 4, 6), (1, 4, 4)] * 5 + [(2, 4, 6)]
+FOUR_RANKS = {"data": 1, "sequence": 2, "pipeline": 2}
+
+
+def launch(config: Path, slots: int, *arguments: str) -> subprocess.Popen:
+    hostfile = config.parent / "hostfile"
+    hostfile.write_text(f"localhost slots={slots}\n")
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), "--no_ssh"]
+    command += ["--node_rank", "0", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    command += ["mugv_ds/train.py", "--config", str(config), *arguments]
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def finish(run: subprocess.Popen, seconds: float = 150) -> tuple[int, str]:
+    output, _ = run.communicate(timeout=seconds)
+    return run.returncode, output
+
+
+def scalars(folder: Path, tag: str) -> dict[int, float]:
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(tag)}
+
+
+def tensors(value, path: str = "") -> dict[str, torch.Tensor]:
+    """All tensors inside a checkpoint file, by their place in it."""
+    if isinstance(value, torch.Tensor):
+        return {path: value}
+    if isinstance(value, dict):
+        pairs = value.items()
+    elif isinstance(value, list | tuple):
+        pairs = enumerate(value)
+    else:
+        return {}
+    found = {}
+    for key, item in pairs:
+        found |= tensors(item, f"{path}/{key}")
+    return found
+
+
+def state_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint: weights, fp32 masters, moments."""
+    found = {}
+    with torch.serialization.safe_globals([fragment_address, LossScaler, ZeroStageEnum]):
+        for file in sorted(checkpoint.glob("*.pt")):
+            found |= tensors(torch.load(file, weights_only=True), file.name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("data")
+    return write_dataset(root, SHAPES), write_dataset(root, SHAPES[:5], "val")
+
+
+def configure(folder: Path, dataset: tuple[Path, Path], **sections: dict) -> Path:
+    manifest, held_out = dataset
+    return write_config(folder, manifest, data={"val_manifest": str(held_out)}, parallel=FOUR_RANKS, **sections)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, dataset) -> Path:
+    """The folder of a run of ten steps on four ranks."""
+    folder = tmp_path_factory.mktemp("straight")
+    status, output = finish(launch(configure(folder, dataset), 4))
+    assert status == 0, output
+    return folder
+
+
+def test_a_run_writes_its_scalars(straight):
+    loss = scalars(straight, "train/loss")
+    assert list(loss) == [2, 4, 6, 8, 10] and all(1 < value < 3 for value in loss.values())
+    assert list(scalars(straight, "validation/loss")) == [0, 10]
+    assert scalars(straight, "train/lr")[2] == pytest.approx(1e-3 * 2 / 3)  # the second of three warm-up steps
+    assert scalars(straight, "train/lr")[10] == pytest.approx(1e-3 * 0.0495, rel=1e-3)  # ½(1 + cos(6π/7))
+    for tag in ("train/grad_norm", "train/param_norm", "speed/tokens_per_second", "speed/model_tflops_per_device"):
+        assert all(value > 0 for value in scalars(straight, tag).values()), tag
+    # Only the unused half of the final layer's output channels has no gradient: 96 · (144 + 1) of all parameters.
+    parameters = sum(p.numel() for p in load_exported(straight).parameters())
+    zeros = scalars(straight, "train/grad_zero_share")[10]
+    assert zeros == pytest.approx(96 * 145 / parameters, rel=1e-3)
+
+
+def load_exported(folder: Path, name: str = "dit") -> DiT:
+    out = folder / name
+    if not out.exists():
+        convert(folder / "checkpoints", out)
+    return load_dit(out)
+
+
+def convert(checkpoint: Path, out: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "tools/convert_hf.py", "--ckpt", str(checkpoint), "--out", str(out), *arguments]
+    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
+
+
+def test_converted_weights_load_strictly_and_are_the_trained_ones(straight):
+    trained = load_exported(straight)
+    done = convert(straight / "checkpoints", straight / "shards", "--format", "safetensors")
+    assert done.returncode == 0, done.stderr
+    sharded = load_file(straight / "shards" / "model.safetensors")
+    DiT(trained.config).load_state_dict(sharded, strict=True)
+    whole = torch.load(straight / "dit" / "dit.pt", weights_only=True)
+    assert whole.keys() == sharded.keys()
+    last_layer = torch.load(straight / "checkpoints/global_step10/layer_03-model_states.pt", weights_only=True)
+    for name, value in whole.items():
+        assert torch.equal(value, sharded[name]), name
+    assert torch.equal(whole["final_layer.linear.weight"], last_layer["linear.weight"])
+    assert whole["final_layer.linear.weight"].any(), "the last layer starts at zero: nothing was trained"
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "complaint"),
+    [("nowhere", "no such folder"), ("checkpoints/global_step3", "no such folder"), ("tensorboard", "no checkpoint")],
+)
+def test_conversion_says_what_is_wrong(straight, checkpoint, complaint):
+    done = convert(straight / checkpoint, straight / "unused")
+    assert done.returncode == 2 and complaint in done.stderr
+    assert len(done.stderr.strip().splitlines()[-1:]) == 1 and "Traceback" not in done.stderr
+
+
+def test_a_killed_run_goes_on_bitwise(tmp_path, dataset, straight):
+    """kill -9 of one rank after step 6: the launcher ends the rest, and a restart reaches the same state at step 10."""
+    config = configure(tmp_path, dataset)
+    run = launch(config, 4)
+    latest = tmp_path / "checkpoints" / "latest"
+    deadline = time.monotonic() + 120
+    while not latest.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert latest.read_text() == "global_step6"
+    ranks = [p for p in psutil.Process(run.pid).children(recursive=True) if "mugv_ds/train.py" in p.cmdline()]
+    ranks[-1].kill()
+    status, output = finish(run)
+    assert status != 0, output
+    assert latest.read_text() == "global_step6", "the run was over before it was killed"
+
+    status, output = finish(launch(config, 4))
+    assert status == 0, output
+    assert "going on after step 6" in output
+    resumed, expected = (state_of(folder / "checkpoints" / "global_step10") for folder in (tmp_path, straight))
+    assert resumed.keys() == expected.keys()
+    assert sum("exp_avg_sq" in name for name in expected) == 4, "each rank's share of the moments is compared"
+    for name, value in expected.items():
+        assert torch.equal(resumed[name], value), name
+    for tag in ("train/loss", "validation/loss"):
+        assert scalars(tmp_path, tag)[10] == scalars(straight, tag)[10]
+
+
+def test_a_bad_sample_stops_all_ranks_and_is_named(tmp_path):
+    """One rank reads for the sequence group; the other must not wait for a sample that never comes."""
+    manifest = write_dataset(tmp_path / "data", [(1, 4, 4)] * 4)
+    latent = tmp_path / "data/latents/train-2.pt"
+    torch.save(torch.full((24, 1, 4, 4), torch.nan), latent)
+    config = write_config(tmp_path / "run", manifest, parallel={"sequence": 2})
+    begin = time.monotonic()
+    status, output = finish(launch(config, 2))
+    assert status != 0
+    errors = [line for line in output.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and str(latent) in errors[0] and "NaN" in errors[0]
+    assert "Traceback" not in output and time.monotonic() - begin < 100
+
+
+def test_a_missing_hostfile_is_refused(tmp_path, dataset):
+    """DeepSpeed only warns, and runs one process."""
+    config = write_config(tmp_path / "run", dataset[0])
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(tmp_path / "nowhere"), "--no_ssh"]
+    command += ["--node_rank", "0", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    done = subprocess.run(
+        [*command, "mugv_ds/train.py", "--config", str(config)], cwd=ROOT, text=True, capture_output=True, check=False
+    )
+    assert done.returncode != 0
+    assert f"error: {tmp_path / 'nowhere'}: no such file" in done.stderr
+    assert not (tmp_path / "run/checkpoints").exists()
