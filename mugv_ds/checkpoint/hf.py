@@ -94,7 +94,7 @@ def load_into(path: str | Path, layers: Iterable[tuple[str, nn.Module]]) -> None
 
 
 def load_dit(path: str | Path) -> DiT:
-    """The model of published-format weights with their `config.json` beside them.
+    """The model of published-format weights with their `config.json` beside them; tensors keep their dtype.
 
     Raises:
         CheckpointError: weights or sizes are missing or do not fit.
@@ -107,8 +107,11 @@ def load_dit(path: str | Path) -> DiT:
         raise CheckpointError(f"{file}: must hold the model's sizes, as the converter writes them: {error}") from None
     with torch.device("meta"):
         model = DiT(config)
-    model = model.to_empty(device="cpu")
-    load_into(path, [("", model)])
+    weights = PublishedWeights(path)
+    try:
+        model.load_state_dict(dict(weights), strict=True, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: not the weights of the sizes in {file}: {error}") from None
     return model
 
 

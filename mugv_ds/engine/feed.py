@@ -158,15 +158,18 @@ class Feed:
         """The next micro-batch on this device: read here, or received from the rank that reads."""
         device, group, source = self.process.device, self.process.group, self.process.sequence_source
         device, group, source = self.process.device, self.process.group, self.process.sequence_source
-        begin, failure = time.perf_counter(), None
+        failure = None
         if batches is not None:
+            begin = time.perf_counter()
             try:
-                batch = Batch(*(tensor.to(device, non_blocking=True) for tensor in next(batches)))
+                batch = next(batches)
             except Exception as error:
                 failure = error
+            else:
+                self.waited += time.perf_counter() - begin
+                batch = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
         else:
             batch = empty_batch(self.data.micro_batch_size, shape, self.data.max_text_tokens, self.channels, device)
-        self.waited += time.perf_counter() - begin
         if group is not None:
             self._agree(failure)
         if failure is not None:

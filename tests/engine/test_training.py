@@ -198,3 +198,22 @@ def test_a_missing_hostfile_is_refused(tmp_path, dataset):
     assert done.returncode != 0
     assert f"error: {tmp_path / 'nowhere'}: no such file" in done.stderr
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four CUDA devices")
+def test_bf16_on_four_gpus_follows_one_gpu(tmp_path, dataset):
+    """Ten bf16 steps with NCCL at (1, 2, 2) and (2, 2, 1), against one device: equal up to bf16 rounding."""
+    losses = {}
+    for layout in ((1, 1, 1), (1, 2, 2), (2, 2, 1)):
+        folder = tmp_path / "-".join(map(str, layout))
+        parallel = dict(zip(("data", "sequence", "pipeline"), layout, strict=True))
+        sections = {"parallel": parallel, "model": {"precision": "bf16"}}
+        config = write_config(folder, dataset[0], data={"val_manifest": str(dataset[1])}, **sections)
+        status, output = finish(launch(config, layout[0] * layout[1] * layout[2]))
+        assert status == 0, output
+        losses[layout] = scalars(folder, "train/loss") | scalars(folder, "validation/loss")
+        assert load_exported(folder).start_token.dtype == torch.bfloat16
+    one = losses.pop((1, 1, 1))
+    for layout, curve in losses.items():
+        assert curve == pytest.approx(one, rel=5e-3), layout

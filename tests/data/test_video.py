@@ -1,0 +1,140 @@
+import wave
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mugv_ds.data.video import contact_sheet, read_image, read_mp4, write_mp4
+
+COLOURS = [(230, 40, 40), (40, 200, 60), (50, 90, 240), (240, 220, 40), (16, 16, 24), (255, 255, 255)]
+
+
+def flat(levels: list[int], height: int = 32, width: int = 48) -> np.ndarray:
+    """One grey frame for each level."""
+    return np.repeat(np.array(levels, np.uint8), height * width * 3).reshape(-1, height, width, 3)
+
+
+@pytest.mark.parametrize("fps", [8, 24.0, 30000 / 1001])
+@pytest.mark.parametrize("size", [(32, 48), (720, 1280)])
+def test_colours_order_and_rate_survive(tmp_path, fps, size):
+    frames = np.stack([np.full((*size, 3), colour, np.uint8) for colour in COLOURS])
+    write_mp4(tmp_path / "x.mp4", frames, fps)
+    back, back_fps = read_mp4(tmp_path / "x.mp4")
+    assert back.shape == frames.shape and back.dtype == np.uint8
+    assert np.abs(back.astype(int) - frames).max() <= 4
+    assert Fraction(back_fps).limit_denominator(1001) == Fraction(fps).limit_denominator(1001)
+
+
+def test_the_same_frames_give_the_same_file(tmp_path):
+    """A disc that moves 0.75 pixels a frame: x264's macroblock tree writes a file of its own in one of a few runs."""
+    y, x = np.mgrid[:48, :48] + 0.5
+    distance = np.stack([np.hypot(x - 29.6 + 0.75 * frame, y - 24) for frame in range(16)])
+    cover = np.clip(12.5 - distance, 0, 1)[..., None]
+    frames = ((16, 16, 24) + cover * (214, 24, 16)).round().astype(np.uint8)
+    path = tmp_path / "x.mp4"
+    files = set()
+    for _ in range(40):
+        write_mp4(path, frames, 8)
+        files.add(path.read_bytes())
+    assert len(files) == 1
+
+
+@pytest.mark.parametrize(
+    ("frames", "fps", "message"),
+    [
+        (flat([0]).astype(np.float32), 8, "must be uint8"),
+        (flat([0])[0], 8, "must be uint8"),
+        (flat([0])[..., :1], 8, "must be uint8"),
+        (flat([]), 8, "F ≥ 1"),
+        (flat([0], height=31), 8, "must be even.*31×48"),
+        (flat([0]), 0, "fps must be positive"),
+    ],
+)
+def test_frames_that_cannot_be_written(tmp_path, frames, fps, message):
+    path = tmp_path / "x.mp4"
+    with pytest.raises(ValueError, match=f"x.mp4: .*{message}"):
+        write_mp4(path, frames, fps)
+    assert not path.exists()
+
+
+def write_sound(path):
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", ""))
+        file.writeframes(bytes(16000))
+
+
+def write_cut_off(path):
+    write_mp4(path, flat([10] * 20), 8)
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_text("not a video\n" * 100),
+        lambda path: path.write_bytes(b""),
+        write_cut_off,
+        write_sound,
+    ],
+    ids=["text", "empty", "cut off", "sound"],
+)
+def test_files_that_are_no_videos(tmp_path, write):
+    path = tmp_path / "x.mp4"
+    write(path)
+    with pytest.raises(ValueError, match=r"x\.mp4: "):
+        read_mp4(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_mp4(tmp_path / "none.mp4")
+
+
+def test_contact_sheet_shows_captions_and_frames_from_first_to_last(tmp_path):
+    path = tmp_path / "sheet.png"
+    contact_sheet(path, [("first", flat([0, 10, 20, 30, 40])), ("second", flat([200, 210]))], frames_per_video=3)
+    image = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    zoomed_height, zoomed_width = 2 * 32, 2 * 48  # of 48 × 32 pixels, enlarged to no more than 128
+    row_height = image.shape[0] // 2
+    for row, levels in enumerate([(0, 20, 40), (200, 200, 210)]):
+        part = image[row * row_height : (row + 1) * row_height]
+        caption = part[: row_height - zoomed_height - 4]
+        assert caption.min() < 100 < caption.mean()  # dark letters on white
+        for column, level in enumerate(levels):
+            left = 4 + column * (zoomed_width + 4)
+            frame = part[row_height - zoomed_height - 4 : row_height - 4, left : left + zoomed_width]
+            assert (frame == level).all(), (row, column)
+
+
+def test_contact_sheet_keeps_large_frames_and_wraps_long_captions(tmp_path):
+    frames = flat([7] * 3, height=200, width=300)
+    sizes = []
+    for caption in ("short", "a long caption " * 20):
+        contact_sheet(tmp_path / "sheet.png", [(caption, frames)], frames_per_video=2)
+        sizes.append(Image.open(tmp_path / "sheet.png").size)
+    assert sizes[0][0] == sizes[1][0] == 2 * (300 + 4) + 4
+    assert sizes[0][1] < sizes[1][1]
+
+
+def test_contact_sheet_of_nothing(tmp_path):
+    with pytest.raises(ValueError, match="at least one video"):
+        contact_sheet(tmp_path / "sheet.png", [], 3)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 48), (64, 16)])
+def test_an_image_covers_the_frame_around_its_centre(tmp_path, height, width):
+    picture = np.zeros((90, 90, 3), np.uint8)
+    picture[:, :45], picture[:, 45:] = (255, 0, 0), (0, 0, 255)
+    Image.fromarray(picture).save(tmp_path / "x.png")
+    image = read_image(tmp_path / "x.png", height, width)
+    assert image.shape == (3, height, width)
+    assert image[:, height // 2, 1].tolist() == pytest.approx([1, -1, -1], abs=0.1)
+    assert image[:, height // 2, -2].tolist() == pytest.approx([-1, -1, 1], abs=0.1)
+
+
+def test_a_file_that_is_no_image(tmp_path):
+    path = tmp_path / "x.png"
+    path.write_text("not an image")
+    with pytest.raises(ValueError, match=r"x\.png: not a readable image"):
+        read_image(path, 32, 32)
