@@ -1,4 +1,5 @@
-# Everything runs inside .venv, which `make install` creates. Variables: CONFIG, SET, HOSTFILE, CKPT, OUT, FORMAT, PYTHON.
+# Everything runs inside .venv, which `make install` creates.
+# Variables: CONFIG, SET, HOSTFILE, CKPT, WEIGHTS, OUT, FORMAT, PYTHON.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,13 +23,15 @@ $(VENV)/installed: setup.cfg constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
 	touch $@
 
-quickstart: install  ## The whole job on this machine: demo data, training on two processes, weights, sampled videos
-	$(BIN)/python tools/make_demo_data.py --out data/demo
-	rm -rf runs/debug exports/debug samples/debug
-	$(MAKE) --no-print-directory train CONFIG=ds_configs/debug.json
-	$(MAKE) --no-print-directory convert-hf CKPT=runs/debug/checkpoints OUT=exports/debug
-	$(MAKE) --no-print-directory sample
-	$(BIN)/python tools/summary.py --run runs/debug/tensorboard --weights exports/debug --samples samples/debug
+# quickstart has folders of its own, which it makes anew.
+QUICK := quickstart
+quickstart: demo-data  ## The whole job on this machine: demo data, training on two processes, weights, sampled videos
+	rm -rf runs/$(QUICK) exports/$(QUICK) samples/$(QUICK)
+	$(LAUNCH) mugv_ds/train.py --config ds_configs/debug.json --set checkpoint.dir=runs/$(QUICK)/checkpoints \
+		--set logging.dir=runs/$(QUICK)/tensorboard
+	$(MAKE) --no-print-directory convert-hf CKPT=runs/$(QUICK)/checkpoints OUT=exports/$(QUICK)
+	$(MAKE) --no-print-directory sample WEIGHTS=exports/$(QUICK) OUT=samples/$(QUICK)
+	$(BIN)/python tools/summary.py --run runs/$(QUICK)/tensorboard --weights exports/$(QUICK) --samples samples/$(QUICK)
 
 demo-data: install  ## Draw, encode and write the demo clips to data/demo
 	$(BIN)/python tools/make_demo_data.py --out data/demo
@@ -43,9 +46,10 @@ convert-hf: install  ## Write checkpoint CKPT as published-format weights to OUT
 	@test -n "$(CKPT)" -a -n "$(OUT)" || { echo "usage: make convert-hf CKPT=runs/…/checkpoints OUT=exports/…"; exit 2; }
 	$(BIN)/python tools/convert_hf.py --ckpt $(CKPT) --out $(OUT) --format $(FORMAT)
 
-sample: install  ## Sample the demo prompts from exports/debug to samples/debug
-	$(BIN)/python tools/sample.py --weights exports/debug --codec data/demo/codec.safetensors --demo-prompts \
-		--out samples/debug
+sample: install  ## Sample the demo prompts from the weights WEIGHTS to OUT
+	@test -n "$(WEIGHTS)" -a -n "$(OUT)" || { echo "usage: make sample WEIGHTS=exports/… OUT=samples/…"; exit 2; }
+	$(BIN)/python tools/sample.py --weights $(WEIGHTS) --codec data/demo/codec.safetensors --demo-prompts --shift 1.0 \
+		--out $(OUT)
 
 test: install lint  ## Run the linter and all tests
 	$(BIN)/python -m pytest
@@ -54,5 +58,5 @@ lint: install  ## Check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-clean:  ## Remove what runs made; keeps .venv
-	rm -rf data/demo runs/debug exports/debug samples/debug
+clean:  ## Remove the demo data and what quickstart and the debug config made; keeps .venv
+	rm -rf data/demo $(foreach run,$(QUICK) debug,runs/$(run) exports/$(run) samples/$(run))

@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fps", type=float, default=8.0)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=4.0)
-    parser.add_argument("--shift", type=float, help="timestep shift; by default that of the resolution")
+    parser.add_argument(
+        "--shift", type=float, help="timestep shift, as flow.shift in training; default: the resolution's"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-text-tokens", type=int, default=300)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")

@@ -111,7 +111,9 @@ def load_dit(path: str | Path) -> DiT:
     try:
         model.load_state_dict(dict(weights), strict=True, assign=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{path}: not the weights of the sizes in {file}: {error}") from None
+        raise CheckpointError(
+            f"{path}: not the weights of the sizes in {file}: {' '.join(str(error).split())[:300]}"
+        ) from None
     return model
 
 
