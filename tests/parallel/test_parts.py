@@ -1,0 +1,95 @@
+"""Layout, stage boundaries and what crosses between stages, without processes."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+
+from mugv_ds.config import PRESETS, ConfigError, DiTConfig
+from mugv_ds.config.schema import ParallelSection
+from mugv_ds.models.layers import Condition
+from mugv_ds.models.rope import patch_grid
+from mugv_ds.parallel.layout import Layout
+from mugv_ds.parallel.pipeline import labels, pack, stage_boundaries, unpack
+from mugv_ds.parallel.ulysses import Ulysses
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 1), (3, 2, 2), (2, 4, 3), (1, 2, 4)])
+def test_places_agree_with_deepspeeds_topology(sizes):
+    layout = Layout(*sizes)
+    topology = PipeDataParallelTopology(num_pp=layout.pipeline, num_dp=layout.replicas)
+    groups = layout.sequence_ranks()
+    assert sorted(rank for group in groups for rank in group) == list(range(layout.world_size))
+    for rank in range(layout.world_size):
+        place, coordinate = layout.place(rank), topology.get_coord(rank)
+        assert place.stage == coordinate.pipe
+        assert place.data * layout.sequence + place.sequence == coordinate.data
+        mates = {(layout.place(mate).stage, layout.place(mate).data) for mate in groups[rank // layout.sequence]}
+        assert mates == {(place.stage, place.data)}
+
+
+def test_data_is_what_remains():
+    assert Layout.fit(ParallelSection(sequence=2, pipeline=2), 8) == Layout(2, 2, 2)
+
+
+@pytest.mark.parametrize("world", [1, 3, 6])
+def test_a_world_that_does_not_fit_is_refused(world):
+    with pytest.raises(ConfigError, match=f"but {world} were started"):
+        Layout.fit(ParallelSection(sequence=2, pipeline=2), world)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4, 7, 8, 56])
+def test_stages_get_their_share_of_the_blocks(stages):
+    boundaries = stage_boundaries(PRESETS["mugdit_10b"], stages, tokens=54_002, text_tokens=300)
+    assert boundaries[0] == 0 and boundaries[-1] == 58 and len(boundaries) == stages + 1
+    layers = [last - first for first, last in pairwise(boundaries)]
+    layers[0] -= 1  # the embedders
+    layers[-1] -= 1  # the final layer
+    assert min(layers) >= 1 and max(layers) - min(layers) <= 1
+
+
+def test_more_stages_than_blocks_are_refused():
+    with pytest.raises(ConfigError, match="2 blocks"):
+        stage_boundaries(DiTConfig(144, 2, 2), 3, tokens=10, text_tokens=3)
+
+
+def test_unpacking_gives_back_what_was_packed():
+    generator = torch.Generator().manual_seed(0)
+    grid, batch, width, text_tokens = patch_grid(2, 4, 6), 3, 8, 5
+    token_n = Ulysses(None, 4, 3, None).local_tokens(grid.tokens)
+    x_mask = torch.tensor([[True, True], [False, True], [True, False]])
+    text_mask = torch.arange(text_tokens)[None] < torch.tensor([5, 1, 3])[:, None]
+    tokens, modulation, time, text = (
+        torch.randn(batch, *shape, generator=generator)
+        for shape in ((len(token_n), width), (2, 6 * width), (2, width), (text_tokens, width))
+    )
+    condition = Condition(modulation, time, text, text_mask, None, None, None)
+    floats, integers = pack(tokens, condition, x_mask)
+    assert floats.shape == (batch, len(token_n) + 14 + text_tokens, width)
+    tokens_again, again, x_mask_again = unpack(floats, integers, grid, token_n)
+    pairs = [(tokens, tokens_again), (x_mask, x_mask_again), *zip(condition[:4], again[:4], strict=True)]
+    assert all(torch.equal(one, other) for one, other in pairs)
+    # The last rank of four holds tokens 12, 13 (the end token) and two of padding: all clean.
+    assert token_n.tolist() == [12, 13, 14, 15]
+    assert again.clean_BN.tolist() == [[False, True, True, True], [False, True, True, True], [True] * 4]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+def test_ranks_hold_every_token_once(size):
+    held = torch.cat([Ulysses(None, size, rank, None).local_tokens(47) for rank in range(size)])
+    assert torch.equal(held, torch.arange(len(held))) and 47 <= len(held) < 47 + size
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_the_weights_of_all_ranks_sum_to_those_of_the_sample(size):
+    """Start, end and padding tokens weigh nothing; every patch is weighed once, padded pixels not at all."""
+    target, weight = torch.randn(2, 24, 3, 3, 5), torch.rand(2, 1, 3, 3, 5)
+    tokens = patch_grid(3, 3, 5).tokens
+    parts = [
+        labels(target, weight, torch.zeros(2), Ulysses(None, size, rank, None).local_tokens(tokens))
+        for rank in range(size)
+    ]
+    total = sum(part.weight_BnP1.sum(dim=(1, 2, 3)) for part in parts)
+    torch.testing.assert_close(total, weight.flatten(1).sum(dim=1))
+    assert all(part.target_BnPC.shape[2:] == (4, 24) for part in parts)
