@@ -24,6 +24,12 @@ class ModelSection(Section):
     depth: Positive | None = Field(None, description="Number of blocks.")
     caption_channels: Positive | None = Field(None, description="Width of the text features (4096 for T5-XXL).")
     precision: Literal["bf16", "fp32"] = Field("bf16", description="Dtype of weights and activations; fp32 for tests.")
+    attention: Literal["auto", "flash4", "flash2", "cudnn", "sdpa", "te"] = Field(
+        "auto",
+        description="Self-attention. auto times every installed backend on the run's shape at the start, checks "
+        "its gradients, and takes the fastest that is right.",
+    )
+    compile: bool = Field(False, description="torch.compile what comes before and after self-attention in each block.")
 
     def dit(self) -> DiTConfig:
         """The sizes of the model: the preset with this section's overrides.
@@ -98,7 +104,9 @@ class ScheduleSection(Section):
 
 class CheckpointSection(Section):
     dir: str = Field(description="Folder of the run's checkpoints.")
-    save_every: Positive = Field(100, description="Steps between checkpoints; the last step is always saved.")
+    save_every: Annotated[int, Field(ge=0)] = Field(
+        100, description="Steps between checkpoints; the last step is saved too. 0: none at all, for measurements."
+    )
     resume: Literal["auto", "must", "never"] = Field(
         "auto",
         description="auto: go on from the newest checkpoint in dir, or start if dir has none; must: fail without one; "

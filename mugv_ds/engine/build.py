@@ -17,7 +17,8 @@ from mugv_ds.config.deepspeed import deepspeed_config
 from mugv_ds.config.errors import PeerError
 from mugv_ds.config.schema import OptimizerSection, TrainConfig
 from mugv_ds.engine.schedule import rate_factor
-from mugv_ds.models.attention import sdpa
+from mugv_ds.models.attention import BACKENDS, Attention, installed_backends
+from mugv_ds.models.choose_attention import choose_attention
 from mugv_ds.models.rope import patch_grid
 from mugv_ds.objectives.flow import loss_by_quartile, weighted_error
 from mugv_ds.parallel.layout import Layout, Place, sequence_group
@@ -26,6 +27,9 @@ from mugv_ds.parallel.ulysses import Ulysses
 
 QUARTILE_TERMS = [f"{kind}_q{q}" for q in range(4) for kind in ("loss", "count")]
 
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+MAX_BUCKETS = 64  # shapes that a compiled segment may be compiled for
 
 T = TypeVar("T")
 
@@ -105,14 +109,18 @@ def build_engine(
         dit,
         layout=layout,
         boundaries=stage_boundaries(dit, layout.pipeline, patch_grid(*shape).tokens, config.data.max_text_tokens),
-        ulysses=Ulysses(process.group, layout.sequence, process.place.sequence, sdpa),
+        ulysses=Ulysses(process.group, layout.sequence, process.place.sequence, pick_attention(config, process, shape)),
         loss=partial(flow_objective, sequence=layout.sequence),
         terms=QUARTILE_TERMS,
         recompute=config.parallel.activation_checkpointing,
         seed=config.data.seed,
-        dtype=torch.bfloat16 if config.model.precision == "bf16" else torch.float32,
+        dtype=DTYPES[config.model.precision],
         device=process.device,
     )
+    if config.model.compile:
+        torch._dynamo.config.recompile_limit = MAX_BUCKETS
+        for block in module.blocks:
+            block.compile_segments()
     if weights is not None:
         weights(module.named_layers())
     optimizer = adamw(module.parameters(), config.optimizer, process.device)
@@ -123,6 +131,26 @@ def build_engine(
         config=deepspeed_config(config, layout.data),
     )
     return engine
+
+
+def pick_attention(config: TrainConfig, process: Process, shape: tuple[int, int, int]) -> Attention:
+    """The attention that the config names or, with "auto", the fastest right one on rank 0; the same on all ranks."""
+    if config.model.attention != "auto":
+        return BACKENDS[config.model.attention]
+    names = list(BACKENDS)
+    chosen = torch.zeros((), dtype=torch.int32, device=process.device)
+    if process.rank == 0:
+        name, trials = choose_attention(
+            installed_backends(process.device),
+            tokens=patch_grid(*shape).tokens,
+            heads=config.model.dit().num_heads // process.layout.sequence,
+            dtype=DTYPES[config.model.precision],
+            device=process.device,
+        )
+        print("\n".join(["self-attention, forward and backward:", *map(str, trials), f"taken: {name}"]), flush=True)
+        chosen.fill_(names.index(name))
+    dist.broadcast(chosen, 0)
+    return BACKENDS[names[chosen.item()]]
 
 
 def adamw(parameters, section: OptimizerSection, device: torch.device) -> torch.optim.AdamW:

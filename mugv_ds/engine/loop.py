@@ -69,7 +69,8 @@ class Trainer:
         for step in range(start, steps):
             self._train_step(step, batches, recorder)
             done = step + 1
-            if done % self.config.checkpoint.save_every == 0 or done == steps:
+            every = self.config.checkpoint.save_every
+            if every and (done % every == 0 or done == steps):
                 self.save(done)
             if done == steps or (logging.eval_every and done % logging.eval_every == 0):
                 self._validate(recorder, done)

@@ -178,6 +178,14 @@ class Block(nn.Module):
         q, k, v = run(self._before_attention, x_BND, condition)
         return run(self._after_attention, x_BND, attention(q, k, v), condition)
 
+    def compile_segments(self) -> None:
+        """Compiles what comes before and after self-attention; blocks of one size share the compiled code.
+
+        Each shape is compiled once, for itself: a bucket's shapes are static, and there are few buckets.
+        """
+        self._before_attention = torch.compile(self._before_attention, dynamic=False)
+        self._after_attention = torch.compile(self._after_attention, dynamic=False)
+
     def _before_attention(self, x_BND: Tensor, condition: Condition) -> tuple[Tensor, Tensor, Tensor]:
         modulation = self._modulation(condition, 0)
         x = modulate(x_BND, modulation.shift_BND, modulation.scale_BND)

@@ -173,6 +173,11 @@ class DiTPipeline(PipelineModule):
         return [(layer_prefix(first + i, self.config.depth), layer) for i, layer in enumerate(self.forward_funcs)]
 
     @property
+    def blocks(self) -> list[Block]:
+        """This stage's blocks."""
+        return [layer for layer in self.forward_funcs if isinstance(layer, Block)]
+
+    @property
     def is_first(self) -> bool:
         return self.stage_id == 0
 

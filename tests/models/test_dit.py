@@ -1,9 +1,12 @@
 """The model against what the published code computed."""
 
 import json
+from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from mugv_ds.models import PRESETS, DiT, DiTConfig
 from mugv_ds.models.dit import init_weights
@@ -124,3 +127,17 @@ def test_initial_weights_do_not_depend_on_how_the_model_is_split():
         assert torch.equal(value, whole.state_dict()[f"blocks.1.{name}"]), name
     init_weights(part, "blocks.1.", seed=4)
     assert not torch.equal(part.mlp.fc1.weight, whole.blocks[1].mlp.fc1.weight)
+
+
+def test_blocks_share_compiled_code_and_shapes_are_compiled_once():
+    """Three blocks, three shapes met twice: two segments for each shape, nothing more."""
+    counter = CompileCounterWithBackend("eager")
+    model = DiT(DiTConfig(144, 2, 3, caption_channels=16))
+    with patch("torch.compile", partial(torch.compile, backend=counter)):
+        for block in model.blocks:
+            block.compile_segments()
+    for _ in range(2):
+        for shape in [(1, 4, 4), (2, 4, 6), (3, 6, 6)]:
+            text = torch.randn(1, 7, 16)
+            model(torch.randn(1, 24, *shape), torch.tensor([5.0]), text, recompute="selective").sum().backward()
+    assert counter.frame_count == 2 * 3

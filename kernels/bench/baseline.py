@@ -1,0 +1,78 @@
+"""The block as the published code computes it, written plainly: what `block.py` measures ours against.
+
+Complex rotary embedding, both modulations of every token computed in full and then selected, FlashAttention-2 or cuDNN
+through PyTorch's SDPA. Same parameters as `mugv_ds.models.layers.Block`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mugv_ds.models.layers import Block, Condition
+
+HEAD_DIM = 72
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    y = x.float()
+    y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + 1e-6)
+    return weight * y.to(x.dtype)
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """x [B, heads, N, 72] times the complex rotation [B, 1, N, 36]."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+class PublishedBlock(nn.Module):
+    """The published block around the parameters of ours; `backend` computes self-attention."""
+
+    def __init__(self, block: Block, backend: SDPBackend) -> None:
+        super().__init__()
+        self.block, self.backend = block, backend
+
+    def forward(self, x: Tensor, condition: Condition) -> Tensor:
+        block, batch = self.block, x.shape[0]
+        noised, clean = (
+            (block.scale_shift_table[None] + condition.modulation_BKD[:, k].reshape(batch, 6, -1)).chunk(6, dim=1)
+            for k in range(2)
+        )
+        mask = condition.clean_BN[..., None]
+
+        def select(half: int, function) -> Tensor:
+            return torch.where(mask, function(*clean[half : half + 3]), function(*noised[half : half + 3]))
+
+        normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+        attended = self.attend(select(0, lambda shift, scale, _: modulated(normed, shift, scale)), condition)
+        x = x + select(0, lambda _shift, _scale, gate: gate * attended)
+        x = x + self.cross(block.cross_attn_norm(x), condition)
+        normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+        fed = block.mlp(select(3, lambda shift, scale, _: modulated(normed, shift, scale)))
+        return x + select(3, lambda _shift, _scale, gate: gate * fed)
+
+    def attend(self, x: Tensor, condition: Condition) -> Tensor:
+        attention, (batch, tokens, width) = self.block.attn, x.shape
+        qkv = attention.qkv(x).view(batch, tokens, 3, -1, HEAD_DIM).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        rotation = torch.complex(condition.cos, condition.sin).transpose(1, 2)
+        q = rotate(rms_norm(q, attention.q_norm.weight), rotation)
+        k = rotate(rms_norm(k, attention.k_norm.weight), rotation)
+        with sdpa_kernel(self.backend):
+            o = F.scaled_dot_product_attention(q, k, v)
+        return attention.proj(o.transpose(1, 2).reshape(batch, tokens, width))
+
+    def cross(self, x: Tensor, condition: Condition) -> Tensor:
+        cross, (batch, tokens, width) = self.block.cross_attn, x.shape
+        q = cross.q_linear(x).view(batch, tokens, -1, HEAD_DIM).transpose(1, 2)
+        k, v = (
+            cross.kv_linear(condition.text_BLD).view(batch, -1, 2, width // HEAD_DIM, HEAD_DIM).permute(2, 0, 3, 1, 4)
+        )
+        q, k = rms_norm(q, cross.q_norm.weight), rms_norm(k, cross.k_norm.weight)
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=condition.text_mask_BL[:, None, None, :])
+        return cross.proj(o.transpose(1, 2).reshape(batch, tokens, width))

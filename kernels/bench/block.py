@@ -1,0 +1,106 @@
+"""One block of the 10B at 54,002 tokens, forward and backward: ours against the published one, eager and compiled."""
+
+import argparse
+import functools
+
+import torch
+from baseline import PublishedBlock
+from harness import median_ms, peak_gib, relative_error, report
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from mugv_ds.config import PRESETS
+from mugv_ds.models.attention import BACKENDS, installed_backends
+from mugv_ds.models.choose_attention import choose_attention
+from mugv_ds.models.dit import describe_tokens, init_weights
+from mugv_ds.models.flops import block_flops
+from mugv_ds.models.layers import Block, Condition
+from mugv_ds.models.rope import patch_grid, positions
+
+TEXT_TOKENS = 300
+PEAK_TFLOPS = 989.0
+
+
+def make_inputs(frames: int, device: torch.device) -> tuple[Block, Tensor, Condition]:
+    """A 10B block and its inputs for a 720p clip whose first frame is given clean; everything wants gradients."""
+    config = PRESETS["mugdit_10b"]
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16).requires_grad_()
+
+    with device:
+        block = Block(config).bfloat16()
+    init_weights(block, "blocks.0.", seed=0)
+    torch.nn.init.normal_(block.cross_attn.proj.weight, std=0.02)
+    grid = patch_grid(frames, 90, 160)
+    x_mask = torch.arange(frames, device=device)[None] > 0
+    token_N = torch.arange(grid.tokens, device=device)
+    frame_index = torch.arange(frames + 2, device=device)[None]
+    condition = Condition(
+        normal(1, 2, 6 * config.hidden_size),
+        normal(1, 2, config.hidden_size),
+        normal(1, TEXT_TOKENS, config.hidden_size),
+        torch.ones(1, TEXT_TOKENS, dtype=torch.bool, device=device),
+        *describe_tokens(positions(token_N, grid), x_mask, frame_index),
+    )
+    return block, normal(1, grid.tokens, config.hidden_size), condition
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--frames", type=int, default=15, help="latent frames of 720p; 15 are 54,002 tokens")
+    args = parser.parse_args()
+    device = torch.device("cuda")
+    block, x, condition = make_inputs(args.frames, device)
+    gradient = torch.randn_like(x)
+    tokens, heads = x.shape[1], block.attn.qkv.in_features // 72
+    name, trials = choose_attention(
+        installed_backends(device), tokens=tokens, heads=heads, dtype=torch.bfloat16, device=device
+    )
+    print("\n".join(map(str, trials)))
+    attention = BACKENDS[name]
+    ours = functools.partial(block, attention=attention)
+    selective = functools.partial(block, attention=attention, recompute="selective")
+    variants = {
+        "published, eager, FlashAttention-2": PublishedBlock(block, SDPBackend.FLASH_ATTENTION),
+        "published, torch.compile, cuDNN": torch.compile(PublishedBlock(block, SDPBackend.CUDNN_ATTENTION)),
+        f"ours, eager, {name}": ours,
+        f"ours, compiled, {name}": ours,
+        f"ours, compiled, {name}, selective": selective,
+    }
+    flops = 3 * block_flops(PRESETS["mugdit_10b"], tokens, TEXT_TOKENS)
+    rows, first = [], None
+    for title, variant in variants.items():
+        if title.startswith("ours, compiled"):
+            block.compile_segments()
+
+        def call(variant=variant) -> Tensor:
+            for tensor in (x, *condition[:3], *block.parameters()):
+                tensor.grad = None
+            y = variant(x, condition)
+            y.backward(gradient)
+            return y.detach()
+
+        y = call()
+        first = y if first is None else first
+        milliseconds = median_ms(call, seconds=4.0)
+        rows.append(
+            {
+                "block": title,
+                "ms": milliseconds,
+                "model TFLOP/s": flops / milliseconds / 1e9,
+                "MFU %": 100 * flops / milliseconds / 1e9 / PEAK_TFLOPS,
+                "peak GiB": peak_gib(call),
+                "difference": relative_error(y, first),
+            }
+        )
+        del y
+    eager, compiled = (rows[i]["ms"] for i in range(2))
+    for row in rows:
+        row["× eager"], row["× compiled"] = eager / row["ms"], compiled / row["ms"]
+    report(f"block of the 10B, forward+backward, {tokens} tokens, {TEXT_TOKENS} text tokens, bf16", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""One compiled block of the 10B under Ulysses, on 1, 2 and 4 GPUs of a host: time, efficiency, share of the all-to-all.
+
+torchrun --nproc-per-node 4 kernels/bench/scaling.py
+"""
+
+import argparse
+import functools
+import os
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from block import TEXT_TOKENS, make_inputs
+from harness import median_ms, peak_gib, report
+
+from mugv_ds.config import PRESETS
+from mugv_ds.models.attention import BACKENDS, installed_backends
+from mugv_ds.models.choose_attention import choose_attention
+from mugv_ds.models.flops import block_flops
+from mugv_ds.models.layers import Condition
+from mugv_ds.parallel.layout import Layout, sequence_group
+from mugv_ds.parallel.ulysses import Ulysses
+
+PEAK_TFLOPS = 989.0
+
+
+def measure(size: int, frames: int, name: str, recompute: str) -> dict[str, object]:
+    """One layout: every group of `size` ranks shares a sequence; times are the slowest rank's."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    device = torch.device("cuda", torch.cuda.current_device())
+    group = sequence_group(Layout(data=world // size, sequence=size), rank)
+    ulysses = Ulysses(group, size, rank % size, BACKENDS[name])
+    block, x, condition = make_inputs(frames, device)
+    tokens = x.shape[1]
+    block.compile_segments()
+    held = ulysses.local_tokens(tokens, device).clamp(max=tokens - 1)
+    x = x.detach()[:, held].clone().requires_grad_()
+    condition = Condition(*condition[:4], *(part[:, held] for part in condition[4:]))
+    gradient = torch.randn_like(x)
+    attention = functools.partial(ulysses, tokens=tokens)
+
+    def call() -> None:
+        for tensor in (x, *condition[:3], *block.parameters()):
+            tensor.grad = None
+        block(x, condition, attention, recompute).backward(gradient)
+
+    def exchange_only() -> None:
+        """The same exchanges, forward and backward, around an attention that does nothing."""
+        q, k, v = (y.detach().requires_grad_() for y in qkv)
+        Ulysses(group, size, rank % size, lambda q, k, v: q + k + v)(q, k, v, tokens).backward(o_gradient)
+
+    qkv = [torch.randn(1, len(held), 48, 72, device=device, dtype=torch.bfloat16) for _ in range(3)]
+    o_gradient = torch.randn_like(qkv[0])
+    call()
+    dist.barrier()
+    milliseconds, peak = median_ms(call, seconds=5.0), peak_gib(call)
+    exchange = median_ms(exchange_only) if size > 1 else 0.0
+    worst = torch.tensor([milliseconds, peak, exchange], device=device)
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    milliseconds, peak, exchange = worst.tolist()
+    flops = 3 * block_flops(PRESETS["mugdit_10b"], tokens, TEXT_TOKENS) / size
+    return {
+        "sequence": size,
+        "recompute": recompute,
+        "tokens": tokens,
+        "ms": milliseconds,
+        "MFU %": 100 * flops / milliseconds / 1e9 / PEAK_TFLOPS,
+        "peak GiB": peak,
+        "exchange ms": exchange,
+        "exchange %": 100 * exchange / milliseconds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, default=15, help="latent frames of 720p; 15 are 54,002 tokens")
+    parser.add_argument("--recompute", default="selective", choices=["off", "selective", "full"])
+    args = parser.parse_args()
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed("nccl", verbose=False)
+    device, names = torch.device("cuda", torch.cuda.current_device()), list(BACKENDS)
+    chosen = torch.zeros((), dtype=torch.int32, device=device)
+    if dist.get_rank() == 0:
+        name, trials = choose_attention(
+            installed_backends(device), tokens=3600 * args.frames + 2, heads=12, dtype=torch.bfloat16, device=device
+        )
+        print("\n".join(map(str, trials)))
+        chosen.fill_(names.index(name))
+    dist.broadcast(chosen, 0)
+    name = names[chosen.item()]
+    sizes = [size for size in (1, 2, 4) if dist.get_world_size() % size == 0]
+    rows = [measure(size, args.frames, name, args.recompute) for size in sizes]
+    for row in rows:
+        row["efficiency %"] = 100 * rows[0]["ms"] / (row["ms"] * row["sequence"])
+    if dist.get_rank() == 0:
+        report(f"block of the 10B under Ulysses, forward+backward, {name}", rows)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""`auto`: the fastest attention that is right, found by running every installed backend on the run's own shape.
+
+Speed and correctness are measured, not assumed: kernels for head_dim 72 are rare enough that a library can return a
+wrong gradient, and none says so.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mugv_ds.config.model import HEAD_DIM
+from mugv_ds.models.attention import Attention
+
+# bf16 attention of unit-variance inputs is off by about 2.5e-3 (measured on an H200); a wrong gradient by about 1.
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 5e-3, torch.float32: 1e-4}
+_CHECKED_TOKENS = 16_384  # the exact reference costs N² in fp64
+_TIMED_FLOPS = 3e14  # of one forward and backward: heads are left out until it costs no more
+_CHUNK = 1024
+_GRADIENTS = ("o", "dq", "dk", "dv")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a backend did: milliseconds of forward and backward, relative errors of o, dq, dk, dv, or why it failed."""
+
+    name: str
+    milliseconds: float | None = None
+    errors: dict[str, float] | None = None
+    failure: str | None = None
+
+    def __str__(self) -> str:
+        if self.failure is not None:
+            return f"{self.name:8} {self.failure}"
+        errors = "  ".join(f"{name} {error:.1e}" for name, error in self.errors.items())
+        return f"{self.name:8} {self.milliseconds:9.2f} ms  {errors}"
+
+
+def choose_attention(
+    backends: dict[str, Attention], *, tokens: int, heads: int, dtype: torch.dtype, device: torch.device
+) -> tuple[str, list[Trial]]:
+    """Name of the fastest backend whose o, dq, dk and dv are right, and the trials of all.
+
+    A backend that is wrong is named in a warning; one that cannot run the shape is left out.
+
+    Args:
+        backends: by name. tokens: N of the run. heads: that one rank computes.
+    Raises:
+        RuntimeError: no backend is right.
+    """
+    trials = [_try(name, backend, tokens, heads, dtype, device) for name, backend in backends.items()]
+    for trial in trials:
+        if trial.errors is not None and trial.failure is not None:
+            logger.warning("attention backend %s is wrong on this machine and will not be used: %s", trial.name, trial)
+    right = [trial for trial in trials if trial.failure is None]
+    if not right:
+        raise RuntimeError("no attention backend is right on this machine:\n" + "\n".join(map(str, trials)))
+    return min(right, key=lambda trial: trial.milliseconds).name, trials
+
+
+def _try(name: str, backend: Attention, tokens: int, heads: int, dtype: torch.dtype, device: torch.device) -> Trial:
+    try:
+        errors = attention_errors(backend, min(tokens, _CHECKED_TOKENS), dtype, device)
+    except Exception as error:
+        # Libraries refuse a device, dtype or shape with every kind of exception.
+        return Trial(name, failure=f"cannot run: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    wrong = [key for key, value in errors.items() if not value <= TOLERANCE[dtype]]
+    if wrong:
+        shown = ", ".join(f"{key} off by {errors[key]:.1e}" for key in wrong)
+        return Trial(name, errors=errors, failure=f"wrong: {shown} (allowed {TOLERANCE[dtype]:.0e})")
+    timed_heads = max(1, min(heads, int(_TIMED_FLOPS / (14.0 * tokens**2 * HEAD_DIM))))
+    milliseconds = _time(backend, random_qkv(tokens, timed_heads, dtype, device)) * heads / timed_heads
+    return Trial(name, milliseconds, errors)
+
+
+def random_qkv(tokens: int, heads: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> list[Tensor]:
+    """q, k, v and a gradient of o, standard normal [1, tokens, heads, 72]; q, k, v want gradients."""
+    generator = torch.Generator(device).manual_seed(seed)
+    shape = (1, tokens, heads, HEAD_DIM)
+    q, k, v, gradient = (torch.randn(shape, generator=generator, dtype=dtype, device=device) for _ in range(4))
+    return [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), gradient]
+
+
+def attention_errors(backend: Attention, tokens: int, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """Relative errors ‖x − exact‖ / ‖exact‖ of o, dq, dk and dv on random inputs of two heads, the first compared."""
+    q, k, v, gradient = random_qkv(tokens, 2, dtype, device)
+    o = backend(q, k, v)
+    o.backward(gradient)
+    got = [o.detach(), q.grad, k.grad, v.grad]
+    exact = exact_attention(*(x.detach()[0, :, 0].double() for x in (q, k, v, gradient)))
+    return {
+        name: float((value[0, :, 0].double() - reference).norm() / reference.norm())
+        for name, value, reference in zip(_GRADIENTS, got, exact, strict=True)
+    }
+
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """o, dq, dk, dv of one head by the formula, a chunk of queries at a time.
+
+    Args:
+        q, k, v, gradient (of o): [N, d], in the precision to compute in.
+    """
+    scale = q.shape[1] ** -0.5
+    o, dq, dk, dv = (torch.zeros_like(x) for x in (q, q, k, v))
+    for i in range(0, len(q), _CHUNK):
+        rows = slice(i, i + _CHUNK)
+        p = torch.softmax(q[rows] @ k.T * scale, dim=-1)
+        o[rows] = p @ v
+        dv += p.T @ gradient[rows]
+        dp = gradient[rows] @ v.T
+        ds = p * (dp - (gradient[rows] * o[rows]).sum(dim=-1, keepdim=True)) * scale
+        dq[rows] = ds @ k
+        dk += ds.T @ q[rows]
+    return o, dq, dk, dv
+
+
+def _time(backend: Attention, inputs: list[Tensor], repeats: int = 3) -> float:
+    """Milliseconds of a forward and backward: the best of `repeats`, after one to warm up."""
+    *qkv, gradient = inputs
+
+    def call() -> None:
+        for tensor in qkv:
+            tensor.grad = None
+        backend(*qkv).backward(gradient)
+
+    return min(_milliseconds(call, gradient.device) for _ in range(repeats + 1))
+
+
+def _milliseconds(call: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1000 * (time.perf_counter() - begin)
