@@ -1,4 +1,4 @@
-"""Writes a data set of random latents and text features of one shape, in the published format, to measure speed with."""
+"""Writes random latents and text features of one shape, in the published format, to measure speed with."""
 
 import argparse
 import csv

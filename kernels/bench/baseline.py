@@ -60,7 +60,7 @@ class PublishedBlock(nn.Module):
         attention, (batch, tokens, width) = self.block.attn, x.shape
         qkv = attention.qkv(x).view(batch, tokens, 3, -1, HEAD_DIM).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
-        rotation = torch.complex(condition.cos, condition.sin).transpose(1, 2)
+        rotation = torch.complex(condition.cos, condition.sin)[:, None]
         q = rotate(rms_norm(q, attention.q_norm.weight), rotation)
         k = rotate(rms_norm(k, attention.k_norm.weight), rotation)
         with sdpa_kernel(self.backend):

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+from collections.abc import Callable
 
 import torch
 from baseline import PublishedBlock
@@ -47,9 +48,20 @@ def make_inputs(frames: int, device: torch.device) -> tuple[Block, Tensor, Condi
     return block, normal(1, grid.tokens, config.hidden_size), condition
 
 
+def profile(call: Callable[[], None]) -> None:
+    """Prints where the device's time goes in one call, by kernel."""
+    for _ in range(3):
+        call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        call()
+        torch.cuda.synchronize()
+    print(trace.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=90))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--frames", type=int, default=15, help="latent frames of 720p; 15 are 54,002 tokens")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of our compiled block instead")
     args = parser.parse_args()
     device = torch.device("cuda")
     block, x, condition = make_inputs(args.frames, device)
@@ -70,6 +82,10 @@ def main() -> None:
         f"ours, compiled, {name}, selective": selective,
     }
     flops = 3 * block_flops(PRESETS["mugdit_10b"], tokens, TEXT_TOKENS)
+    if args.profile:
+        block.compile_segments()
+        profile(lambda: ours(x, condition).backward(gradient))
+        return
     rows, first = [], None
     for title, variant in variants.items():
         if title.startswith("ours, compiled"):

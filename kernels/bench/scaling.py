@@ -4,7 +4,6 @@ torchrun --nproc-per-node 4 kernels/bench/scaling.py
 """
 
 import argparse
-import functools
 import os
 
 import deepspeed
@@ -33,24 +32,25 @@ def measure(size: int, frames: int, name: str, recompute: str) -> dict[str, obje
     block, x, condition = make_inputs(frames, device)
     tokens = x.shape[1]
     block.compile_segments()
-    held = ulysses.local_tokens(tokens, device).clamp(max=tokens - 1)
+    ulysses.tokens = tokens
+    held = ulysses.local_tokens(device).clamp(max=tokens - 1)
     x = x.detach()[:, held].clone().requires_grad_()
     condition = Condition(*condition[:4], *(part[:, held] for part in condition[4:]))
     gradient = torch.randn_like(x)
-    attention = functools.partial(ulysses, tokens=tokens)
 
     def call() -> None:
         for tensor in (x, *condition[:3], *block.parameters()):
             tensor.grad = None
-        block(x, condition, attention, recompute).backward(gradient)
+        block(x, condition, ulysses, recompute).backward(gradient)
 
     def exchange_only() -> None:
         """The same exchanges, forward and backward, around an attention that does nothing."""
-        q, k, v = (y.detach().requires_grad_() for y in qkv)
-        Ulysses(group, size, rank % size, lambda q, k, v: q + k + v)(q, k, v, tokens).backward(o_gradient)
+        bare.grouped(qkv.detach().requires_grad_()).backward(o_gradient)
 
-    qkv = [torch.randn(1, len(held), 48, 72, device=device, dtype=torch.bfloat16) for _ in range(3)]
-    o_gradient = torch.randn_like(qkv[0])
+    bare = Ulysses(group, size, rank % size, lambda q, k, v: q + k + v)
+    bare.tokens = tokens
+    qkv = torch.randn(size, 3, 1, len(held), 48 // size, 72, device=device, dtype=torch.bfloat16)
+    o_gradient = torch.randn(1, len(held), 48, 72, device=device, dtype=torch.bfloat16)
     call()
     dist.barrier()
     milliseconds, peak = median_ms(call, seconds=5.0), peak_gib(call)

@@ -1,9 +1,9 @@
 """FlashAttention-4 (flash_attn.cute) at head_dim 72.
 
 On Hopper its backward accumulates dq in tiles whose head dimension is rounded up to a multiple of 16 (80 for 72), while
-the kernels before and after it assume a multiple of 32 (96): dq is wrong, silently, and nothing else is. Both take the
-multiple as a keyword, so they are given 16. Where a release has not these functions, q, k and v are padded to 96, for
-which the library is right.
+the kernel that converts them assumes a multiple of 32 (96): dq is wrong, silently, and nothing else is. It takes
+the multiple as a keyword, so it is given 16. (The kernel before the backward takes it too, to clear the accumulator; it
+clears enough as it is, and at 16 it corrupts dk and dv at some lengths.)
 """
 
 import functools
@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_LIBRARY = "flash_attn.cute.interface"
 _PADDED = 96
-_HOOKS = ("_bwd_preprocess", "_bwd_postprocess_convert")
-_KEYWORD = "hdim_multiple_of"
+_HOOK, _KEYWORD = "_bwd_postprocess_convert", "hdim_multiple_of"
 
 
 def flash4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -25,41 +25,37 @@ def flash4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     Raises:
         ImportError: flash-attn-4 is not installed.
+        NotImplementedError: it is a release whose dq cannot be mended; `flash4_padded` is right there too.
     """
-    interface, exact = _interface()
+    return _interface().flash_attn_func(q, k, v)[0]
+
+
+def flash4_padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same with q, k and v padded to a head dimension of 96, for which the library is right as it comes."""
     head_dim = q.shape[-1]
-    scale = head_dim**-0.5
-    if exact or not _needs_mending(head_dim):
-        return interface.flash_attn_func(q, k, v, softmax_scale=scale)[0]
     q, k, v = (F.pad(x, (0, _PADDED - head_dim)) for x in (q, k, v))
-    return interface.flash_attn_func(q, k, v, softmax_scale=scale)[0][..., :head_dim]
-
-
-def _needs_mending(head_dim: int) -> bool:
-    """Whether multiples of 16 and of 32 round this head dimension differently, on the chip where that matters."""
-    return -(-head_dim // 16) * 16 != -(-head_dim // 32) * 32 and torch.cuda.get_device_capability()[0] == 9
+    return importlib.import_module(_LIBRARY).flash_attn_func(q, k, v, softmax_scale=head_dim**-0.5)[0][..., :head_dim]
 
 
 @functools.cache
-def _interface() -> tuple[ModuleType, bool]:
-    """The library's module, and whether its dq could be mended."""
-    interface = importlib.import_module("flash_attn.cute.interface")
-    found = [getattr(interface, name, None) for name in _HOOKS]
-    if not all(hook is not None and _KEYWORD in inspect.signature(hook).parameters for hook in found):
-        return interface, False
-    for name, hook in zip(_HOOKS, found, strict=True):
-        setattr(interface, name, _mended(hook))
-    return interface, True
+def _interface() -> ModuleType:
+    """The library's module, mended."""
+    interface = importlib.import_module(_LIBRARY)
+    hook = getattr(interface, _HOOK, None)
+    if hook is None or _KEYWORD not in inspect.signature(hook).parameters:
+        raise NotImplementedError(f"{_LIBRARY}.{_HOOK} takes no {_KEYWORD}")
+    setattr(interface, _HOOK, _mended(hook))
+    return interface
 
 
 def _mended(hook):
-    """`hook` with the accumulator's own multiple for head dimensions that need it."""
-    parameters = inspect.signature(hook)
+    """`hook` with the accumulator's own multiple for head dimensions that 16 and 32 round up differently on Hopper."""
+    signature = inspect.signature(hook)
 
     @functools.wraps(hook)  # keeps the attribute in which the library caches compiled kernels
     def call(*args, **kwargs):
-        given = parameters.bind(*args, **kwargs).arguments
-        if _needs_mending(given.get("head_dim", given.get("hdim"))):
+        head_dim = signature.bind(*args, **kwargs).arguments["hdim"]
+        if -(-head_dim // 16) % 2 == 1 and torch.cuda.get_device_capability()[0] == 9:
             kwargs[_KEYWORD] = 16
         return hook(*args, **kwargs)
 

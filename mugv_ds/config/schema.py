@@ -24,7 +24,7 @@ class ModelSection(Section):
     depth: Positive | None = Field(None, description="Number of blocks.")
     caption_channels: Positive | None = Field(None, description="Width of the text features (4096 for T5-XXL).")
     precision: Literal["bf16", "fp32"] = Field("bf16", description="Dtype of weights and activations; fp32 for tests.")
-    attention: Literal["auto", "flash4", "flash2", "cudnn", "sdpa", "te"] = Field(
+    attention: Literal["auto", "flash4", "flash4_padded", "flash2", "cudnn", "sdpa", "te"] = Field(
         "auto",
         description="Self-attention. auto times every installed backend on the run's shape at the start, checks "
         "its gradients, and takes the fastest that is right.",

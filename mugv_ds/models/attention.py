@@ -7,6 +7,7 @@ The heads are 72 wide, which no library is built for: they pad, and differ in sp
 import functools
 import importlib.util
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -16,19 +17,43 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 # (q, k, v), each [B, N, heads, 72] → o of the same shape; bidirectional, softmax scale 72^-0.5.
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+_MASKED = -30_000.0  # added to q·k before the scale; −3,500 after it
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """PyTorch's scaled dot-product attention, with the kernel that PyTorch picks.
+
+@runtime_checkable
+class GroupedAttention(Protocol):
+    """Self-attention that wants its heads in groups, laid out one after the other."""
+
+    head_groups: int
+
+    def grouped(self, qkv: Tensor) -> Tensor:
+        """q, k, v as [groups, 3, B, N, heads/groups, 72] → o [B, N, heads, 72]."""
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's scaled dot-product attention, with the kernel that PyTorch picks."""
+    o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return o.transpose(1, 2)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
+    """Attention in which masked keys take no part, through kernels that know no mask.
+
+    One more channel, 1 in q and very negative in masked keys, takes their score to where its exponential is exactly 0.
+    The heads become 80 wide, which kernels for 72 round up to anyway.
 
     Args:
-        q: [B, N, heads, 72]. k, v: [B, M, heads, 72].
-        key_mask: bool [B, M], False for keys that take no part.
+        q: [B, N, heads, 72]. k, v: [B, L, heads, 72]. key_mask: bool [B, L], False for keys that take no part.
     Returns:
         [B, N, heads, 72].
     """
-    mask = None if key_mask is None else key_mask[:, None, None, :]
-    o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
-    return o.transpose(1, 2)
+    head_dim, spare = q.shape[-1], -q.shape[-1] % 8 or 8
+    bias = torch.where(key_mask, 0.0, _MASKED).to(k.dtype)[:, :, None, None].expand(*k.shape[:-1], 1)
+    q = F.pad(F.pad(q, (0, 1), value=1.0), (0, spare - 1))
+    k = F.pad(torch.cat([k, bias], dim=-1), (0, spare - 1))
+    v = F.pad(v, (0, spare))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=head_dim**-0.5).transpose(1, 2)[..., :head_dim]
 
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -54,6 +79,13 @@ def flash4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return mended(q, k, v)
 
 
+def flash4_padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """FlashAttention-4 over heads padded to 96; see `mugv_kernels.flash4`."""
+    from mugv_kernels.flash4 import flash4_padded as padded
+
+    return padded(q, k, v)
+
+
 def te(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Transformer Engine's attention."""
     return _te_module(q.shape[2], q.shape[3])(q, k, v).view(q.shape)
@@ -66,14 +98,21 @@ def _te_module(heads: int, head_dim: int) -> torch.nn.Module:
     return DotProductAttention(heads, head_dim, qkv_format="bshd", attn_mask_type="no_mask")
 
 
-BACKENDS: dict[str, Attention] = {"flash4": flash4, "flash2": flash2, "cudnn": cudnn, "sdpa": sdpa, "te": te}
+BACKENDS: dict[str, Attention] = {
+    "flash4": flash4,
+    "flash4_padded": flash4_padded,
+    "flash2": flash2,
+    "cudnn": cudnn,
+    "sdpa": sdpa,
+    "te": te,
+}
 
 
 def installed_backends(device: torch.device) -> dict[str, Attention]:
     """The backends that can be tried on this device; on a CPU that is `sdpa`."""
     if device.type != "cuda":
         return {"sdpa": sdpa}
-    needs = {"flash4": "flash_attn.cute", "te": "transformer_engine.pytorch"}
+    needs = {"flash4": "flash_attn.cute", "flash4_padded": "flash_attn.cute", "te": "transformer_engine.pytorch"}
     return {name: backend for name, backend in BACKENDS.items() if name not in needs or _installed(needs[name])}
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mugv_ds.config.model import HEAD_DIM, DiTConfig
-from mugv_ds.models.attention import Attention, sdpa
-from mugv_ds.models.rope import rotate
+from mugv_ds.models.attention import Attention, GroupedAttention, masked_attention
+from mugv_kernels.dispatch import gated_residual, modulate, qk_norm_rope
 
 EPS = 1e-6
 
@@ -26,27 +26,8 @@ class Condition(NamedTuple):
     text_BLD: Tensor
     text_mask_BL: Tensor  # bool, False for padding
     clean_BN: Tensor  # bool, True for tokens modulated with timestep 0
-    cos: Tensor  # [B, N, 1, 36]
+    cos: Tensor  # fp32 [B, N, 36], see `models.rope`
     sin: Tensor
-
-
-class Modulation(NamedTuple):
-    """adaLN of one half of a block, one row per token."""
-
-    shift_BND: Tensor
-    scale_BND: Tensor
-    gate_BND: Tensor
-
-
-def by_class(rows_BKD: Tensor, clean_BN: Tensor) -> Tensor:
-    """Each token's row [B, N, D]: of class 1 where the token is clean, else of class 0."""
-    noised, clean = rows_BKD[:, :, None].unbind(1)
-    return torch.where(clean_BN[..., None], clean, noised)
-
-
-def modulate(x_BND: Tensor, shift_BND: Tensor, scale_BND: Tensor) -> Tensor:
-    """LayerNorm without affine, then scale and shift (adaLN; Peebles & Xie 2023)."""
-    return F.layer_norm(x_BND, x_BND.shape[-1:], eps=EPS) * (1 + scale_BND) + shift_BND
 
 
 def sinusoid(value_B: Tensor, width: int = 256) -> Tensor:
@@ -121,12 +102,9 @@ class SelfAttention(nn.Module):
         self.k_norm = HeadNorm()
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def project(self, x_BND: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k (normalised and rotated) and v, each [B, N, heads, 72]."""
-        q, k, v = rearrange(self.qkv(x_BND), "b n (three head d) -> three b n head d", three=3, d=HEAD_DIM)
-        q = rotate(self.q_norm(q), cos, sin).to(v.dtype)
-        k = rotate(self.k_norm(k), cos, sin).to(v.dtype)
-        return q, k, v
+    def project(self, x_BND: Tensor, cos: Tensor, sin: Tensor, groups: int) -> Tensor:
+        """q, k (normalised and rotated) and v by groups of heads: [groups, 3, B, N, heads/groups, 72]."""
+        return qk_norm_rope(self.qkv(x_BND), self.q_norm.weight, self.k_norm.weight, cos, sin, groups)
 
 
 class CrossAttention(nn.Module):
@@ -144,7 +122,7 @@ class CrossAttention(nn.Module):
         q = rearrange(self.q_linear(x_BND), "b n (head d) -> b n head d", d=HEAD_DIM)
         k, v = rearrange(self.kv_linear(text_BLD), "b l (two head d) -> two b l head d", two=2, d=HEAD_DIM)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        return self.proj(rearrange(sdpa(q, k, v, text_mask_BL), "b n head d -> b n (head d)"))
+        return self.proj(rearrange(masked_attention(q, k, v, text_mask_BL), "b n head d -> b n (head d)"))
 
 
 class Block(nn.Module):
@@ -168,41 +146,49 @@ class Block(nn.Module):
         """[B, N, D] → [B, N, D].
 
         Args:
-            attention: takes q, k, v [B, N, heads, 72] of the tokens held, returns o of the same shape.
+            attention: takes q, k, v [B, N, heads, 72] of the tokens held, returns o of the same shape; or has
+                `head_groups` and `grouped`, see `models.attention.GroupedAttention`.
             recompute: what the backward pass computes again instead of keeping: "off" nothing, "selective" all but
                 self-attention (whose q, k, v and o are kept), "full" everything.
         """
         if recompute == "full":
             return _checkpoint(self.forward, x_BND, condition, attention)
         run = _checkpoint if recompute == "selective" else _call
-        q, k, v = run(self._before_attention, x_BND, condition)
-        return run(self._after_attention, x_BND, attention(q, k, v), condition)
+        grouped = isinstance(attention, GroupedAttention)
+        qkv = run(self._before_attention, x_BND, condition, attention.head_groups if grouped else 1)
+        o = attention.grouped(qkv) if grouped else attention(*qkv[0])
+        x = run(self._after_attention, x_BND, o, condition)
+        return run(self._feed_forward, x, condition)
 
     def compile_segments(self) -> None:
         """Compiles what comes before and after self-attention; blocks of one size share the compiled code.
 
         Each shape is compiled once, for itself: a bucket's shapes are static, and there are few buckets.
         """
-        self._before_attention = torch.compile(self._before_attention, dynamic=False)
-        self._after_attention = torch.compile(self._after_attention, dynamic=False)
+        for name in ("_before_attention", "_after_attention", "_feed_forward"):
+            setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
 
-    def _before_attention(self, x_BND: Tensor, condition: Condition) -> tuple[Tensor, Tensor, Tensor]:
-        modulation = self._modulation(condition, 0)
-        x = modulate(x_BND, modulation.shift_BND, modulation.scale_BND)
-        return self.attn.project(x, condition.cos, condition.sin)
+    def _before_attention(self, x_BND: Tensor, condition: Condition, groups: int) -> Tensor:
+        shift, scale, *_ = self._rows(condition)
+        return self.attn.project(
+            modulate(x_BND, shift, scale, condition.clean_BN), condition.cos, condition.sin, groups
+        )
 
     def _after_attention(self, x_BND: Tensor, o: Tensor, condition: Condition) -> Tensor:
-        gate = self._modulation(condition, 0).gate_BND
-        x = x_BND + gate * self.attn.proj(rearrange(o, "b n head d -> b n (head d)"))
-        x = x + self.cross_attn(self.cross_attn_norm(x), condition.text_BLD, condition.text_mask_BL)
-        modulation = self._modulation(condition, 1)
-        return x + modulation.gate_BND * self.mlp(modulate(x, modulation.shift_BND, modulation.scale_BND))
+        _, _, gate, *_ = self._rows(condition)
+        attended = self.attn.proj(rearrange(o, "b n head d -> b n (head d)"))
+        x = gated_residual(x_BND, attended, gate, condition.clean_BN)
+        return x + self.cross_attn(self.cross_attn_norm(x), condition.text_BLD, condition.text_mask_BL)
 
-    def _modulation(self, condition: Condition, half: int) -> Modulation:
-        """Shift, scale and gate of attention (half 0) or the feed-forward layer (half 1) for each token."""
-        rows = rearrange(condition.modulation_BKD, "b k (six d) -> six b k d", six=6)
-        rows = rows + self.scale_shift_table[:, None, None]
-        return Modulation(*(by_class(row, condition.clean_BN) for row in rows[3 * half : 3 * half + 3]))
+    def _feed_forward(self, x_BND: Tensor, condition: Condition) -> Tensor:
+        _, _, _, shift, scale, gate = self._rows(condition)
+        fed = self.mlp(modulate(x_BND, shift, scale, condition.clean_BN))
+        return gated_residual(x_BND, fed, gate, condition.clean_BN)
+
+    def _rows(self, condition: Condition) -> tuple[Tensor, ...]:
+        """shift, scale, gate of attention, then of the feed-forward layer: each a row for each class, [B, 2, D]."""
+        rows = condition.modulation_BKD + self.scale_shift_table.flatten()
+        return rows.chunk(6, dim=-1)
 
 
 class FinalLayer(nn.Module):
@@ -214,9 +200,8 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(config.hidden_size, 4 * 2 * config.in_channels)
 
     def forward(self, x_BND: Tensor, condition: Condition) -> Tensor:
-        rows = self.scale_shift_table[:, None, None] + condition.time_BKD
-        shift, scale = (by_class(row, condition.clean_BN) for row in rows)
-        return self.linear(modulate(x_BND, shift, scale)).float()
+        shift, scale = (row + condition.time_BKD for row in self.scale_shift_table)
+        return self.linear(modulate(x_BND, shift, scale, condition.clean_BN)).float()
 
 
 def _call(function, *args):

@@ -67,7 +67,7 @@ def positions(token_N: Tensor, grid: Grid) -> Positions:
 
 
 def rotary_angles(position: Positions, frame_index_BF: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, each [B, N, 1, 36] fp32, of the angles by which each token's 36 pairs turn.
+    """cos and sin, each [B, N, 36] fp32, of the angles by which the pairs (0,1), (2,3), … of each head turn.
 
     f_k = 10000^(−6k/72), k = 0…11, for each axis; time positions come from `frame_index_BF`, clamped to 0…479.
     """
@@ -77,11 +77,5 @@ def rotary_angles(position: Positions, frame_index_BF: Tensor) -> tuple[Tensor, 
     axes_BN3 = torch.stack(
         [position.row_N.expand_as(time_BN), position.column_N.expand_as(time_BN), time_BN], dim=-1
     ).float()
-    angle = (axes_BN3[..., None] * frequency).flatten(-2)[:, :, None]
+    angle = (axes_BN3[..., None] * frequency).flatten(-2)
     return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the neighbouring pairs (0,1), (2,3), … of x [B, N, heads, 72] by the angles; real arithmetic only."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)

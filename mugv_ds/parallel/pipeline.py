@@ -189,7 +189,8 @@ class DiTPipeline(PipelineModule):
         """Sets the latent (T, H, W) of the coming batches; True if the tokens it makes are others than before."""
         grid = patch_grid(*shape)
         changed, self.grid = grid != self.grid, grid
-        self.token_n = self.ulysses.local_tokens(grid.tokens, device)
+        self.ulysses.tokens = grid.tokens
+        self.token_n = self.ulysses.local_tokens(device)
         return changed
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, Tensor]:
@@ -202,11 +203,8 @@ class DiTPipeline(PipelineModule):
         else:
             tokens, condition, x_mask = unpack(*inputs, self.grid, self.token_n)
         for layer in layers[: -1 if self.is_last else None]:
-            tokens = layer(tokens, condition, self._attend, self.recompute)
+            tokens = layer(tokens, condition, self.ulysses, self.recompute)
         return layers[-1](tokens, condition) if self.is_last else pack(tokens, condition, x_mask)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.ulysses(q, k, v, self.grid.tokens)
 
     def _record_loss(self, output: Tensor, given: tuple[Tensor, ...]) -> Tensor:
         channels = self.config.in_channels

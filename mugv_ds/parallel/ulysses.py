@@ -31,37 +31,45 @@ class _AllToAll(torch.autograd.Function):
 
 
 class Ulysses:
-    """Self-attention over a sequence whose tokens are spread over a group of ranks.
+    """Self-attention over a sequence whose tokens are spread over a group of ranks; a `GroupedAttention`.
 
     Args:
         group: the ranks that share the sequence; None if `size` is 1.
         size, rank: of this process in the group.
         attention: computes attention of the heads that this rank gets, over all tokens.
+
+    Attributes:
+        tokens: length of the sequence, set before use.
     """
 
     def __init__(
         self, group: torch.distributed.ProcessGroup | None, size: int, rank: int, attention: Attention
     ) -> None:
         self.group, self.size, self.rank, self.attention = group, size, rank, attention
+        self.tokens = 0
 
-    def local_tokens(self, tokens: int, device: torch.device | str = "cpu") -> Tensor:
-        """Indices [n] of the tokens this rank holds, of a sequence of `tokens`.
+    @property
+    def head_groups(self) -> int:
+        """Groups of heads, one for each rank."""
+        return self.size
+
+    def local_tokens(self, device: torch.device | str = "cpu") -> Tensor:
+        """Indices [n] of the tokens this rank holds.
 
         Every rank holds n = ceil(tokens / size); indices from `tokens` on are padding.
         """
-        n = -(-tokens // self.size)
+        n = -(-self.tokens // self.size)
         return torch.arange(self.rank * n, (self.rank + 1) * n, device=device)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, tokens: int) -> Tensor:
-        """Attention of the local q, k, v [B, n, heads, 72] over all `tokens`; returns the local o [B, n, heads, 72].
+    def grouped(self, qkv: Tensor) -> Tensor:
+        """Local q, k, v [ranks, 3, B, n, heads/ranks, 72] → local o [B, n, heads, 72] of attention over all tokens.
 
         Padding is dropped before attention, so it takes no part; its o is zero.
         """
         if self.size == 1:
-            return self.attention(q, k, v)
-        send = rearrange(torch.stack([q, k, v]), "qkv b n (rank head) d -> rank qkv b n head d", rank=self.size)
-        q, k, v = rearrange(_AllToAll.apply(send, self.group), "rank qkv b n head d -> qkv b (rank n) head d")
-        padding = q.shape[1] - tokens
-        o = self.attention(q[:, :tokens], k[:, :tokens], v[:, :tokens])
+            return self.attention(*qkv[0])
+        q, k, v = rearrange(_AllToAll.apply(qkv, self.group), "rank qkv b n head d -> qkv b (rank n) head d")
+        padding = q.shape[1] - self.tokens
+        o = self.attention(*(x[:, : self.tokens] for x in (q, k, v)))
         send = rearrange(F.pad(o, (0, 0, 0, 0, 0, padding)), "b (rank n) head d -> rank b n head d", rank=self.size)
         return rearrange(_AllToAll.apply(send, self.group), "rank b n head d -> b n (rank head) d")

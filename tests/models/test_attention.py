@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mugv_ds.models.attention import BACKENDS, installed_backends, sdpa
+from mugv_ds.models.attention import BACKENDS, installed_backends, masked_attention, sdpa
 from mugv_ds.models.choose_attention import attention_errors, choose_attention, exact_attention, random_qkv
 
 CPU = torch.device("cpu")
@@ -69,6 +69,23 @@ def test_a_backend_with_a_wrong_gradient_is_refused_and_named(wrong, caplog):
     assert f"{wrong} off by 5.0e-02" in trials["planted"].failure
     assert "planted is wrong on this machine" in caplog.text
     assert choose({"planted": planted("nothing"), "slow": slow})[0] == "planted"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masked_keys_take_no_part(dtype):
+    """Equal to attention over the real keys alone, and no gradient reaches the others, whatever stands in them."""
+    q, k, v, gradient = (x.detach() for x in random_qkv(20, 2, dtype, CPU))
+    mask = torch.arange(20)[None] % 3 != 1
+    k, v = (x.masked_fill(~mask[..., None, None], 50.0) for x in (k, v))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    got = masked_attention(*inputs, mask)
+    dq, dk, dv = torch.autograd.grad(got, inputs, gradient)
+    expected = sdpa(q, k[:, mask[0]], v[:, mask[0]])
+    expected_dq, expected_dk, expected_dv = torch.autograd.grad(expected, inputs, gradient)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for one, other in ((got, expected), (dq, expected_dq), (dk, expected_dk), (dv, expected_dv)):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+    assert not dk[:, ~mask[0]].any() and not dv[:, ~mask[0]].any()
 
 
 def test_nan_is_wrong():

@@ -15,6 +15,12 @@ from mugv_ds.parallel.pipeline import labels, pack, stage_boundaries, unpack
 from mugv_ds.parallel.ulysses import Ulysses
 
 
+def local_tokens(tokens: int, size: int, rank: int) -> torch.Tensor:
+    ulysses = Ulysses(None, size, rank, None)
+    ulysses.tokens = tokens
+    return ulysses.local_tokens()
+
+
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 1), (3, 2, 2), (2, 4, 3), (1, 2, 4)])
 def test_places_agree_with_deepspeeds_topology(sizes):
     layout = Layout(*sizes)
@@ -57,7 +63,7 @@ def test_more_stages_than_blocks_are_refused():
 def test_unpacking_gives_back_what_was_packed():
     generator = torch.Generator().manual_seed(0)
     grid, batch, width, text_tokens = patch_grid(2, 4, 6), 3, 8, 5
-    token_n = Ulysses(None, 4, 3, None).local_tokens(grid.tokens)
+    token_n = local_tokens(grid.tokens, 4, 3)
     x_mask = torch.tensor([[True, True], [False, True], [True, False]])
     text_mask = torch.arange(text_tokens)[None] < torch.tensor([5, 1, 3])[:, None]
     tokens, modulation, time, text = (
@@ -77,7 +83,7 @@ def test_unpacking_gives_back_what_was_packed():
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
 def test_ranks_hold_every_token_once(size):
-    held = torch.cat([Ulysses(None, size, rank, None).local_tokens(47) for rank in range(size)])
+    held = torch.cat([local_tokens(47, size, rank) for rank in range(size)])
     assert torch.equal(held, torch.arange(len(held))) and 47 <= len(held) < 47 + size
 
 
@@ -86,10 +92,7 @@ def test_the_weights_of_all_ranks_sum_to_those_of_the_sample(size):
     """Start, end and padding tokens weigh nothing; every patch is weighed once, padded pixels not at all."""
     target, weight = torch.randn(2, 24, 3, 3, 5), torch.rand(2, 1, 3, 3, 5)
     tokens = patch_grid(3, 3, 5).tokens
-    parts = [
-        labels(target, weight, torch.zeros(2), Ulysses(None, size, rank, None).local_tokens(tokens))
-        for rank in range(size)
-    ]
+    parts = [labels(target, weight, torch.zeros(2), local_tokens(tokens, size, rank)) for rank in range(size)]
     total = sum(part.weight_BnP1.sum(dim=(1, 2, 3)) for part in parts)
     torch.testing.assert_close(total, weight.flatten(1).sum(dim=1))
     assert all(part.target_BnPC.shape[2:] == (4, 24) for part in parts)

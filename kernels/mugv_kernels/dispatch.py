@@ -1,0 +1,95 @@
+"""The fused operations as the model calls them: the Triton kernel on CUDA, plain PyTorch elsewhere."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mugv_kernels import gated_residual as _gated_residual
+from mugv_kernels import modulate as _modulate
+from mugv_kernels import qk_norm_rope as _qk_norm_rope
+
+# A global and not a contextvar: the backward pass recomputes checkpointed layers in threads of its own, which see no
+# contextvar of the caller, and torch.compile can guard on a global but not trace a contextvar.
+_forced: Literal["reference", "triton"] | None = None
+
+
+@contextmanager
+def use(implementation: Literal["reference", "triton"]) -> Iterator[None]:
+    """Every operation runs as told inside, in all threads. For tests and benches.
+
+    Triton kernels take tensors of the CPU only with TRITON_INTERPRET=1 set before triton is imported.
+
+    Raises:
+        ValueError: no such implementation.
+    """
+    global _forced
+    if implementation not in ("reference", "triton"):
+        raise ValueError(f'implementation {implementation!r}: must be "reference" or "triton"')
+    before, _forced = _forced, implementation
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def modulate(x_BND: Tensor, shift_BKD: Tensor, scale_BKD: Tensor, clean_BN: Tensor) -> Tensor:
+    """LayerNorm without affine, scaled and shifted by each token's class; see `mugv_kernels.modulate`.
+
+    Args:
+        x_BND: [B, N, D].
+        shift_BKD, scale_BKD: [B, 2, D], of class 0 (noised) and 1 (clean).
+        clean_BN: [B, N] bool, each token's class.
+    Returns:
+        [B, N, D].
+    """
+    run = _modulate.modulate if _uses_triton(x_BND) else _modulate.modulate_reference
+    return run(x_BND, shift_BKD, scale_BKD, clean_BN)
+
+
+def gated_residual(residual_BND: Tensor, x_BND: Tensor, gate_BKD: Tensor, clean_BN: Tensor) -> Tensor:
+    """residual + gate · x, the gate by each token's class; see `mugv_kernels.gated_residual`.
+
+    Args:
+        residual_BND, x_BND: [B, N, D].
+        gate_BKD: [B, 2, D], of class 0 (noised) and 1 (clean).
+        clean_BN: [B, N] bool, each token's class.
+    Returns:
+        [B, N, D].
+    """
+    run = _gated_residual.gated_residual if _uses_triton(x_BND) else _gated_residual.gated_residual_reference
+    return run(residual_BND, x_BND, gate_BKD, clean_BN)
+
+
+def qk_norm_rope(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, ranks: int) -> Tensor:
+    """q and k normalised and rotated, with v in the order that the all-to-all sends; see `mugv_kernels.qk_norm_rope`.
+
+    Args:
+        qkv: [B, N, 3·H·72].
+        q_weight, k_weight: [72].
+        cos, sin: [B, N, 36] fp32.
+        ranks: divides H.
+    Returns:
+        [ranks, 3, B, N, H/ranks, 72], contiguous.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    run = _qk_norm_rope.qk_norm_rope if _uses_triton(qkv) else _qk_norm_rope.qk_norm_rope_reference
+    return run(qkv, q_weight, k_weight, cos, sin, ranks)
+
+
+def _uses_triton(x: Tensor) -> bool:
+    if _forced is not None:
+        return _forced == "triton"
+    return x.is_cuda and _triton_installed()
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _triton_installed() -> bool:
+    return find_spec("triton") is not None

@@ -1,0 +1,93 @@
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mugv_kernels.modulate import modulate, modulate_reference, reduction_programs
+
+
+def make_inputs(B: int, N: int, D: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """x, away from mean 0 and deviation 1, shift and scale."""
+    torch.manual_seed(0)
+    shapes = (B, N, D), (B, 2, D), (B, 2, D)
+    x, shift, scale = (torch.randn(shape).to(device, dtype) for shape in shapes)
+    return [2 * x + 0.5, shift, scale]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("which_clean", ["none", "all", "some"])
+@pytest.mark.parametrize(
+    ("B", "N", "D"), [(1, 1, 72), (2, 1, 200), (1, 5, 200), (2, 5, 144), (1, 37, 144), (2, 37, 72)]
+)
+def test_matches_the_reference(B, N, D, which_clean, dtype, device, make_clean, assert_parity):
+    inputs = make_inputs(B, N, D, dtype, device)
+    assert_parity(modulate, modulate_reference, inputs, make_clean(B, N, which_clean))
+
+
+def test_a_program_sums_over_several_tokens(device, make_clean, assert_parity):
+    """However many programs the device gives a reduction."""
+    N = 2 * reduction_programs(torch.empty(2, 1 << 20, 1, device=device)) + 1
+    assert_parity(modulate, modulate_reference, make_inputs(2, N, 72, torch.float32, device), make_clean(2, N))
+
+
+def test_takes_tensors_that_are_not_contiguous(device, make_clean, assert_parity):
+    inputs = [tensor.mT.contiguous().mT for tensor in make_inputs(2, 5, 72, torch.float32, device)]
+    clean = make_clean(5, 2).T
+    assert not any(tensor.is_contiguous() for tensor in (*inputs, clean))
+    assert_parity(modulate, modulate_reference, inputs, clean)
+
+
+@pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True)])
+def test_gives_a_gradient_only_to_what_needs_one(needed, device, make_clean):
+    inputs, clean = make_inputs(2, 5, 72, torch.float32, device), make_clean(2, 5)
+    gradients = []
+    for operation in (modulate, modulate_reference):
+        leaves = [tensor.clone().requires_grad_(need) for tensor, need in zip(inputs, needed, strict=True)]
+        operation(*leaves, clean).square().sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    assert tuple(gradient is not None for gradient in gradients[0]) == needed
+    for gradient, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_keeps_the_inputs_and_two_numbers_a_token(device, make_clean):
+    inputs, clean = make_inputs(2, 5, 72, torch.bfloat16, device), make_clean(2, 5)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        modulate(*[tensor.requires_grad_() for tensor in inputs], clean)
+    shapes = [tuple(tensor.shape) for tensor in kept if all(tensor is not given for given in (*inputs, clean))]
+    assert shapes == [(2, 5), (2, 5)]
+
+
+def run_checkpointed(*arguments: Tensor) -> Tensor:
+    return checkpoint(modulate, *arguments, use_reentrant=False)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [run_checkpointed, torch.compile(modulate, backend="aot_eager", fullgraph=True)],
+    ids=["checkpoint", "compile"],
+)
+def test_runs_inside_training_machinery(operation, device, make_clean, assert_parity):
+    inputs = make_inputs(2, 5, 72, torch.bfloat16, device)
+    assert_parity(operation, modulate_reference, inputs, make_clean(2, 5))
+
+
+def test_operator_is_registered_soundly(device, make_clean):
+    inputs = [tensor.requires_grad_() for tensor in make_inputs(2, 5, 72, torch.float32, device)]
+    torch.library.opcheck(torch.ops.mugv.modulate.default, (*inputs, make_clean(2, 5)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "value", "message"),
+    [
+        ("shift", torch.zeros(2, 72), r"shift must be \[2, 2, 72\]"),
+        ("scale", torch.zeros(2, 2, 72, dtype=torch.float16), r"scale must be .* torch.float32"),
+        ("clean", torch.zeros(2, 5), r"clean must be \[2, 5\] torch.bool"),
+    ],
+)
+def test_rejects_tensors_that_do_not_go_with_x(changed, value, message, device, make_clean):
+    x, shift, scale = make_inputs(2, 5, 72, torch.float32, device)
+    arguments = {"shift": shift, "scale": scale, "clean": make_clean(2, 5), changed: value.to(device)}
+    with pytest.raises(ValueError, match=message):
+        modulate(x, arguments["shift"], arguments["scale"], arguments["clean"])
