@@ -17,6 +17,7 @@ from mugv_ds.models.dit import describe_tokens, init_weights
 from mugv_ds.models.flops import block_flops
 from mugv_ds.models.layers import Block, Condition
 from mugv_ds.models.rope import patch_grid, positions
+from mugv_kernels.dispatch import use
 
 TEXT_TOKENS = 300
 PEAK_TFLOPS = 989.0
@@ -74,9 +75,15 @@ def main() -> None:
     attention = BACKENDS[name]
     ours = functools.partial(block, attention=attention)
     selective = functools.partial(block, attention=attention, recompute="selective")
+
+    def plain(*args) -> Tensor:
+        with use("reference"):
+            return block(*args, attention=attention)
+
     variants = {
         "published, eager, FlashAttention-2": PublishedBlock(block, SDPBackend.FLASH_ATTENTION),
         "published, torch.compile, cuDNN": torch.compile(PublishedBlock(block, SDPBackend.CUDNN_ATTENTION)),
+        f"ours, eager, no kernels, {name}": plain,
         f"ours, eager, {name}": ours,
         f"ours, compiled, {name}": ours,
         f"ours, compiled, {name}, selective": selective,
@@ -99,7 +106,12 @@ def main() -> None:
             return y.detach()
 
         y = call()
-        first = y if first is None else first
+        gradients = [tensor.grad for tensor in (x, condition[0], condition[2], *block.parameters())]
+        if first is None:
+            first = [y, *gradients]
+        difference = relative_error(y, first[0])
+        gradient_difference = max(map(relative_error, gradients, first[1:]))
+        gradients = None
         milliseconds = median_ms(call, seconds=4.0)
         rows.append(
             {
@@ -108,7 +120,8 @@ def main() -> None:
                 "model TFLOP/s": flops / milliseconds / 1e9,
                 "MFU %": 100 * flops / milliseconds / 1e9 / PEAK_TFLOPS,
                 "peak GiB": peak_gib(call),
-                "difference": relative_error(y, first),
+                "difference": difference,
+                "of gradients": gradient_difference,
             }
         )
         del y

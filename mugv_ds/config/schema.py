@@ -29,7 +29,7 @@ class ModelSection(Section):
         description="Self-attention. auto times every installed backend on the run's shape at the start, checks "
         "its gradients, and takes the fastest that is right.",
     )
-    compile: bool = Field(False, description="torch.compile what comes before and after self-attention in each block.")
+    compile: bool = Field(False, description="torch.compile what is not fused by hand in each block.")
 
     def dit(self) -> DiTConfig:
         """The sizes of the model: the preset with this section's overrides.

@@ -49,6 +49,29 @@ class ScalarEmbedder(nn.Module):
         return self.mlp(sinusoid(value_B).to(self.mlp[0].weight.dtype))
 
 
+class _Mlp(torch.autograd.Function):
+    """fc2(GELU(fc1(x))) whose backward pass needs one tensor of the inner width beside the one that is kept.
+
+    Autograd would hold three at the block's peak of memory: GELU's output, its gradient, and that of its input.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        inner = F.linear(x, w1, b1)
+        ctx.save_for_backward(x, inner, w1, w2)
+        return F.linear(F.gelu(inner, approximate="tanh"), w2, b2)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, ...]:
+        x, inner, w1, w2 = ctx.saved_tensors
+        rows, inner, gradient = (t.flatten(0, -2) for t in (x, inner, gradient))
+        buffer = F.gelu(inner, approximate="tanh")
+        d_w2 = gradient.T @ buffer
+        torch.mm(gradient, w2, out=buffer)
+        torch.ops.aten.gelu_backward.grad_input(buffer, inner, approximate="tanh", grad_input=buffer)
+        return (buffer @ w1).view_as(x), buffer.T @ rows, buffer.sum(dim=0), d_w2, gradient.sum(dim=0)
+
+
 class Mlp(nn.Module):
     """fc1, GELU (tanh form), fc2."""
 
@@ -58,7 +81,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(width, width_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return _Mlp.apply(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
 
 class CaptionEmbedder(nn.Module):
@@ -161,12 +184,11 @@ class Block(nn.Module):
         return run(self._feed_forward, x, condition)
 
     def compile_segments(self) -> None:
-        """Compiles what comes before and after self-attention; blocks of one size share the compiled code.
+        """Compiles the part around cross-attention; the rest is fused by hand. Blocks of one size share the code.
 
         Each shape is compiled once, for itself: a bucket's shapes are static, and there are few buckets.
         """
-        for name in ("_before_attention", "_after_attention", "_feed_forward"):
-            setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
+        self._after_attention = torch.compile(self._after_attention, dynamic=False)
 
     def _before_attention(self, x_BND: Tensor, condition: Condition, groups: int) -> Tensor:
         shift, scale, *_ = self._rows(condition)
