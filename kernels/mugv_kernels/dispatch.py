@@ -2,16 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from importlib.util import find_spec
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from mugv_kernels import gated_residual as _gated_residual
 from mugv_kernels import modulate as _modulate
 from mugv_kernels import qk_norm_rope as _qk_norm_rope
+
+_TRITON = find_spec("triton") is not None
 
 # A global and not a contextvar: the backward pass recomputes checkpointed layers in threads of its own, which see no
 # contextvar of the caller, and torch.compile can guard on a global but not trace a contextvar.
@@ -86,10 +86,4 @@ def qk_norm_rope(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, s
 def _uses_triton(x: Tensor) -> bool:
     if _forced is not None:
         return _forced == "triton"
-    return x.is_cuda and _triton_installed()
-
-
-@torch.compiler.assume_constant_result
-@cache
-def _triton_installed() -> bool:
-    return find_spec("triton") is not None
+    return x.is_cuda and _TRITON

@@ -82,8 +82,10 @@ class ParallelSection(Section):
     data: Positive | None = Field(None, description="Data-parallel replicas; by default world / (sequence · pipeline).")
     sequence: Positive = Field(1, description="Ranks that share one sample's tokens (Ulysses); must divide the heads.")
     pipeline: Positive = Field(1, description="Pipeline stages; at most the number of blocks.")
-    activation_checkpointing: Literal["off", "selective", "full"] = Field(
-        "off", description="Recompute nothing, everything but self-attention, or every block in the backward pass."
+    activation_checkpointing: Literal["off", "light", "selective", "full"] = Field(
+        "off",
+        description="What the backward pass computes again: nothing, what is neither self-attention nor feed-forward, "
+        "all but self-attention, or whole blocks.",
     )
 
 

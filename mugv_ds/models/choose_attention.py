@@ -5,6 +5,7 @@ wrong gradient, and none says so.
 """
 
 import logging
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,8 +120,8 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor) -> tuple[
     return o, dq, dk, dv
 
 
-def _time(backend: Attention, inputs: list[Tensor], repeats: int = 3) -> float:
-    """Milliseconds of a forward and backward: the best of `repeats`, after one to warm up."""
+def _time(backend: Attention, inputs: list[Tensor], repeats: int = 5) -> float:
+    """Milliseconds of a forward and backward: the median of `repeats`, after one to warm up."""
     *qkv, gradient = inputs
 
     def call() -> None:
@@ -128,7 +129,7 @@ def _time(backend: Attention, inputs: list[Tensor], repeats: int = 3) -> float:
             tensor.grad = None
         backend(*qkv).backward(gradient)
 
-    return min(_milliseconds(call, gradient.device) for _ in range(repeats + 1))
+    return statistics.median([_milliseconds(call, gradient.device) for _ in range(repeats + 1)][1:])
 
 
 def _milliseconds(call: Callable[[], None], device: torch.device) -> float:

@@ -171,17 +171,19 @@ class Block(nn.Module):
         Args:
             attention: takes q, k, v [B, N, heads, 72] of the tokens held, returns o of the same shape; or has
                 `head_groups` and `grouped`, see `models.attention.GroupedAttention`.
-            recompute: what the backward pass computes again instead of keeping: "off" nothing, "selective" all but
-                self-attention (whose q, k, v and o are kept), "full" everything.
+            recompute: what the backward pass computes again instead of keeping: "off" nothing, "light" what is neither
+                self-attention nor feed-forward, "selective" all but self-attention (whose q, k, v and o are kept),
+                "full" everything.
         """
         if recompute == "full":
             return _checkpoint(self.forward, x_BND, condition, attention)
-        run = _checkpoint if recompute == "selective" else _call
+        run = _call if recompute == "off" else _checkpoint
+        feed_forward = _checkpoint if recompute == "selective" else _call
         grouped = isinstance(attention, GroupedAttention)
         qkv = run(self._before_attention, x_BND, condition, attention.head_groups if grouped else 1)
         o = attention.grouped(qkv) if grouped else attention(*qkv[0])
         x = run(self._after_attention, x_BND, o, condition)
-        return run(self._feed_forward, x, condition)
+        return feed_forward(self._feed_forward, x, condition)
 
     def compile_segments(self) -> None:
         """Compiles the part around cross-attention; the rest is fused by hand. Blocks of one size share the code.

@@ -22,7 +22,7 @@ def record_loss(prediction: torch.Tensor, r: dict[str, torch.Tensor]) -> torch.T
     return (prediction[:, :24] - r["in.target"])[weight].square().mean()
 
 
-@pytest.mark.parametrize("recompute", ["off", "selective", "full"])
+@pytest.mark.parametrize("recompute", ["off", "light", "selective", "full"])
 @pytest.mark.parametrize("name", RECORDS)
 def test_output_and_every_gradient_match_the_published_code(name, recompute):
     model, r = load_record(name)
