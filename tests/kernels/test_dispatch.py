@@ -51,7 +51,7 @@ NAMES = ("modulate", "gated_residual", "qk_norm_rope")
     ("kind", "installed", "expected"), [("cpu", True, False), ("cuda", True, True), ("cuda", False, False)]
 )
 def test_takes_triton_for_cuda_tensors_where_it_is_installed(kind, installed, expected, monkeypatch):
-    monkeypatch.setattr(dispatch, "_triton_installed", lambda: installed)
+    monkeypatch.setattr(dispatch, "_TRITON", installed)
     with FakeTensorMode():  # has CUDA tensors on every machine
         assert dispatch._uses_triton(torch.empty(1, device=kind)) == expected
 
