@@ -58,5 +58,20 @@ lint: install  ## Check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+bench: bench-kernels bench-attention bench-block  ## All single-GPU benches: tables here, records in runs/bench.jsonl
+
+bench-attention: install  ## Every attention backend at head_dim 72: time, TFLOP/s, errors
+	$(BIN)/python kernels/bench/attention.py
+
+bench-kernels: install  ## The fused kernels against eager and torch.compile
+	for kernel in modulate gated_residual qk_norm_rope; do $(BIN)/python kernels/bench/$$kernel.py || exit; done
+
+bench-block: install  ## A block of the 10B against the published one, eager and compiled
+	$(BIN)/python kernels/bench/block.py
+
+GPUS ?= 4
+bench-scaling: install  ## The block under Ulysses on 1, 2 … GPUS GPUs
+	$(BIN)/torchrun --nproc-per-node $(GPUS) kernels/bench/scaling.py
+
 clean:  ## Remove the demo data and what quickstart and the debug config made; keeps .venv
 	rm -rf data/demo $(foreach run,$(QUICK) debug,runs/$(run) exports/$(run) samples/$(run))

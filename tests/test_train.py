@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,13 @@ def test_a_config_that_cannot_run_is_refused_in_one_line(override, complaint):
     assert done.returncode == 2
     assert done.stdout == "" and len(done.stderr.strip().splitlines()) == 1
     assert complaint in done.stderr
+
+
+def test_dry_run_predicts_the_memory_of_bf16_runs(config):
+    bf16 = run("--dry-run", "--config", config, "--set", "model.precision=bf16")
+    assert bf16.returncode == 0, bf16.stderr
+    assert re.search(r"stage 0: .* about \d+\.\d GiB a device", bf16.stdout)
+    assert "GiB" not in run("--dry-run", "--config", config).stdout
 
 
 def test_a_missing_manifest_is_named(config):

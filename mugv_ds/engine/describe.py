@@ -11,6 +11,7 @@ from mugv_ds.data.manifest import open_index
 from mugv_ds.models.dit import Embedders
 from mugv_ds.models.flops import train_flops
 from mugv_ds.models.layers import Block, FinalLayer
+from mugv_ds.models.memory import GIB, predict_memory
 from mugv_ds.models.rope import patch_grid
 from mugv_ds.parallel.layout import Layout
 from mugv_ds.parallel.pipeline import stage_boundaries
@@ -26,7 +27,7 @@ def layer_parameters(config: DiTConfig) -> list[int]:
 
 
 def describe(config: TrainConfig, world_size: int | None) -> str:
-    """Layout, parameters by stage, samples and tokens a step, and the merged config.
+    """Layout, parameters and predicted memory by stage, samples and tokens a step, and the merged config.
 
     Args:
         world_size: processes; None takes as many as the config's layout needs.
@@ -38,7 +39,7 @@ def describe(config: TrainConfig, world_size: int | None) -> str:
     wanted = (parallel.data or 1) * parallel.sequence * parallel.pipeline
     layout = Layout.fit(parallel, world_size or wanted)
     accumulation = gradient_accumulation(config, layout.data)
-    deepspeed_config(config, layout.data)
+    engine = deepspeed_config(config, layout.data)
 
     shapes = open_index(data.manifest, data.index_dir).shapes()
     largest = patch_grid(*shapes.max(axis=0).tolist()).tokens
@@ -49,8 +50,23 @@ def describe(config: TrainConfig, world_size: int | None) -> str:
         f"× pipeline {layout.pipeline}",
         f"parameters: {sum(parameters):,} ({config.model.preset}, {config.model.precision})",
     ]
+    held = data.micro_batch_size * -(-largest // layout.sequence)
     for stage, (first, last) in enumerate(pairwise(boundaries)):
-        lines.append(f"  stage {stage}: layers {first}–{last - 1}, {sum(parameters[first:last]):,} parameters")
+        here = sum(parameters[first:last])
+        line = f"  stage {stage}: layers {first}–{last - 1}, {here:,} parameters"
+        if config.model.precision == "bf16":
+            memory = predict_memory(
+                dit,
+                parameters=here,
+                blocks=last - first - (first == 0) - (last == len(parameters)),
+                replicas=layout.replicas,
+                tokens_held=held,
+                in_flight=min(layout.pipeline - stage, accumulation),
+                recompute=parallel.activation_checkpointing,
+                fp32_accumulation=engine["data_types"]["grad_accum_dtype"] == "fp32",
+            )
+            line += f", about {memory.peak / GIB:.1f} GiB a device at the largest shape"
+        lines.append(line)
     lines.append(
         f"samples a step: {data.global_batch_size} = data {layout.data} × accumulation {accumulation} "
         f"× micro-batch {data.micro_batch_size}"

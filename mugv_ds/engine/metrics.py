@@ -23,6 +23,9 @@ def peak_tflops(section: LoggingSection, device: torch.device) -> float | None:
     return next((peak for chip, peak in PEAK_TFLOPS.items() if chip in name), None)
 
 
+_CHUNK = 1 << 24
+
+
 class OptimizerProbe:
     """Sums over the optimizer's fp32 partitions, taken right before a step, when gradients are reduced and clipped.
 
@@ -43,8 +46,13 @@ class OptimizerProbe:
         if not self.armed:
             return
         parts = [part for group in optimizer.param_groups for part in group["params"]]
-        zeros = sum((part.grad == 0).sum() for part in parts)
-        squares = sum(part.detach().float().square().sum(dtype=torch.float64) for part in parts)
+        # In chunks: whole, the temporaries would be the peak of the step's memory.
+        weights, gradients = (
+            [chunk for part in parts for chunk in tensor(part).flatten().split(_CHUNK)]
+            for tensor in (torch.Tensor.detach, lambda part: part.grad)
+        )
+        squares = sum(chunk.square().sum(dtype=torch.float64) for chunk in weights)
+        zeros = sum((chunk == 0).sum() for chunk in gradients)
         held = sum(part.numel() for part in parts)
         self._sums = torch.stack([squares, zeros.double(), squares.new_tensor(held)])
 

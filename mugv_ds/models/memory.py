@@ -1,0 +1,63 @@
+"""Device memory of training by closed form.
+
+docs/performance.md compares it with measured peaks.
+"""
+
+from dataclasses import dataclass
+
+from mugv_ds.config.model import DiTConfig
+
+GIB = 2**30
+
+# Tensors of [tokens held, D] that one block keeps for its backward pass, by what is recomputed. Counted from the code:
+# full, its input; selective, also q, k, v and o of self-attention, o as the projection takes it, and the feed-forward
+# layer's input; light, also what the feed-forward layer keeps; off, also everything around both (not compared with a
+# run yet).
+KEPT = {"full": 1, "selective": 7, "light": 13, "off": 24}
+WORKING = 15  # such tensors in use at once while one block runs backward; fitted to the runs
+BUCKET_BYTES = 2 * 500_000_000  # DeepSpeed's gradient reduction, 5e8 bf16 elements
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device: always there, at the start of the backward pass, in the optimizer step."""
+
+    resident: float
+    backward: float
+    step: float
+
+    @property
+    def peak(self) -> float:
+        return max(self.backward, self.step)
+
+
+def predict_memory(
+    config: DiTConfig,
+    *,
+    parameters: int,
+    blocks: int,
+    replicas: int,
+    tokens_held: int,
+    in_flight: int,
+    recompute: str,
+    fp32_accumulation: bool,
+) -> Memory:
+    """Memory of a bf16 run with ZeRO-1 and AdamW.
+
+    Args:
+        parameters, blocks: of the device's pipeline stage.
+        replicas: ranks over which the optimizer is sharded.
+        tokens_held: tokens of a micro-batch on one rank, all its samples together.
+        in_flight: micro-batches whose activations a stage holds at once: as many as stages are left, itself included.
+        recompute: `parallel.activation_checkpointing`.
+        fp32_accumulation: whether gradients are accumulated in fp32 beside the bf16 ones.
+    """
+    tensor = 2.0 * tokens_held * config.hidden_size
+    weights = 2.0 * parameters
+    shard = 12.0 * parameters / replicas  # fp32 weights and two moments
+    accumulated = 4.0 * parameters if fp32_accumulation else 0.0
+    resident = weights + shard + accumulated
+    activations = (KEPT[recompute] * blocks * in_flight + WORKING) * tensor
+    # Gradients take the place of activations as the backward pass goes; the step needs its shard of them in fp32 too.
+    step = resident + 2.0 * parameters + 6.0 * parameters / replicas
+    return Memory(resident, resident + activations + BUCKET_BYTES, step)
