@@ -123,7 +123,7 @@ class LoggingSection(Section):
     dir: str = Field(description="Folder of TensorBoard events.")
     every: Positive = Field(10, description="Steps between records of the scalars.")
     eval_every: Annotated[int, Field(ge=0)] = Field(
-        0, description="Steps between validations; 0: only with val_manifest, at both ends."
+        0, description="Steps between validations, which also come first and last; 0: only those two."
     )
     progress: bool = Field(True, description="Progress bar on rank 0.")
     peak_tflops: float | None = Field(

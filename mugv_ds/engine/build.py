@@ -1,6 +1,7 @@
 """One place that starts DeepSpeed: the process group, the stage of this rank, the optimizer, the engine."""
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,8 +27,6 @@ from mugv_ds.parallel.pipeline import DiTPipeline, Labels, stage_boundaries
 from mugv_ds.parallel.ulysses import Ulysses
 
 QUARTILE_TERMS = [f"{kind}_q{q}" for q in range(4) for kind in ("loss", "count")]
-
-
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MAX_BUCKETS = 64  # shapes that a compiled segment may be compiled for
 
@@ -76,6 +75,8 @@ def start_process(config: TrainConfig) -> Process:
     Raises:
         ConfigError: the layout does not fit the number of processes.
     """
+    # DeepSpeed 0.19 calls a collective that torch 2.13 has renamed, and every rank would say so.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     layout = Layout.fit(config.parallel, int(os.environ["WORLD_SIZE"]))
     local_rank = int(os.environ["LOCAL_RANK"])
     accelerator = get_accelerator()

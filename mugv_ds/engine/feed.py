@@ -18,11 +18,10 @@ from mugv_ds.config.schema import DataSection, FlowSection
 from mugv_ds.data import noise
 from mugv_ds.data.manifest import Index
 from mugv_ds.data.sample import read_row, read_text
+from mugv_ds.data.tensor_file import LATENT_CHANNELS
 from mugv_ds.engine.build import Process
 from mugv_ds.objectives import flow
-from mugv_ds.parallel.pipeline import DiTPipeline, Inputs, Labels, labels
-
-LATENT_CHANNELS = 24
+from mugv_ds.parallel.pipeline import DiTPipeline, Inputs, labels
 
 
 class Batch(NamedTuple):
@@ -148,15 +147,11 @@ class Feed:
             weight = weight * batch.weight[:, None, None, None, None]
             yield (
                 tuple(Inputs(batch.x, batch.timestep, batch.text, batch.text_mask, batch.x_mask, batch.fps)),
-                tuple(self._labels(batch, weight)),
+                tuple(labels(batch.target, weight, batch.timestep, self.module.token_n)),
             )
-
-    def _labels(self, batch: Batch, weight: Tensor) -> Labels:
-        return labels(batch.target, weight, batch.timestep, self.module.token_n)
 
     def _share(self, batches: Iterator[Batch] | None, shape: tuple[int, int, int]) -> Batch:
         """The next micro-batch on this device: read here, or received from the rank that reads."""
-        device, group, source = self.process.device, self.process.group, self.process.sequence_source
         device, group, source = self.process.device, self.process.group, self.process.sequence_source
         failure = None
         if batches is not None:

@@ -69,12 +69,16 @@ class Trainer:
         for step in range(start, steps):
             self._train_step(step, batches, recorder)
             done = step + 1
-            every = self.config.checkpoint.save_every
-            if every and (done % every == 0 or done == steps):
-                self.save(done)
-            if done == steps or (logging.eval_every and done % logging.eval_every == 0):
+            if self._due(done, self.config.checkpoint.save_every):
+                with recorder.excluded():
+                    self.save(done)
+            if self._due(done, logging.eval_every or steps):
                 self._validate(recorder, done)
         recorder.close()
+
+    def _due(self, done: int, every: int) -> bool:
+        """Whether what happens every so many steps, and after the last, happens after `done`; 0 is never."""
+        return every > 0 and (done % every == 0 or done == self.config.schedule.steps)
 
     def _batches(self, start: int, stop: int) -> Iterator[Batch] | None:
         """The micro-batches that this rank reads, in order, from step `start` to `stop`; None where it reads none."""
@@ -122,10 +126,14 @@ class Trainer:
 
     def _validate(self, recorder: Recorder, step: int) -> None:
         """Writes the mean flow loss of the held-out samples, each with its own fixed timestep and noise."""
-        if self.validation is not None:
+        if self.validation is None:
+            return
+        waited = self.feed.waited
+        with recorder.excluded():
             loss = self.validation_loss(self.validation)
-            recorder.write(step, [("validation/loss", loss)])
-            recorder.say(f"step {step}: validation loss {loss:.5f}")
+        self.feed.waited = waited
+        recorder.write(step, [("validation/loss", loss)])
+        recorder.say(f"step {step}: validation loss {loss:.5f}")
 
     def validation_loss(self, index: Index) -> float:
         """Mean flow loss over all samples of a manifest: no caption dropped, no frame given clean, noise of visit 0.

@@ -1,7 +1,8 @@
 """What a run reports: scalars for TensorBoard, gathered without holding up the device between records."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -136,6 +137,15 @@ class Recorder:
         self.write(done, scalars.items())
         self._bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.2e}")
         self._begin_window()
+
+    @contextmanager
+    def excluded(self) -> Iterator[None]:
+        """What runs inside does not count towards the speed: validation, checkpoints."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        yield
+        self._begin += time.perf_counter() - begin
 
     def _quartile_means(self) -> dict[str, float]:
         means = {}

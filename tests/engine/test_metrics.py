@@ -1,0 +1,74 @@
+"""What a run reports of itself."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mugv_ds.config.schema import LoggingSection
+from mugv_ds.engine import metrics
+from mugv_ds.engine.metrics import OptimizerProbe, Recorder, peak_tflops
+from mugv_ds.objectives.flow import loss_by_quartile
+from tests.distributed import run_ranks
+
+
+def record_two_steps(folder: Path) -> None:
+    """One process: two steps and a long validation between them, then what the optimizer holds."""
+    dist.init_process_group("gloo")
+    weights = torch.nn.Parameter(torch.arange(10.0))
+    optimizer = torch.optim.AdamW([weights], lr=0.1)
+    metrics._CHUNK = 3  # several chunks, the last one shorter
+    probe = OptimizerProbe(optimizer, parameters=8, replicas=1)  # two of the ten are padding
+    section = LoggingSection(dir=str(folder), every=2, progress=False, peak_tflops=1.0)
+    recorder = Recorder(section, rank=0, world_size=1, start=0, steps=2, peak=peak_tflops(section, torch.device("cpu")))
+    for loss, t in ((1.0, 100.0), (3.0, 900.0)):
+        terms = loss_by_quartile(torch.tensor([loss]), torch.tensor([t]))
+        recorder.step(torch.tensor(loss), terms, samples=4, tokens=40, flops=1e9)
+        with recorder.excluded():
+            time.sleep(1)
+    probe.armed = True
+    weights.grad = torch.tensor([0.0, 1, 0, 2, 3, 4, 5, 6, 0, 0])
+    optimizer.step()
+    recorder.record(2, rate=0.5, norm=7.0, probe=probe, waited=0.25)
+    recorder.close()
+
+
+@pytest.fixture(scope="module")
+def scalars(tmp_path_factory) -> dict[str, float]:
+    folder = tmp_path_factory.mktemp("events")
+    run_ranks(1, record_two_steps, folder)
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert all([event.step for event in events.Scalars(tag)] == [2] for tag in events.Tags()["scalars"])
+    return {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]}
+
+
+def test_losses_are_means_over_the_window_and_by_quartile(scalars):
+    assert scalars["train/loss"] == 2.0
+    assert scalars["train/loss_t0-250"] == 1.0 and scalars["train/loss_t750-1000"] == 3.0
+    assert "train/loss_t250-500" not in scalars, "no sample, no mean"
+
+
+def test_speed_does_not_count_what_is_excluded(scalars):
+    seconds = scalars["speed/seconds_per_step"]
+    assert 0 < seconds < 0.5
+    assert scalars["speed/samples_per_second"] == pytest.approx(4 / seconds, rel=1e-4)
+    assert scalars["speed/tokens_per_second"] == pytest.approx(40 / seconds, rel=1e-4)
+    assert scalars["speed/model_tflops_per_device"] == pytest.approx(1e-3 / seconds, rel=1e-4)
+    assert scalars["speed/mfu"] == pytest.approx(1e-3 / seconds, rel=1e-4)  # of a peak of 1 TFLOP/s
+
+
+def test_the_rest_is_passed_on(scalars):
+    assert (scalars["train/lr"], scalars["train/grad_norm"], scalars["speed/data_wait_seconds"]) == (0.5, 7.0, 0.25)
+
+
+def test_the_optimizer_probe_sees_weights_and_gradients_without_the_padding(scalars):
+    assert scalars["train/param_norm"] == pytest.approx(sum(i * i for i in range(10)) ** 0.5)
+    assert scalars["train/grad_zero_share"] == pytest.approx((4 - 2) / 8)
+
+
+def test_the_peak_of_an_unknown_device_is_not_made_up():
+    assert peak_tflops(LoggingSection(dir="unused"), torch.device("cpu")) is None
