@@ -57,8 +57,7 @@ class PublishedWeights(Mapping[str, Tensor]):
             return [self.path]
         for name in _INDEX_NAMES:
             if (self.path / name).is_file():
-                shards = sorted(set(json.loads((self.path / name).read_text())["weight_map"].values()))
-                return [self._inside(shard) for shard in shards]
+                return [self._inside(shard) for shard in sorted(set(_read_index(self.path / name).values()))]
         found = [file for file in (self.path / PT_NAME, self.path / "model.safetensors") if file.is_file()]
         if not found:
             raise CheckpointError(
@@ -190,6 +189,21 @@ def _save_shards(weights: Mapping[str, Tensor], out: Path) -> None:
         (out / _INDEX_NAMES[0]).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def _read_index(file: Path) -> dict[str, str]:
+    """Which shard each tensor is in."""
+    try:
+        placed = json.loads(file.read_text())["weight_map"]
+        if all(isinstance(shard, str) for shard in placed.values()):
+            return placed
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: must hold a weight_map of tensors to shards: {_one_line(error)}") from None
+    raise CheckpointError(f"{file}: its weight_map must give a file name for each tensor")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
 def _names(file: Path) -> list[str]:
     if file.suffix != ".safetensors":
         return list(_load_pt(file))
@@ -197,7 +211,7 @@ def _names(file: Path) -> list[str]:
         with safe_open(file, "pt") as tensors:
             return list(tensors.keys())
     except SafetensorError as error:
-        raise CheckpointError(f"{file}: not a safetensors file: {error}") from None
+        raise CheckpointError(f"{file}: not a safetensors file: {_one_line(error)}") from None
 
 
 def _load_pt(file: Path) -> dict[str, Tensor]:
@@ -205,7 +219,7 @@ def _load_pt(file: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        raise CheckpointError(f"{file}: cannot be read as plain tensors: {error}") from None
+        raise CheckpointError(f"{file}: cannot be read as plain tensors: {_one_line(error)}") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{file}: must hold a dict of tensors")
     return state

@@ -15,6 +15,7 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
+from pydantic import ValidationError
 
 from mugv_ds.config.errors import InputError
 from mugv_ds.config.schema import TrainConfig
@@ -115,4 +116,9 @@ def read_run_config(checkpoint: Path) -> TrainConfig:
     path = checkpoint / CONFIG_NAME
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; {checkpoint} is not a checkpoint of a training run")
-    return TrainConfig.model_validate_json(path.read_text())
+    try:
+        return TrainConfig.model_validate_json(path.read_text())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{path}: {key}: {first['msg']}; it was not written by this version") from None

@@ -92,6 +92,10 @@ def escape_index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"start_token": "../secret"}}))
 
 
+def break_index(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text('{"weights": []}')
+
+
 def break_file(folder: Path) -> None:
     (folder / "dit.pt").write_bytes((folder / "dit.pt").read_bytes()[:1000])
 
@@ -115,17 +119,29 @@ def plant_pickle(folder: Path) -> None:
         (lambda folder: (folder / "config.json").write_text('{"hidden_size": 100, "num_heads": 2}'), "config.json"),
         (lambda folder: torch.save([1, 2], folder / "dit.pt"), "dict of tensors"),
         (escape_index, "is not a file in this folder"),
+        (break_index, "weight_map"),
         (break_file, "cannot be read as plain tensors"),
         (plant_pickle, "cannot be read as plain tensors"),
     ],
-    ids=["no weights", "no sizes", "wrong sizes", "no dict", "index leads out", "truncated", "pickle"],
+    ids=["no weights", "no sizes", "wrong sizes", "no dict", "index leads out", "no index", "truncated", "pickle"],
 )
 def test_bad_weights_are_refused(tmp_path, state, damage, complaint):
     write(tmp_path, state, "pt")
     damage(tmp_path)
-    with pytest.raises(CheckpointError, match=complaint):
+    with pytest.raises(CheckpointError, match=complaint) as error:
         load_dit(tmp_path)
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "sentinel").exists()
+
+
+def test_a_checkpoint_whose_config_cannot_be_read_is_named(tmp_path):
+    run = tmp_path / "global_step2"
+    run.mkdir()
+    with pytest.raises(CheckpointError, match=r"run_config\.json: missing"):
+        export(run, tmp_path / "out", layout="pt")
+    (run / "run_config.json").write_text('{"model": {"preset": "mugdit_9b"}}')
+    with pytest.raises(CheckpointError, match=r"run_config\.json: model\.preset"):
+        export(run, tmp_path / "out", layout="pt")
 
 
 @pytest.mark.parametrize(
