@@ -84,11 +84,24 @@ class Store:
             raise CheckpointError(
                 f"{self.dir}: holds {found.name}, and checkpoint.resume is 'never'; use another folder"
             )
+        _check_layout(found, engine)
         with _trusting_no_pickle():
             path, state = engine.load_checkpoint(str(self.dir), tag=found.name)
         if path is None:
             raise CheckpointError(f"{found}: DeepSpeed could not load it")
         return int(state["step"])
+
+
+def _check_layout(checkpoint: Path, engine: PipelineEngine) -> None:
+    """DeepSpeed loads optimizer shards on as many ranks and stages as saved them."""
+    saved_replicas = len(list(checkpoint.glob("*zero_pp_rank_*_mp_rank_00_optim_states.pt")))
+    saved_stages = len(list(checkpoint.glob("mp_rank_*_model_states.pt")))
+    if (saved_replicas, saved_stages) != (engine.dp_world_size, engine.num_stages):
+        raise CheckpointError(
+            f"{checkpoint}: was saved by {saved_replicas} data × sequence ranks and {saved_stages} pipeline stages, "
+            f"this run has {engine.dp_world_size} and {engine.num_stages}; start it as it was, or convert the weights "
+            "and start another run from them with checkpoint.init_from"
+        )
 
 
 @contextlib.contextmanager

@@ -174,6 +174,14 @@ def test_another_layout_trains_on_the_same_stream(tmp_path, dataset, straight):
         assert scalars(tmp_path, tag) == pytest.approx(scalars(straight, tag), rel=1e-4), tag
 
 
+def test_another_layout_cannot_resume_and_says_so(tmp_path, dataset, straight):
+    checkpoints = {"dir": str(straight / "checkpoints")}
+    config = configure(tmp_path, dataset, parallel={"data": 2}, checkpoint=checkpoints)
+    status, output = finish(launch(config, 2))
+    assert status != 0 and "Traceback" not in output
+    assert "was saved by 2 data × sequence ranks and 2 pipeline stages, this run has 2 and 1" in output
+
+
 def test_a_killed_run_goes_on_bitwise(tmp_path, dataset, straight):
     """kill -9 of one rank after step 6: the launcher ends the rest, and a restart reaches the same state at step 10."""
     config = configure(tmp_path, dataset)
