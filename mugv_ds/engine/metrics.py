@@ -15,6 +15,8 @@ from mugv_ds.config.schema import LoggingSection
 # Dense bf16 peak in TFLOP/s by a part of the device's name, from NVIDIA's data sheets (SXM).
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0}
 
+_CHUNK = 1 << 24  # elements that the optimizer's probe works on at once
+
 
 def peak_tflops(section: LoggingSection, device: torch.device) -> float | None:
     """Dense bf16 peak of one device: the config's value, or that of a known chip, or None."""
@@ -22,9 +24,6 @@ def peak_tflops(section: LoggingSection, device: torch.device) -> float | None:
         return section.peak_tflops
     name = torch.cuda.get_device_name(device)
     return next((peak for chip, peak in PEAK_TFLOPS.items() if chip in name), None)
-
-
-_CHUNK = 1 << 24
 
 
 class OptimizerProbe:
@@ -58,8 +57,14 @@ class OptimizerProbe:
         self._sums = torch.stack([squares, zeros.double(), squares.new_tensor(held)])
 
     def read(self) -> dict[str, float]:
-        """Parameter norm and share of zeros in the gradient at the last step. All ranks call it."""
+        """Parameter norm and share of zeros in the gradient at the last step. All ranks call it.
+
+        Nothing where DeepSpeed skipped the step because the gradient was not finite, which it does on all ranks.
+        """
+        if self._sums is None:
+            return {}
         sums = torch.cat([self._sums, self._sums.new_tensor([self._stage_parameters / self._replicas])])
+        self._sums = None
         dist.all_reduce(sums)
         squares, zeros, held, parameters = sums.tolist()
         padding = held - parameters  # DeepSpeed pads the partitions to equal length; the padding's gradient is zero

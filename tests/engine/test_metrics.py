@@ -34,6 +34,7 @@ def record_two_steps(folder: Path) -> None:
     optimizer.step()
     recorder.record(2, rate=0.5, norm=7.0, probe=probe, waited=0.25)
     recorder.close()
+    assert probe.read() == {}, "no step since, as when DeepSpeed skips one"
 
 
 @pytest.fixture(scope="module")
