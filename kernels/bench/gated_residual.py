@@ -1,68 +1,28 @@
-"""Gated residual at one layer's size: the Triton kernel beside its reference, eager and compiled.
+"""Gated residual at the 10B's size: the Triton kernel beside its reference, eager and compiled."""
 
-python kernels/bench/gated_residual.py
-"""
-
-import harness
 import torch
-from torch import Tensor
+from harness import compare
 
 from mugv_kernels.gated_residual import gated_residual, gated_residual_reference
 
 N, D = 54_002, 3456
-SLICE = 8192  # tokens, of both classes, on which errors are measured
-# Least traffic in bytes: forward reads residual and x and writes y; backward reads dy and x and writes dx.
-FORWARD_BYTES = 3 * N * D * 2
-BACKWARD_BYTES = 3 * N * D * 2
-
-
-def make_inputs() -> tuple[list[Tensor], Tensor]:
-    """residual, x and gate in bf16; clean, whose first fifteenth is True.
-
-    The residual gets no gradient: it would be dy itself, and the copy that a leaf's .grad takes of it would be timed.
-    """
-    torch.manual_seed(0)
-    residual, x, gate = (torch.randn(1, rows, D, device="cuda", dtype=torch.bfloat16) for rows in (N, N, 2))
-    clean = torch.arange(N, device="cuda")[None] < N // 15
-    return [residual, x.requires_grad_(), gate.requires_grad_()], clean
-
-
-def largest_error(function, inputs: list[Tensor], clean: Tensor) -> float:
-    """Largest relative error of output and gradients on the first tokens, against the reference in fp32."""
-    residual, x, gate = (tensor.detach() for tensor in inputs)
-    narrow = [tensor.requires_grad_() for tensor in (residual[:, :SLICE].clone(), x[:, :SLICE].clone(), gate.clone())]
-    wide = [tensor.detach().float().requires_grad_() for tensor in narrow]
-    dy = torch.randn_like(narrow[0])
-    y, exact = function(*narrow, clean[:, :SLICE]), gated_residual_reference(*wide, clean[:, :SLICE])
-    results = [y.detach(), *torch.autograd.grad(y, narrow, dy)]
-    references = [exact.detach(), *torch.autograd.grad(exact, wide, dy.float())]
-    return max(map(harness.relative_error, results, references))
-
-
-def measure(name: str, function, inputs: list[Tensor], clean: Tensor) -> dict[str, object]:
-    def run(*tensors: Tensor) -> Tensor:
-        return function(*tensors, clean)
-
-    forward = harness.median_ms(lambda: run(*inputs))
-    both = harness.median_ms(harness.forward_backward(run, inputs))
-    return {
-        "implementation": name,
-        "forward ms": forward,
-        "forward GB/s": FORWARD_BYTES / forward / 1e6,
-        "fwd+bwd ms": both,
-        "fwd+bwd GB/s": (FORWARD_BYTES + BACKWARD_BYTES) / both / 1e6,
-        "output and kept MiB": harness.kept_mib(run, inputs),
-        "largest error": largest_error(function, inputs, clean),
-    }
+TENSOR = 2 * N * D  # bytes of [N, D] in bf16
 
 
 def main() -> None:
-    inputs, clean = make_inputs()
-    # Static shapes: the slice for the errors must not make it compile, and measure, a dynamic kernel.
-    compiled = torch.compile(gated_residual_reference, dynamic=False)
-    functions = {"kernel": gated_residual, "eager": gated_residual_reference, "compiled": compiled}
-    rows = [measure(name, function, inputs, clean) for name, function in functions.items()]
-    harness.report(f"gated_residual, N {N}, D {D}, bf16", rows)
+    torch.manual_seed(0)
+    residual, x, gate = (torch.randn(1, rows, D, device="cuda", dtype=torch.bfloat16) for rows in (N, N, 2))
+    clean = torch.arange(N, device="cuda")[None] < N // 15
+    compare(
+        f"gated_residual, N {N}, D {D}, bf16",
+        gated_residual,
+        gated_residual_reference,
+        # The residual's gradient is dy itself; the copy that a leaf's .grad takes of it would be timed.
+        [residual, x.requires_grad_(), gate.requires_grad_()],
+        [clean],
+        forward_bytes=3 * TENSOR,  # reads residual and x, writes y
+        both_bytes=6 * TENSOR,  # and reads dy and x, writes dx
+    )
 
 
 if __name__ == "__main__":

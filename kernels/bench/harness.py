@@ -78,6 +78,75 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     return float((value.double() - reference.double()).norm() / reference.double().norm())
 
 
+def compare(
+    title: str,
+    kernel: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    fixed: Sequence[object],
+    *,
+    forward_bytes: float,
+    both_bytes: float,
+    checked_tokens: int = 4096,
+) -> None:
+    """Reports a fused kernel beside its reference, eager and compiled: time, traffic, memory kept, errors.
+
+    Args:
+        inputs: leading arguments, of which the first is [B, tokens, …]; gradients are taken of those that want them.
+        fixed: the arguments that follow, which get no gradient.
+        forward_bytes, both_bytes: the fewest bytes that forward, and forward with backward, can move.
+        checked_tokens: the first tokens, on which output and gradients are held against the reference in fp32.
+    """
+    # Static shapes: the shorter check must not make it compile, and measure, a dynamic kernel.
+    functions = {"kernel": kernel, "eager": reference, "compiled": torch.compile(reference, dynamic=False)}
+    rows = []
+    for name, function in functions.items():
+
+        def call(*leaves: Tensor, function: Callable[..., Tensor] = function) -> Tensor:
+            return function(*leaves, *fixed)
+
+        forward = median_ms(lambda call=call: call(*inputs))
+        both = median_ms(forward_backward(call, inputs))
+        rows.append(
+            {
+                "implementation": name,
+                "forward ms": forward,
+                "forward GB/s": forward_bytes / forward / 1e6,
+                "both ms": both,
+                "both GB/s": both_bytes / both / 1e6,
+                "kept MiB": kept_mib(call, inputs),
+                "largest error": _largest_error(function, reference, inputs, fixed, checked_tokens),
+            }
+        )
+    report(title, rows)
+
+
+def _largest_error(
+    function: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    fixed: Sequence[object],
+    checked_tokens: int,
+) -> float:
+    """Of output and gradients, relative, against the reference in fp32."""
+    tokens = inputs[0].shape[1]
+
+    def head(value: object) -> object:
+        is_by_token = isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == tokens
+        return value[:, :checked_tokens] if is_by_token else value
+
+    narrow = [head(tensor.detach()).clone().requires_grad_(tensor.requires_grad) for tensor in inputs]
+    wide = [tensor.detach().float().requires_grad_(tensor.requires_grad) for tensor in narrow]
+    others = [head(value) for value in fixed]
+    out, exact = function(*narrow, *others), reference(*wide, *others)
+    gradient = torch.randn_like(out)
+    got, expected = (
+        torch.autograd.grad(y, [leaf for leaf in leaves if leaf.requires_grad], d_y)
+        for y, leaves, d_y in ((out, narrow, gradient), (exact, wide, gradient.float()))
+    )
+    return max(map(relative_error, [out.detach(), *got], [exact.detach(), *expected]))
+
+
 def report(title: str, rows: list[dict[str, object]]) -> None:
     """Prints the rows as a table and appends them, with machine, versions and commit, as a JSON line to RECORDS."""
     names = list(dict.fromkeys(name for row in rows for name in row))
