@@ -150,12 +150,12 @@ def expected() -> tuple[list[float], dict[str, torch.Tensor]]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, list[dict]]:
     cases = {name_of(layout): (config(layout), STEPS) for layout in LAYOUTS}
-    for recompute in ("selective", "full"):
+    for recompute in ("light", "selective", "full"):
         cases[recompute] = (config((1, 2, 2), recompute), 2)
     return start(cases, tmp_path_factory.mktemp("layouts"))
 
 
-CASES = [*map(name_of, LAYOUTS), "selective", "full"]
+CASES = [*map(name_of, LAYOUTS), "light", "selective", "full"]
 
 
 @pytest.mark.parametrize("case", CASES)
