@@ -8,15 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mugv_ds.config.model import LATENT_STRIDE as STRIDE
 from mugv_ds.data.noise import gaussian
 from mugv_ds.models.dit import DiT
 from mugv_ds.models.text import NEGATIVE_PROMPT, PROMPT_SUFFIX
 from mugv_ds.objectives.flow import MAX_TIME, resolution_shift, sampling_times
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (z [B, 24, T, H, W], t scalar) → dz/d(−t/1000), of z's shape
-
-
-STRIDE = 8  # pixels and frames that a latent covers along each axis
 
 
 class Codec(Protocol):

@@ -1,7 +1,7 @@
 """Weights in the published format: read from any of its files, written from a training checkpoint.
 
 The format is `DiT.state_dict()`, as one `.pt`, as one `.safetensors`, or as a folder of shards with an index. Tensors
-are memory-mapped and handled a layer at a time: converting takes the memory of one shard, whatever the model's size.
+are memory-mapped and handled a layer at a time; docs/performance.md says how much memory that takes.
 """
 
 import json
@@ -110,9 +110,7 @@ def load_dit(path: str | Path) -> DiT:
     try:
         model.load_state_dict(dict(weights), strict=True, assign=True)
     except RuntimeError as error:
-        raise CheckpointError(
-            f"{path}: not the weights of the sizes in {file}: {' '.join(str(error).split())[:300]}"
-        ) from None
+        raise CheckpointError(f"{path}: not the weights of the sizes in {file}: {_one_line(error)}") from None
     return model
 
 

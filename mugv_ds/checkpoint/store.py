@@ -73,7 +73,8 @@ class Store:
         """Loads the newest checkpoint as `checkpoint.resume` says; returns the steps it has taken, 0 for a fresh start.
 
         Raises:
-            CheckpointError: a checkpoint is wanted and there is none, or there is one and none may be, or it is broken.
+            CheckpointError: a checkpoint is wanted and there is none, there is one and none may be, or another layout
+                saved it.
         """
         mode, found = self._config.checkpoint.resume, newest(self.dir)
         if found is None:

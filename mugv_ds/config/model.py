@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 from mugv_ds.config.errors import ConfigError
 
 HEAD_DIM = 72
+LATENT_CHANNELS = 24
+LATENT_STRIDE = 8  # pixels and frames that a latent covers along each axis
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class DiTConfig:
     num_heads: int
     depth: int
     caption_channels: int = 4096
-    in_channels: int = 24
+    in_channels: int = LATENT_CHANNELS
     mlp_ratio: int = 4
 
     def __post_init__(self) -> None:

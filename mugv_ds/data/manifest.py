@@ -29,9 +29,8 @@ from datasets import Dataset, Features, Value
 from datasets.arrow_writer import ArrowWriter
 
 from mugv_ds.config.errors import InputError
+from mugv_ds.config.model import LATENT_STRIDE as STRIDE
 from mugv_ds.data.tensor_file import SampleError, UnsafeFileError, check_latent, load_tensors
-
-STRIDE = 8  # pixels a latent holds along height and width, frames along time
 
 REQUIRED_COLUMNS = ("sample_id", "source", "latent_path", "text_feat_path")
 CHOICES = {"source": ("generated", "real"), "kind": ("image", "video"), "label": ("good", "bad")}

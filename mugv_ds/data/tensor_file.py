@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from mugv_ds.config.errors import InputError
+from mugv_ds.config.model import LATENT_CHANNELS
 
-LATENT_CHANNELS = 24
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _MAX_HEADER_BYTES = 1 << 20  # data.pkl of one latent or caption is under 1 KB

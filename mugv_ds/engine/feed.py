@@ -14,11 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mugv_ds.config.errors import PeerError
+from mugv_ds.config.model import LATENT_CHANNELS
 from mugv_ds.config.schema import DataSection, FlowSection
 from mugv_ds.data import noise
 from mugv_ds.data.manifest import Index
 from mugv_ds.data.sample import read_row, read_text
-from mugv_ds.data.tensor_file import LATENT_CHANNELS
 from mugv_ds.engine.build import Process
 from mugv_ds.objectives import flow
 from mugv_ds.parallel.pipeline import DiTPipeline, Inputs, labels

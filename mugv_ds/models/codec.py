@@ -8,8 +8,9 @@ from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-BLOCK = 8  # pixels and frames a latent position covers on each axis, as in the VideoVAE
-CHANNELS = 24
+from mugv_ds.config.model import LATENT_CHANNELS as CHANNELS
+from mugv_ds.config.model import LATENT_STRIDE as BLOCK
+
 _BLOCK_PIXELS = 3 * BLOCK**3
 _RANK_TOLERANCE = 1e-10  # of the largest variance; rounding in fp64 leaves about 1e-15
 

@@ -105,7 +105,7 @@ class CaptionEmbedder(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """RMSNorm over a head's 72 channels, computed and returned in fp32 (rotation follows before the cast back)."""
+    """RMSNorm over a head's 72 channels, computed and returned in fp32. Self-attention takes its weight alone."""
 
     def __init__(self) -> None:
         super().__init__()
