@@ -31,6 +31,7 @@ def config(tmp_path_factory) -> str:
 
 def test_dry_run_describes_the_run(config):
     overrides = ("--set", "parallel.sequence=2", "--set", "parallel.pipeline=2", "--set", "parallel.data=2")
+    overrides += ("--set", "parallel.activation_checkpointing=full")
     done = run("--dry-run", "--config", config, *overrides)
     assert done.returncode == 0, done.stderr
     description, merged = done.stdout.split("config:\n")
@@ -41,6 +42,8 @@ def test_dry_run_describes_the_run(config):
     assert "4 = data 2 × accumulation 2 × micro-batch 1" in description
     assert "2×4×6 (3 rows): 14 tokens a sample, 56 a step" in description
     assert "1×4×5 (1 rows): 8 tokens a sample, 32 a step" in description
+    model, hardware = re.findall(r"([\d.]+) model TFLOP a step, ([\d.]+) with what is recomputed", description)[0]
+    assert float(hardware) == pytest.approx(4 / 3 * float(model), rel=0.02)  # ends of the model are not recomputed
     assert json.loads(merged)["parallel"]["pipeline"] == 2
 
 

@@ -14,7 +14,7 @@ from mugv_ds.config import PRESETS
 from mugv_ds.models.attention import BACKENDS, installed_backends
 from mugv_ds.models.choose_attention import choose_attention
 from mugv_ds.models.dit import describe_tokens, init_weights
-from mugv_ds.models.flops import block_flops
+from mugv_ds.models.flops import block_flops, recomputed_flops
 from mugv_ds.models.layers import Block, Condition
 from mugv_ds.models.rope import patch_grid, positions
 from mugv_kernels.dispatch import use
@@ -79,24 +79,26 @@ def main() -> None:
         with use("reference"):
             return block(*args, attention=attention)
 
+    # By title: what to call, and what it recomputes.
     variants = {
-        "published, eager, FlashAttention-2": PublishedBlock(block, SDPBackend.FLASH_ATTENTION),
-        "published, torch.compile, cuDNN": torch.compile(PublishedBlock(block, SDPBackend.CUDNN_ATTENTION)),
-        f"ours, eager, no kernels, {name}": plain,
-        f"ours, eager, {name}": ours,
-        f"ours, compiled, {name}": ours,
+        "published, eager, FlashAttention-2": (PublishedBlock(block, SDPBackend.FLASH_ATTENTION), "off"),
+        "published, torch.compile, cuDNN": (torch.compile(PublishedBlock(block, SDPBackend.CUDNN_ATTENTION)), "off"),
+        f"ours, eager, no kernels, {name}": (plain, "off"),
+        f"ours, eager, {name}": (ours, "off"),
+        f"ours, compiled, {name}": (ours, "off"),
         **{
-            f"ours, compiled, {name}, {recompute}": functools.partial(block, attention=attention, recompute=recompute)
-            for recompute in ("light", "selective")
+            f"ours, compiled, {name}, {mode}": (functools.partial(ours, recompute=mode), mode)
+            for mode in ("light", "selective")
         },
     }
-    flops = 3 * block_flops(PRESETS["mugdit_10b"], tokens, TEXT_TOKENS)
+    sizes = PRESETS["mugdit_10b"], tokens, TEXT_TOKENS
+    flops = 3 * block_flops(*sizes)
     if args.profile:
         block.compile_segments()
         profile(lambda: ours(x, condition).backward(gradient))
         return
     rows, first = [], None
-    for title, variant in variants.items():
+    for title, (variant, recompute) in variants.items():
         if title.startswith("ours, compiled"):
             block.compile_segments()
 
@@ -116,12 +118,14 @@ def main() -> None:
         )
         del y, gradients
         milliseconds = median_ms(call, seconds=4.0)
+        percent = 100 / milliseconds / 1e9 / PEAK_TFLOPS
         rows.append(
             {
                 "block": title,
                 "ms": milliseconds,
                 "model TFLOP/s": flops / milliseconds / 1e9,
-                "MFU %": 100 * flops / milliseconds / 1e9 / PEAK_TFLOPS,
+                "MFU %": percent * flops,
+                "HFU %": percent * (flops + recomputed_flops(*sizes, recompute)),
                 "peak GiB": peak_gib(call),
                 "difference": difference,
                 "of gradients": max(of_gradients),

@@ -15,7 +15,7 @@ from harness import median_ms, peak_gib, report
 from mugv_ds.config import PRESETS
 from mugv_ds.models.attention import BACKENDS, installed_backends
 from mugv_ds.models.choose_attention import choose_attention
-from mugv_ds.models.flops import block_flops
+from mugv_ds.models.flops import RECOMPUTED, block_flops, recomputed_flops
 from mugv_ds.models.layers import Condition
 from mugv_ds.parallel.layout import Layout, sequence_group
 from mugv_ds.parallel.ulysses import Ulysses
@@ -58,13 +58,16 @@ def measure(size: int, frames: int, name: str, recompute: str) -> dict[str, obje
     worst = torch.tensor([milliseconds, peak, exchange], device=device)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     milliseconds, peak, exchange = worst.tolist()
-    flops = 3 * block_flops(PRESETS["mugdit_10b"], tokens, TEXT_TOKENS) / size
+    sizes = PRESETS["mugdit_10b"], tokens, TEXT_TOKENS
+    flops = 3 * block_flops(*sizes) / size
+    percent = 100 / milliseconds / 1e9 / PEAK_TFLOPS
     return {
         "sequence": size,
         "recompute": recompute,
         "tokens": tokens,
         "ms": milliseconds,
-        "MFU %": 100 * flops / milliseconds / 1e9 / PEAK_TFLOPS,
+        "MFU %": percent * flops,
+        "HFU %": percent * (flops + recomputed_flops(*sizes, recompute) / size),
         "peak GiB": peak,
         "exchange ms": exchange,
         "exchange %": 100 * exchange / milliseconds,
@@ -74,7 +77,7 @@ def measure(size: int, frames: int, name: str, recompute: str) -> dict[str, obje
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=15, help="latent frames of 720p; 15 are 54,002 tokens")
-    parser.add_argument("--recompute", default="selective", choices=["off", "selective", "full"])
+    parser.add_argument("--recompute", default="selective", choices=list(RECOMPUTED))
     args = parser.parse_args()
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed("nccl", verbose=False)

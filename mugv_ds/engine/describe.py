@@ -27,7 +27,7 @@ def layer_parameters(config: DiTConfig) -> list[int]:
 
 
 def describe(config: TrainConfig, world_size: int | None) -> str:
-    """Layout, parameters and predicted memory by stage, samples and tokens a step, and the merged config.
+    """Layout, parameters and predicted memory by stage, samples, tokens and FLOPs a step, and the merged config.
 
     Args:
         world_size: processes; None takes as many as the config's layout needs.
@@ -76,9 +76,13 @@ def describe(config: TrainConfig, world_size: int | None) -> str:
         buckets[shape] = buckets.get(shape, 0) + 1
     for shape, rows in sorted(buckets.items()):
         tokens = patch_grid(*shape).tokens
-        flops = data.global_batch_size * train_flops(dit, tokens, data.max_text_tokens)
+        model, hardware = (
+            data.global_batch_size * train_flops(dit, tokens, data.max_text_tokens, recompute) / 1e12
+            for recompute in ("off", parallel.activation_checkpointing)
+        )
         lines.append(
             f"  latent {'×'.join(map(str, shape))} ({rows} rows): {tokens:,} tokens a sample, "
-            f"{tokens * data.global_batch_size:,} a step, {flops / 1e12:,.3f} model TFLOP a step"
+            f"{tokens * data.global_batch_size:,} a step, {model:,.3f} model TFLOP a step, "
+            f"{hardware:,.3f} with what is recomputed"
         )
     return "\n".join([*lines, "config:", config.model_dump_json(indent=2)])

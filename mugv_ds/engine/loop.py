@@ -102,12 +102,14 @@ class Trainer:
         self.probe.armed = recorder.due(step)
         loss = self.engine.train_batch(self.feed.stage(batches, shape, self.accumulation))
         tokens, samples = patch_grid(*shape).tokens, self.config.data.global_batch_size
+        sizes = self.dit, tokens, self.config.data.max_text_tokens
         recorder.step(
             loss,
             self.engine.get_additional_losses(),
             samples=samples,
             tokens=samples * tokens,
-            flops=samples * train_flops(self.dit, tokens, self.config.data.max_text_tokens),
+            model_flops=samples * train_flops(*sizes),
+            hardware_flops=samples * train_flops(*sizes, self.config.parallel.activation_checkpointing),
         )
         if recorder.due(step):
             recorder.record(

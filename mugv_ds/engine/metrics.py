@@ -89,7 +89,7 @@ class Recorder:
 
     def _begin_window(self) -> None:
         self._begin = time.perf_counter()
-        self._window = dict.fromkeys(("steps", "samples", "tokens", "flops"), 0.0)
+        self._window = dict.fromkeys(("steps", "samples", "tokens", "model_flops", "hardware_flops"), 0.0)
         self._losses: list[Tensor] = []
         self._quartiles: dict[str, Tensor] = {}
 
@@ -97,12 +97,26 @@ class Recorder:
         """Whether the scalars are written at the end of this step."""
         return (step + 1) % self._every == 0 or step + 1 == self._steps
 
-    def step(self, loss: Tensor, terms: dict[str, Tensor], *, samples: int, tokens: int, flops: float) -> None:
-        """Notes a finished step: loss and quartile sums as tensors; samples, tokens and model FLOPs of all ranks."""
+    def step(
+        self,
+        loss: Tensor,
+        terms: dict[str, Tensor],
+        *,
+        samples: int,
+        tokens: int,
+        model_flops: float,
+        hardware_flops: float,
+    ) -> None:
+        """Notes a finished step: loss and quartile sums as tensors; the rest of all ranks together.
+
+        Args:
+            model_flops, hardware_flops: without and with what is recomputed, see `models.flops`.
+        """
         self._losses.append(loss.detach())
         for name, value in terms.items():
             self._quartiles[name] = self._quartiles.get(name, 0) + value
-        for name, value in (("steps", 1), ("samples", samples), ("tokens", tokens), ("flops", flops)):
+        done = {"samples": samples, "tokens": tokens, "model_flops": model_flops, "hardware_flops": hardware_flops}
+        for name, value in {"steps": 1, **done}.items():
             self._window[name] += value
         self._bar.update()
 
@@ -122,7 +136,9 @@ class Recorder:
         worst = torch.tensor([waited, memory], dtype=torch.float64, device=device)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         waited, memory = worst.tolist()
-        tflops = self._window["flops"] / seconds / self._world_size / 1e12
+        model_tflops, hardware_tflops = (
+            self._window[name] / seconds / self._world_size / 1e12 for name in ("model_flops", "hardware_flops")
+        )
         scalars = {
             "train/loss": loss,
             **self._quartile_means(),
@@ -132,15 +148,18 @@ class Recorder:
             "speed/seconds_per_step": seconds / self._window["steps"],
             "speed/samples_per_second": self._window["samples"] / seconds,
             "speed/tokens_per_second": self._window["tokens"] / seconds,
-            "speed/model_tflops_per_device": tflops,
+            "speed/model_tflops_per_device": model_tflops,
             "speed/data_wait_seconds": waited,
         }
+        shown = {"loss": f"{loss:.4f}", "lr": f"{rate:.2e}"}
         if self._peak is not None:
-            scalars["speed/mfu"] = tflops / self._peak
+            for name, tflops in (("mfu", model_tflops), ("hfu", hardware_tflops)):
+                scalars[f"speed/{name}"] = tflops / self._peak
+                shown[name] = f"{tflops / self._peak:.1%}"
         if device.type == "cuda":
             scalars["memory/peak_gib"] = memory
         self.write(done, scalars.items())
-        self._bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.2e}")
+        self._bar.set_postfix(shown)
         self._begin_window()
 
     @contextmanager

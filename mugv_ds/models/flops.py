@@ -1,12 +1,47 @@
-"""Model FLOPs by closed form: a multiply and an add count two, recomputation counts nothing."""
+"""FLOPs by closed form: a multiply and an add count two.
+
+Model FLOPs (MFU) count no recomputation. Hardware FLOPs (HFU) also count the parts of the forward pass that
+`parallel.activation_checkpointing` runs again; neither counts what a fused attention kernel recomputes inside itself.
+"""
 
 from mugv_ds.config.model import DiTConfig
+
+# The parts of a block that the backward pass runs again, as `layers.Block.forward` cuts it into segments.
+RECOMPUTED = {
+    "off": (),
+    "light": ("projections", "cross_attention"),
+    "selective": ("projections", "cross_attention", "feed_forward"),
+    "full": ("projections", "cross_attention", "feed_forward", "self_attention"),
+}
+
+
+def block_parts(config: DiTConfig, tokens: int, text_tokens: int) -> dict[str, float]:
+    """Forward FLOPs of one block for one sample, by part; keys and values of the text are left out."""
+    width = config.hidden_size
+    return {
+        "projections": 12.0 * tokens * width**2,  # qkv 6, its output 2, the query of cross-attention 2, its output 2
+        "cross_attention": 4.0 * tokens * text_tokens * width,
+        "feed_forward": 16.0 * tokens * width**2,
+        "self_attention": 4.0 * tokens**2 * width,
+    }
 
 
 def block_flops(config: DiTConfig, tokens: int, text_tokens: int) -> float:
     """Forward FLOPs of one block for one sample: tokens · (28·D² + 4·N·D + 4·L·D)."""
-    width = config.hidden_size
-    return tokens * (28.0 * width**2 + 4.0 * tokens * width + 4.0 * text_tokens * width)
+    return sum(block_parts(config, tokens, text_tokens).values())
+
+
+def recomputed_flops(config: DiTConfig, tokens: int, text_tokens: int, recompute: str) -> float:
+    """FLOPs of one block that its backward pass runs again, for one sample.
+
+    Counted for compiled segments, which run again whole. Eager PyTorch stops before the last linear of cross-attention,
+    whose output nothing needs, and so does 2·D² a token less in "light" and "selective".
+
+    Args:
+        recompute: see `layers.Block.forward`.
+    """
+    parts = block_parts(config, tokens, text_tokens)
+    return sum(parts[name] for name in RECOMPUTED[recompute])
 
 
 def layer_flops(config: DiTConfig, tokens: int, text_tokens: int) -> list[float]:
@@ -17,6 +52,10 @@ def layer_flops(config: DiTConfig, tokens: int, text_tokens: int) -> list[float]
     return [embed, *[block_flops(config, tokens, text_tokens)] * config.depth, final]
 
 
-def train_flops(config: DiTConfig, tokens: int, text_tokens: int) -> float:
-    """FLOPs of one sample's forward and backward pass: three forwards."""
-    return 3.0 * sum(layer_flops(config, tokens, text_tokens))
+def train_flops(config: DiTConfig, tokens: int, text_tokens: int, recompute: str = "off") -> float:
+    """FLOPs of one sample's forward and backward pass: three forwards, and what is recomputed.
+
+    With "off" these are the model FLOPs whatever the run recomputes, otherwise its hardware FLOPs.
+    """
+    again = config.depth * recomputed_flops(config, tokens, text_tokens, recompute)
+    return 3.0 * sum(layer_flops(config, tokens, text_tokens)) + again

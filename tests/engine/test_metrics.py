@@ -26,7 +26,7 @@ def record_two_steps(folder: Path) -> None:
     recorder = Recorder(section, rank=0, world_size=1, start=0, steps=2, peak=peak_tflops(section, torch.device("cpu")))
     for loss, t in ((1.0, 100.0), (3.0, 900.0)):
         terms = loss_by_quartile(torch.tensor([loss]), torch.tensor([t]))
-        recorder.step(torch.tensor(loss), terms, samples=4, tokens=40, flops=1e9)
+        recorder.step(torch.tensor(loss), terms, samples=4, tokens=40, model_flops=1e9, hardware_flops=1.25e9)
         with recorder.excluded():
             time.sleep(1)
     probe.armed = True
@@ -60,6 +60,7 @@ def test_speed_does_not_count_what_is_excluded(scalars):
     assert scalars["speed/tokens_per_second"] == pytest.approx(40 / seconds, rel=1e-4)
     assert scalars["speed/model_tflops_per_device"] == pytest.approx(1e-3 / seconds, rel=1e-4)
     assert scalars["speed/mfu"] == pytest.approx(1e-3 / seconds, rel=1e-4)  # of a peak of 1 TFLOP/s
+    assert scalars["speed/hfu"] == pytest.approx(1.25e-3 / seconds, rel=1e-4)
 
 
 def test_the_rest_is_passed_on(scalars):

@@ -1,0 +1,73 @@
+"""FLOPs in closed form against the matrix products that PyTorch runs."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from mugv_ds.config import PRESETS
+from mugv_ds.config.model import DiTConfig
+from mugv_ds.config.schema import ParallelSection
+from mugv_ds.models.flops import RECOMPUTED, block_flops, recomputed_flops, train_flops
+from mugv_ds.models.layers import Block, Condition
+
+CONFIG = DiTConfig(144, 2, 3, caption_channels=16)
+N, L, D = 10, 6, CONFIG.hidden_size
+TEXT_PROJECTION = 4 * L * D**2  # the keys and values of cross-attention, which the closed form leaves out
+LAST_PROJECTION = 2 * N * D**2  # eager PyTorch does not run it again where its output is needed by nothing
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Self-attention in matrix products, which the counter sees."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return (torch.softmax(q @ k.mT, dim=-1) @ v).transpose(1, 2)
+
+
+def counted_flops(recompute: str) -> tuple[int, int]:
+    """Of a block's forward pass, and of both; the counter does not see the CPU's fused cross-attention."""
+    block = Block(CONFIG)
+    condition = Condition(
+        torch.randn(1, 2, 6 * D, requires_grad=True),
+        torch.randn(1, 2, D),
+        torch.randn(1, L, D, requires_grad=True),
+        torch.ones(1, L, dtype=torch.bool),
+        torch.arange(N)[None] < 3,
+        *torch.randn(2, 1, N, 36),
+    )
+    with FlopCounterMode(display=False) as counter:
+        out = block(torch.randn(1, N, D, requires_grad=True), condition, plain_attention, recompute)
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    return forward, counter.get_total_flops()
+
+
+def test_forward_flops_are_those_that_run():
+    assert counted_flops("off")[0] == block_flops(CONFIG, N, text_tokens=0) + TEXT_PROJECTION
+
+
+@pytest.mark.parametrize("recompute", ["light", "selective", "full"])
+def test_recomputed_flops_are_those_that_run_again(recompute):
+    expected = recomputed_flops(CONFIG, N, 0, recompute) + TEXT_PROJECTION
+    if recompute != "full":
+        expected -= LAST_PROJECTION
+    assert counted_flops(recompute)[1] - counted_flops("off")[1] == expected
+
+
+@pytest.mark.parametrize(
+    ("recompute", "by_width", "by_text", "by_tokens"),
+    [("off", 0, 0, 0), ("light", 12, 4, 0), ("selective", 28, 4, 0), ("full", 28, 4, 4)],
+)
+def test_hardware_flops_add_what_every_block_recomputes(recompute, by_width, by_text, by_tokens):
+    for n in (N, 1000):
+        again = CONFIG.depth * n * D * (by_width * D + by_text * L + by_tokens * n)
+        assert train_flops(CONFIG, n, L, recompute) - train_flops(CONFIG, n, L) == again
+
+
+def test_every_mode_is_counted():
+    modes = ParallelSection.model_json_schema()["properties"]["activation_checkpointing"]["enum"]
+    assert set(modes) == set(RECOMPUTED)
+
+
+def test_full_recomputation_of_the_10b_costs_a_third_more():
+    ratio = train_flops(PRESETS["mugdit_10b"], 54_002, 300, "full") / train_flops(PRESETS["mugdit_10b"], 54_002, 300)
+    assert ratio == pytest.approx(4 / 3, rel=1e-3)
