@@ -69,6 +69,9 @@ bench-kernels: install  ## The fused kernels against eager and torch.compile
 bench-block: install  ## A block of the 10B against the published one, eager and compiled
 	$(BIN)/python kernels/bench/block.py
 
+bench-fp8: demo-data  ## Loss curves of the debug run in bf16 and fp8 on one GPU; needs Transformer Engine
+	$(BIN)/python kernels/bench/fp8.py
+
 GPUS ?= 4
 bench-scaling: install  ## The block under Ulysses on 1, 2 … GPUS GPUs
 	$(BIN)/torchrun --nproc-per-node $(GPUS) kernels/bench/scaling.py

@@ -10,11 +10,12 @@ from harness import median_ms, peak_gib, relative_error, report
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from mugv_ds.config import PRESETS
+from mugv_ds.config import PRESETS, ConfigError
 from mugv_ds.models.attention import BACKENDS, installed_backends
 from mugv_ds.models.choose_attention import choose_attention
 from mugv_ds.models.dit import describe_tokens, init_weights
 from mugv_ds.models.flops import block_flops, recomputed_flops
+from mugv_ds.models.fp8 import check_fp8, use_fp8
 from mugv_ds.models.layers import Block, Condition
 from mugv_ds.models.rope import patch_grid, positions
 from mugv_kernels.dispatch import use
@@ -47,6 +48,15 @@ def make_inputs(frames: int, device: torch.device) -> tuple[Block, Tensor, Condi
         *describe_tokens(positions(token_N, grid), x_mask, frame_index),
     )
     return block, normal(1, grid.tokens, config.hidden_size), condition
+
+
+def fp8_runs_on(device: torch.device) -> bool:
+    try:
+        check_fp8(device)
+    except ConfigError as error:
+        print(error)
+        return False
+    return True
 
 
 def profile(call: Callable[[], None]) -> None:
@@ -91,6 +101,8 @@ def main() -> None:
             for mode in ("light", "selective")
         },
     }
+    if fp8_runs_on(device):
+        variants[f"ours, compiled, {name}, fp8"] = (ours, "off")
     sizes = PRESETS["mugdit_10b"], tokens, TEXT_TOKENS
     flops = 3 * block_flops(*sizes)
     if args.profile:
@@ -99,6 +111,8 @@ def main() -> None:
         return
     rows, first = [], None
     for title, (variant, recompute) in variants.items():
+        if title.endswith("fp8"):
+            use_fp8(block)
         if title.startswith("ours, compiled"):
             block.compile_segments()
 

@@ -49,7 +49,7 @@ ALLOWED_INSIDE: dict[str, dict[str, Types]] = {
 
 _NO_EFFECT = "has no effect on a pipeline of transformer blocks; leave it out"
 _REMOVED = "DeepSpeed has removed it; leave it out"
-_PRECISION = "the precision comes from model.precision; set that to bf16 or fp32"
+_PRECISION = "the precision comes from model.precision; set that to bf16, fp8 or fp32"
 _LAYOUT = "its ranks would skip gradient averaging over the sequence; set parallel.data, .sequence and .pipeline"
 _PROFILE = "crashes with pipeline stages; step times and model FLOPs are logged every logging.every steps"
 
@@ -128,7 +128,7 @@ def deepspeed_config(config: TrainConfig, data_parallel: int) -> dict[str, Any]:
     accumulation = gradient_accumulation(config, data_parallel)
     derived = copy.deepcopy(config.deepspeed)
     derived.setdefault("zero_optimization", {}).setdefault("stage", 1)
-    if config.model.precision == "bf16":
+    if config.model.dtype == "bf16":
         derived["bf16"] = {"enabled": True}
         derived.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     derived.update(
@@ -205,5 +205,5 @@ def _check_zero_stage(config: TrainConfig) -> None:
     key = f"deepspeed.zero_optimization.stage = {stage!r}"
     if type(stage) is not int or stage not in (0, 1):
         raise ConfigError(f"{key}: the pipeline engine, which runs every layout, takes 0 or 1")
-    if stage == 0 and config.model.precision == "bf16":
+    if stage == 0 and config.model.dtype == "bf16":
         raise ConfigError(f"{key}: DeepSpeed accumulates bf16 gradients in fp32 with stage 1 only; use 1")

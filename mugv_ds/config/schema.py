@@ -23,13 +23,22 @@ class ModelSection(Section):
     num_heads: Positive | None = Field(None, description="Attention heads, 72 wide each.")
     depth: Positive | None = Field(None, description="Number of blocks.")
     caption_channels: Positive | None = Field(None, description="Width of the text features (4096 for T5-XXL).")
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="Dtype of weights and activations; fp32 for tests.")
+    precision: Literal["bf16", "fp8", "fp32"] = Field(
+        "bf16",
+        description="Dtype of weights and activations; fp32 for tests. fp8 is bf16 with the products of the blocks' "
+        "large linears in fp8, through Transformer Engine; experimental: never measured here.",
+    )
     attention: Literal["auto", "flash4", "flash4_padded", "flash2", "cudnn", "sdpa", "te"] = Field(
         "auto",
         description="Self-attention. auto times every installed backend on the run's shape at the start, checks "
         "its gradients, and takes the fastest that is right.",
     )
     compile: bool = Field(False, description="torch.compile what is not fused by hand in each block.")
+
+    @property
+    def dtype(self) -> Literal["bf16", "fp32"]:
+        """What weights and activations are kept in."""
+        return "fp32" if self.precision == "fp32" else "bf16"
 
     def dit(self) -> DiTConfig:
         """The sizes of the model: the preset with this section's overrides.
@@ -155,6 +164,11 @@ class TrainConfig(Section):
             raise ValueError(
                 f"parallel.sequence = {sequence}: does not divide the {dit.num_heads} attention heads of "
                 f"{self.model.preset}; use {_divisors(dit.num_heads)}"
+            )
+        if self.model.precision == "fp8" and dit.hidden_size % 16:
+            raise ValueError(
+                f'model.precision = "fp8": takes widths that are multiples of 16, hidden_size is {dit.hidden_size}; '
+                "use an even model.num_heads, or bf16"
             )
         if pipeline > dit.depth:
             raise ValueError(

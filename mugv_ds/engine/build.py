@@ -20,6 +20,7 @@ from mugv_ds.config.schema import OptimizerSection, TrainConfig
 from mugv_ds.engine.schedule import rate_factor
 from mugv_ds.models.attention import BACKENDS, Attention, installed_backends
 from mugv_ds.models.choose_attention import choose_attention
+from mugv_ds.models.fp8 import check_fp8, use_fp8
 from mugv_ds.models.rope import patch_grid
 from mugv_ds.objectives.flow import loss_by_quartile, weighted_error
 from mugv_ds.parallel.layout import Layout, Place, sequence_group
@@ -68,6 +69,25 @@ class Process:
             raise PeerError("rank 0 failed, and says why")
         return result if self.rank == 0 else function()
 
+    def together(self, function: Callable[[], T]) -> T:
+        """Calls `function` on every rank; none goes on where it failed on one.
+
+        Raises:
+            PeerError: where it did not fail, when it failed on another rank.
+        """
+        failure = None
+        try:
+            result = function()
+        except Exception as error:
+            failure = error
+        failed = torch.tensor([failure is not None], dtype=torch.int32, device=self.device)
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+        if failure is not None:
+            raise failure
+        if failed.item():
+            raise PeerError("another rank failed, and says why")
+        return result
+
 
 def start_process(config: TrainConfig) -> Process:
     """Joins the process group that the launcher describes in the environment.
@@ -104,8 +124,13 @@ def build_engine(
     Args:
         shape: latent (T, H, W) of a typical sample, by whose cost the stages are balanced.
         weights: called with the stage's layers (`DiTPipeline.named_layers`) to put other weights than the initial in.
+
+    Raises:
+        ConfigError: fp8 is asked for and cannot run here. PeerError: or on another rank.
     """
     layout, dit = process.layout, config.model.dit()
+    if config.model.precision == "fp8":
+        process.together(partial(check_fp8, process.device))
     module = DiTPipeline(
         dit,
         layout=layout,
@@ -115,9 +140,12 @@ def build_engine(
         terms=QUARTILE_TERMS,
         recompute=config.parallel.activation_checkpointing,
         seed=config.data.seed,
-        dtype=DTYPES[config.model.precision],
+        dtype=DTYPES[config.model.dtype],
         device=process.device,
     )
+    if config.model.precision == "fp8":
+        for block in module.blocks:
+            use_fp8(block)
     if config.model.compile:
         torch._dynamo.config.recompile_limit = MAX_BUCKETS
         for block in module.blocks:
@@ -145,7 +173,7 @@ def pick_attention(config: TrainConfig, process: Process, shape: tuple[int, int,
             installed_backends(process.device),
             tokens=patch_grid(*shape).tokens,
             heads=config.model.dit().num_heads // process.layout.sequence,
-            dtype=DTYPES[config.model.precision],
+            dtype=DTYPES[config.model.dtype],
             device=process.device,
         )
         print("\n".join(["self-attention, forward and backward:", *map(str, trials), f"taken: {name}"]), flush=True)

@@ -81,6 +81,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(width, width_out)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(self.fc1, nn.Linear):  # fp8, see `models.fp8`
+            return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
         return _Mlp.apply(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
 

@@ -61,6 +61,10 @@ def test_other_keys_as_deepspeed_reads_them(as_read):
     assert read.zero_allow_untested_optimizer is False
 
 
+def test_fp8_is_bf16_to_deepspeed(as_read):
+    assert ours.deepspeed_config(run(precision="fp8"), 1) == ours.deepspeed_config(run(precision="bf16"), 1)
+
+
 def test_fp32(as_read):
     read = as_read(ours.deepspeed_config(run(precision="fp32"), 1), 1)
     assert not read.bfloat16_config.enabled
