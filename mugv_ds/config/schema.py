@@ -136,7 +136,9 @@ class LoggingSection(Section):
     )
     progress: bool = Field(True, description="Progress bar on rank 0.")
     peak_tflops: float | None = Field(
-        None, gt=0, description="Dense bf16 peak of one device, for MFU; known for H100 and H200, else MFU is left out."
+        None,
+        gt=0,
+        description="Dense bf16 peak of one device, for MFU and HFU; known for H100 and H200, else both are left out.",
     )
 
 
