@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from mugv_kernels import gated_residual as _gated_residual
+from mugv_kernels import head_norm as _head_norm
 from mugv_kernels import modulate as _modulate
 from mugv_kernels import qk_norm_rope as _qk_norm_rope
 
@@ -63,6 +64,19 @@ def gated_residual(residual_BND: Tensor, x_BND: Tensor, gate_BKD: Tensor, clean_
     """
     run = _gated_residual.gated_residual if _uses_triton(x_BND) else _gated_residual.gated_residual_reference
     return run(residual_BND, x_BND, gate_BKD, clean_BN)
+
+
+def head_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """RMSNorm over the last side of x; see `mugv_kernels.head_norm`.
+
+    Args:
+        x: [..., d].
+        weight: [d].
+    Returns:
+        A tensor of x's shape and dtype.
+    """
+    run = _head_norm.head_norm if _uses_triton(x) else _head_norm.head_norm_reference
+    return run(x, weight)
 
 
 def qk_norm_rope(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, ranks: int) -> Tensor:

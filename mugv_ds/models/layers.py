@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mugv_ds.config.model import HEAD_DIM, DiTConfig
-from mugv_ds.models.attention import Attention, GroupedAttention, masked_attention
-from mugv_kernels.dispatch import gated_residual, modulate, qk_norm_rope
+from mugv_ds.models.attention import Attention, GroupedAttention, MaskedAttention, masked_attention
+from mugv_kernels.dispatch import gated_residual, head_norm, modulate, qk_norm_rope
 
 EPS = 1e-6
 
@@ -105,14 +105,14 @@ class CaptionEmbedder(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """RMSNorm over a head's 72 channels, computed and returned in fp32. Self-attention takes its weight alone."""
+    """RMSNorm over a head's 72 channels, computed in fp32. Self-attention takes its weight alone."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(HEAD_DIM))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (HEAD_DIM,), self.weight.float(), EPS)
+        return head_norm(x, self.weight)
 
 
 class SelfAttention(nn.Module):
@@ -131,10 +131,15 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Every token looks at the caption; padding text takes no part."""
+    """Every token looks at the caption; padding text takes no part.
+
+    Attributes:
+        attend: computes the attention itself.
+    """
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
+        self.attend: MaskedAttention = masked_attention
         self.q_linear = nn.Linear(hidden_size, hidden_size)
         self.kv_linear = nn.Linear(hidden_size, 2 * hidden_size)
         self.q_norm = HeadNorm()
@@ -144,8 +149,8 @@ class CrossAttention(nn.Module):
     def forward(self, x_BND: Tensor, text_BLD: Tensor, text_mask_BL: Tensor) -> Tensor:
         q = rearrange(self.q_linear(x_BND), "b n (head d) -> b n head d", d=HEAD_DIM)
         k, v = rearrange(self.kv_linear(text_BLD), "b l (two head d) -> two b l head d", two=2, d=HEAD_DIM)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        return self.proj(rearrange(masked_attention(q, k, v, text_mask_BL), "b n head d -> b n (head d)"))
+        o = self.attend(self.q_norm(q), self.k_norm(k), v, text_mask_BL)
+        return self.proj(rearrange(o, "b n head d -> b n (head d)"))
 
 
 class Block(nn.Module):

@@ -40,11 +40,12 @@ def make_call(name: str, device: torch.device | str) -> Callable[[], Tensor]:
     return {
         "modulate": lambda: dispatch.modulate(x, rows[0], rows[1], clean),
         "gated_residual": lambda: dispatch.gated_residual(x, x + 1, rows[0], clean),
+        "head_norm": lambda: dispatch.head_norm(x, weight),
         "qk_norm_rope": lambda: dispatch.qk_norm_rope(qkv, weight, weight, angle.cos(), angle.sin(), 2),
     }[name]
 
 
-NAMES = ("modulate", "gated_residual", "qk_norm_rope")
+NAMES = ("modulate", "gated_residual", "head_norm", "qk_norm_rope")
 
 
 @pytest.mark.parametrize(
