@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mugv_ds.config.model import HEAD_DIM, DiTConfig
 from mugv_ds.models.attention import Attention, GroupedAttention, MaskedAttention, masked_attention
-from mugv_kernels.dispatch import gated_residual, head_norm, modulate, qk_norm_rope
+from mugv_kernels.dispatch import gated_residual, gelu_backward, head_norm, modulate, qk_norm_rope
 
 EPS = 1e-6
 
@@ -50,26 +50,24 @@ class ScalarEmbedder(nn.Module):
 
 
 class _Mlp(torch.autograd.Function):
-    """fc2(GELU(fc1(x))) whose backward pass needs one tensor of the inner width beside the one that is kept.
+    """GELU(x·w1ᵀ + b1)·w2ᵀ whose backward pass needs one tensor of the inner width beside the one that is kept.
 
     Autograd would hold three at the block's peak of memory: GELU's output, its gradient, and that of its input.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
         inner = F.linear(x, w1, b1)
         ctx.save_for_backward(x, inner, w1, w2)
-        return F.linear(F.gelu(inner, approximate="tanh"), w2, b2)
+        return F.linear(F.gelu(inner, approximate="tanh"), w2)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, ...]:
         x, inner, w1, w2 = ctx.saved_tensors
         rows, inner, gradient = (t.flatten(0, -2) for t in (x, inner, gradient))
-        buffer = F.gelu(inner, approximate="tanh")
-        d_w2 = gradient.T @ buffer
-        torch.mm(gradient, w2, out=buffer)
-        torch.ops.aten.gelu_backward.grad_input(buffer, inner, approximate="tanh", grad_input=buffer)
-        return (buffer @ w1).view_as(x), buffer.T @ rows, buffer.sum(dim=0), d_w2, gradient.sum(dim=0)
+        d_inner = gradient @ w2
+        d_b1 = gelu_backward(inner, d_inner)  # inner is its GELU now, and a second backward pass an error
+        return (d_inner @ w1).view_as(x), d_inner.T @ rows, d_b1, gradient.T @ inner
 
 
 class Mlp(nn.Module):
@@ -81,7 +79,11 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(width, width_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Mlp.apply(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        return self.without_bias(x) + self.fc2.bias
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        """All but fc2's bias, for a caller that adds it along with something else."""
+        return _Mlp.apply(x, self.fc1.weight, self.fc1.bias, self.fc2.weight)
 
 
 class CaptionEmbedder(nn.Module):
@@ -205,14 +207,15 @@ class Block(nn.Module):
 
     def _after_attention(self, x_BND: Tensor, o: Tensor, condition: Condition) -> Tensor:
         _, _, gate, *_ = self._rows(condition)
-        attended = self.attn.proj(rearrange(o, "b n head d -> b n (head d)"))
-        x = gated_residual(x_BND, attended, gate, condition.clean_BN)
+        proj = self.attn.proj
+        attended = F.linear(rearrange(o, "b n head d -> b n (head d)"), proj.weight)
+        x = gated_residual(x_BND, attended, proj.bias, gate, condition.clean_BN)
         return x + self.cross_attn(self.cross_attn_norm(x), condition.text_BLD, condition.text_mask_BL)
 
     def _feed_forward(self, x_BND: Tensor, condition: Condition) -> Tensor:
         _, _, _, shift, scale, gate = self._rows(condition)
-        fed = self.mlp(modulate(x_BND, shift, scale, condition.clean_BN))
-        return gated_residual(x_BND, fed, gate, condition.clean_BN)
+        fed = self.mlp.without_bias(modulate(x_BND, shift, scale, condition.clean_BN))
+        return gated_residual(x_BND, fed, self.mlp.fc2.bias, gate, condition.clean_BN)
 
     def _rows(self, condition: Condition) -> tuple[Tensor, ...]:
         """shift, scale, gate of attention, then of the feed-forward layer: each a row for each class, [B, 2, D]."""
