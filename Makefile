@@ -62,9 +62,10 @@ bench: bench-kernels bench-attention bench-block  ## All single-GPU benches: tab
 
 bench-attention: install  ## Every attention backend at head_dim 72: time, TFLOP/s, errors
 	$(BIN)/python kernels/bench/attention.py
+	$(BIN)/python kernels/bench/cross_attention.py
 
 bench-kernels: install  ## The fused kernels against eager and torch.compile
-	for kernel in modulate gated_residual qk_norm_rope; do $(BIN)/python kernels/bench/$$kernel.py || exit; done
+	for kernel in modulate gated_residual gelu head_norm qk_norm_rope; do $(BIN)/python kernels/bench/$$kernel.py || exit; done
 
 bench-block: install  ## A block of the 10B against the published one, eager and compiled
 	$(BIN)/python kernels/bench/block.py

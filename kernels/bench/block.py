@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from mugv_ds.config import PRESETS, ConfigError
-from mugv_ds.models.attention import BACKENDS, installed_backends
-from mugv_ds.models.choose_attention import choose_attention
+from mugv_ds.models.attention import BACKENDS, MASKED_BACKENDS, installed_backends, installed_masked_backends
+from mugv_ds.models.choose_attention import choose_attention, choose_masked_attention
 from mugv_ds.models.dit import describe_tokens, init_weights
 from mugv_ds.models.flops import block_flops, recomputed_flops
 from mugv_ds.models.fp8 import check_fp8, use_fp8
@@ -81,8 +81,16 @@ def main() -> None:
     name, trials = choose_attention(
         installed_backends(device), tokens=tokens, heads=heads, dtype=torch.bfloat16, device=device
     )
-    print("\n".join(map(str, trials)))
-    attention = BACKENDS[name]
+    cross_name, cross_trials = choose_masked_attention(
+        installed_masked_backends(device),
+        tokens=tokens,
+        text_tokens=TEXT_TOKENS,
+        heads=heads,
+        dtype=torch.bfloat16,
+        device=device,
+    )
+    print("\n".join(map(str, [*trials, "cross-attention:", *cross_trials])))
+    attention, block.cross_attn.attend = BACKENDS[name], MASKED_BACKENDS[cross_name]
     ours = functools.partial(block, attention=attention)
 
     def plain(*args) -> Tensor:

@@ -12,13 +12,14 @@ TENSOR = 2 * N * D  # bytes of [N, D] in bf16
 def main() -> None:
     torch.manual_seed(0)
     residual, x, gate = (torch.randn(1, rows, D, device="cuda", dtype=torch.bfloat16) for rows in (N, N, 2))
+    bias = torch.randn(D, device="cuda", dtype=torch.bfloat16)
     clean = torch.arange(N, device="cuda")[None] < N // 15
     compare(
         f"gated_residual, N {N}, D {D}, bf16",
         gated_residual,
         gated_residual_reference,
         # The residual's gradient is dy itself; the copy that a leaf's .grad takes of it would be timed.
-        [residual, x.requires_grad_(), gate.requires_grad_()],
+        [residual, *(tensor.requires_grad_() for tensor in (x, bias, gate))],
         [clean],
         forward_bytes=3 * TENSOR,  # reads residual and x, writes y
         both_bytes=6 * TENSOR,  # and reads dy and x, writes dx

@@ -13,7 +13,7 @@ from block import TEXT_TOKENS, make_inputs
 from harness import median_ms, peak_gib, report
 
 from mugv_ds.config import PRESETS
-from mugv_ds.models.attention import BACKENDS, installed_backends
+from mugv_ds.models.attention import BACKENDS, installed_backends, installed_masked_backends
 from mugv_ds.models.choose_attention import choose_attention
 from mugv_ds.models.flops import RECOMPUTED, block_flops, recomputed_flops
 from mugv_ds.models.layers import Condition
@@ -30,6 +30,7 @@ def measure(size: int, frames: int, name: str, recompute: str) -> dict[str, obje
     group = sequence_group(Layout(data=world // size, sequence=size), rank)
     ulysses = Ulysses(group, size, rank % size, BACKENDS[name])
     block, x, condition = make_inputs(frames, device)
+    block.cross_attn.attend = next(iter(installed_masked_backends(device).values()))
     tokens = x.shape[1]
     block.compile_segments()
     ulysses.tokens = tokens

@@ -8,6 +8,8 @@ from typing import Literal
 from torch import Tensor
 
 from mugv_kernels import gated_residual as _gated_residual
+from mugv_kernels import gelu as _gelu
+from mugv_kernels import head_norm as _head_norm
 from mugv_kernels import modulate as _modulate
 from mugv_kernels import qk_norm_rope as _qk_norm_rope
 
@@ -51,18 +53,44 @@ def modulate(x_BND: Tensor, shift_BKD: Tensor, scale_BKD: Tensor, clean_BN: Tens
     return run(x_BND, shift_BKD, scale_BKD, clean_BN)
 
 
-def gated_residual(residual_BND: Tensor, x_BND: Tensor, gate_BKD: Tensor, clean_BN: Tensor) -> Tensor:
-    """residual + gate · x, the gate by each token's class; see `mugv_kernels.gated_residual`.
+def gated_residual(residual_BND: Tensor, x_BND: Tensor, bias_D: Tensor, gate_BKD: Tensor, clean_BN: Tensor) -> Tensor:
+    """residual + gate · (x + bias), the gate by each token's class; see `mugv_kernels.gated_residual`.
 
     Args:
         residual_BND, x_BND: [B, N, D].
+        bias_D: [D], of the linear that made x.
         gate_BKD: [B, 2, D], of class 0 (noised) and 1 (clean).
         clean_BN: [B, N] bool, each token's class.
     Returns:
         [B, N, D].
     """
     run = _gated_residual.gated_residual if _uses_triton(x_BND) else _gated_residual.gated_residual_reference
-    return run(residual_BND, x_BND, gate_BKD, clean_BN)
+    return run(residual_BND, x_BND, bias_D, gate_BKD, clean_BN)
+
+
+def gelu_backward(x: Tensor, gradient: Tensor) -> Tensor:
+    """In place, GELU(x) and the gradient of x from that of GELU(x); see `mugv_kernels.gelu`.
+
+    Args:
+        x, gradient: [R, F], contiguous.
+    Returns:
+        [F], the sum of x's gradient over the rows.
+    """
+    run = _gelu.gelu_backward if _uses_triton(x) else _gelu.gelu_backward_reference
+    return run(x, gradient)
+
+
+def head_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """RMSNorm over the last side of x; see `mugv_kernels.head_norm`.
+
+    Args:
+        x: [..., d].
+        weight: [d].
+    Returns:
+        A tensor of x's shape and dtype.
+    """
+    run = _head_norm.head_norm if _uses_triton(x) else _head_norm.head_norm_reference
+    return run(x, weight)
 
 
 def qk_norm_rope(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, ranks: int) -> Tensor:

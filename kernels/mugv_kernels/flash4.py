@@ -37,6 +37,66 @@ def flash4_padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return importlib.import_module(_LIBRARY).flash_attn_func(q, k, v, softmax_scale=head_dim**-0.5)[0][..., :head_dim]
 
 
+def flash4_prefix(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """Attention over the first keys of each sample. torch.compile takes it as it is, without a graph break.
+
+    Args:
+        q: [B, N, heads, 72]. k, v: [B, L, heads, 72]; finite beyond the keys that take part.
+        lengths: int32 [B], keys that take part, at least 1.
+
+    Returns:
+        [B, N, heads, 72]. The gradients of keys that take no part are undefined, and may be NaN.
+
+    Raises:
+        As `flash4`.
+    """
+    o, _ = _prefix_forward(q, k, v, lengths)
+    return o
+
+
+@torch.library.custom_op("mugv::flash4_prefix", mutates_args=())
+def _prefix_forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """o, and the logarithm of the softmax's denominator [B, heads, N] fp32."""
+    o, log_sum, *_ = _interface()._flash_attn_fwd(q, k, v, seqused_k=lengths, return_lse=True)
+    return o, log_sum
+
+
+@_prefix_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    B, N, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, heads, N), dtype=torch.float32)
+
+
+@torch.library.custom_op("mugv::flash4_prefix_backward", mutates_args=())
+def _prefix_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sum: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # the library gives the gradients their strides
+    return _interface()._flash_attn_bwd(q, k, v, o, do, log_sum, seqused_k=lengths)
+
+
+@_prefix_backward.register_fake
+def _(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sum: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _prefix_save(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, lengths = inputs
+    o, log_sum = output
+    ctx.save_for_backward(q, k, v, o, log_sum, lengths)
+    ctx.mark_non_differentiable(log_sum)
+
+
+def _prefix_differentiate(ctx, do: Tensor, _) -> tuple[Tensor, Tensor, Tensor, None]:
+    return *_prefix_backward(do, *ctx.saved_tensors), None
+
+
+_prefix_forward.register_autograd(_prefix_differentiate, setup_context=_prefix_save)
+
+
 @functools.cache
 def _interface() -> ModuleType:
     """The library's module, mended."""

@@ -18,8 +18,15 @@ from mugv_ds.config.deepspeed import deepspeed_config
 from mugv_ds.config.errors import PeerError
 from mugv_ds.config.schema import OptimizerSection, TrainConfig
 from mugv_ds.engine.schedule import rate_factor
-from mugv_ds.models.attention import BACKENDS, Attention, installed_backends
-from mugv_ds.models.choose_attention import choose_attention
+from mugv_ds.models.attention import (
+    BACKENDS,
+    MASKED_BACKENDS,
+    Attention,
+    MaskedAttention,
+    installed_backends,
+    installed_masked_backends,
+)
+from mugv_ds.models.choose_attention import Trial, choose_attention, choose_masked_attention
 from mugv_ds.models.fp8 import check_fp8, use_fp8
 from mugv_ds.models.rope import patch_grid
 from mugv_ds.objectives.flow import loss_by_quartile, weighted_error
@@ -146,6 +153,9 @@ def build_engine(
     if config.model.precision == "fp8":
         for block in module.blocks:
             use_fp8(block)
+    cross_attention = pick_cross_attention(config, process, shape)
+    for block in module.blocks:
+        block.cross_attn.attend = cross_attention
     if config.model.compile:
         torch._dynamo.config.recompile_limit = MAX_BUCKETS
         for block in module.blocks:
@@ -166,20 +176,49 @@ def pick_attention(config: TrainConfig, process: Process, shape: tuple[int, int,
     """The attention that the config names or, with "auto", the fastest right one on rank 0; the same on all ranks."""
     if config.model.attention != "auto":
         return BACKENDS[config.model.attention]
-    names = list(BACKENDS)
-    chosen = torch.zeros((), dtype=torch.int32, device=process.device)
-    if process.rank == 0:
-        name, trials = choose_attention(
+    return _first_rank_picks(
+        process,
+        "self-attention",
+        BACKENDS,
+        lambda: choose_attention(
             installed_backends(process.device),
             tokens=patch_grid(*shape).tokens,
             heads=config.model.dit().num_heads // process.layout.sequence,
             dtype=DTYPES[config.model.dtype],
             device=process.device,
-        )
-        print("\n".join(["self-attention, forward and backward:", *map(str, trials), f"taken: {name}"]), flush=True)
+        ),
+    )
+
+
+def pick_cross_attention(config: TrainConfig, process: Process, shape: tuple[int, int, int]) -> MaskedAttention:
+    """The fastest right attention to the caption on rank 0; the same on all ranks."""
+    return _first_rank_picks(
+        process,
+        "cross-attention",
+        MASKED_BACKENDS,
+        lambda: choose_masked_attention(
+            installed_masked_backends(process.device),
+            tokens=-(-patch_grid(*shape).tokens // process.layout.sequence),
+            text_tokens=config.data.max_text_tokens,
+            heads=config.model.dit().num_heads,
+            dtype=DTYPES[config.model.dtype],
+            device=process.device,
+        ),
+    )
+
+
+def _first_rank_picks(
+    process: Process, title: str, backends: dict[str, T], choose: Callable[[], tuple[str, list[Trial]]]
+) -> T:
+    """The backend that `choose` names on rank 0, which prints the trials."""
+    names = list(backends)
+    chosen = torch.zeros((), dtype=torch.int32, device=process.device)
+    if process.rank == 0:
+        name, trials = choose()
+        print("\n".join([f"{title}, forward and backward:", *map(str, trials), f"taken: {name}"]), flush=True)
         chosen.fill_(names.index(name))
     dist.broadcast(chosen, 0)
-    return BACKENDS[names[chosen.item()]]
+    return backends[names[chosen.item()]]
 
 
 def adamw(parameters, section: OptimizerSection, device: torch.device) -> torch.optim.AdamW:

@@ -1,4 +1,4 @@
-"""Self-attention as a function of q, k, v; the model takes any function of this form.
+"""Self-attention as a function of q, k, v, cross-attention with a mask of keys; the model takes any of this form.
 
 The heads are 72 wide, which no library is built for: they pad, and differ in speed by more than a factor of two. See
 `choose_attention` for how a run finds the fastest one that is right on its machine.
@@ -17,7 +17,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 # (q, k, v), each [B, N, heads, 72] → o of the same shape; bidirectional, softmax scale 72^-0.5.
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+# (q [B, N, heads, 72], k, v [B, L, heads, 72], key_mask bool [B, L]) → o [B, N, heads, 72]. Keys with False take no
+# part, whatever finite numbers they hold; every sample has one that does.
+MaskedAttention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
 _MASKED = -30_000.0  # added to q·k before the scale; −3,500 after it
+_MAX_PARTS = 32
 
 
 @runtime_checkable
@@ -37,15 +42,10 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
-    """Attention in which masked keys take no part, through kernels that know no mask.
+    """A `MaskedAttention` through PyTorch's kernels, of which the fast ones know no mask.
 
     One more channel, 1 in q and very negative in masked keys, takes their score to where its exponential is exactly 0.
     The heads become 80 wide, which kernels for 72 round up to anyway.
-
-    Args:
-        q: [B, N, heads, 72]. k, v: [B, L, heads, 72]. key_mask: bool [B, L], False for keys that take no part.
-    Returns:
-        [B, N, heads, 72].
     """
     head_dim, spare = q.shape[-1], -q.shape[-1] % 8 or 8
     bias = torch.where(key_mask, 0.0, _MASKED).to(k.dtype)[:, :, None, None].expand(*k.shape[:-1], 1)
@@ -54,6 +54,27 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tenso
     v = F.pad(v, (0, spare))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=head_dim**-0.5).transpose(1, 2)[..., :head_dim]
+
+
+def flash4_masked(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
+    """A `MaskedAttention` through FlashAttention-4, which takes a sample's first keys: so those that count go first.
+
+    That moves L keys and leaves the many queries as they are. On Hopper its backward pass gives each head and 128 keys
+    one multiprocessor, for all queries: with 300 keys and 48 heads 144 pieces of work on 132 multiprocessors. The
+    queries are therefore handed to it in equal parts, as if they were samples, and it sums the gradients of k and v.
+    """
+    from mugv_kernels.flash4 import flash4_prefix
+
+    batch, tokens = q.shape[:2]
+    lengths = key_mask.sum(dim=1, dtype=torch.int32)
+    order = key_mask.int().argsort(dim=1, descending=True, stable=True)[:, :, None, None]
+    spare = (torch.arange(k.shape[1], device=k.device) >= lengths[:, None])[:, :, None, None]
+    # Filling what takes no part also clears its gradient, which the kernel leaves undefined.
+    k, v = (x.take_along_dim(order, dim=1).masked_fill(spare, 0) for x in (k, v))
+    parts = next(n for n in range(_MAX_PARTS, 0, -1) if tokens % n == 0)
+    k, v, lengths = (x.repeat_interleave(parts, dim=0) for x in (k, v, lengths))
+    o = flash4_prefix(q.reshape(batch * parts, tokens // parts, *q.shape[2:]), k, v, lengths)
+    return o.reshape(q.shape)
 
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -108,12 +129,20 @@ BACKENDS: dict[str, Attention] = {
 }
 
 
+MASKED_BACKENDS: dict[str, MaskedAttention] = {"flash4": flash4_masked, "sdpa": masked_attention}
+
+
 def installed_backends(device: torch.device) -> dict[str, Attention]:
     """The backends that can be tried on this device; on a CPU that is `sdpa`."""
     if device.type != "cuda":
         return {"sdpa": sdpa}
     needs = {"flash4": "flash_attn.cute", "flash4_padded": "flash_attn.cute", "te": "transformer_engine.pytorch"}
     return {name: backend for name, backend in BACKENDS.items() if name not in needs or _installed(needs[name])}
+
+
+def installed_masked_backends(device: torch.device) -> dict[str, MaskedAttention]:
+    """The same for attention with a mask of keys."""
+    return {name: MASKED_BACKENDS[name] for name in installed_backends(device) if name in MASKED_BACKENDS}
 
 
 def _installed(module: str) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mugv_ds.config.model import HEAD_DIM
-from mugv_ds.models.attention import Attention
+from mugv_ds.models.attention import Attention, MaskedAttention
 
 # bf16 attention of unit-variance inputs is off by about 2.5e-3 (measured on an H200); a wrong gradient by about 1.
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 5e-3, torch.float32: 1e-4}
@@ -43,18 +43,25 @@ class Trial:
 
 
 def choose_attention(
-    backends: dict[str, Attention], *, tokens: int, heads: int, dtype: torch.dtype, device: torch.device
+    backends: dict[str, Attention],
+    *,
+    tokens: int,
+    heads: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    keys: int | None = None,
 ) -> tuple[str, list[Trial]]:
     """Name of the fastest backend whose o, dq, dk and dv are right, and the trials of all.
 
     A backend that is wrong is named in a warning; one that cannot run the shape is left out.
 
     Args:
-        backends: by name. tokens: N of the run. heads: that one rank computes.
+        backends: by name. tokens: N of the run. heads: that one rank computes. keys: None for as many as tokens.
     Raises:
         RuntimeError: no backend is right.
     """
-    trials = [_try(name, backend, tokens, heads, dtype, device) for name, backend in backends.items()]
+    keys = keys or tokens
+    trials = [_try(name, backend, tokens, keys, heads, dtype, device) for name, backend in backends.items()]
     for trial in trials:
         if trial.errors is not None and trial.failure is not None:
             logger.warning("attention backend %s is wrong on this machine and will not be used: %s", trial.name, trial)
@@ -64,9 +71,43 @@ def choose_attention(
     return min(right, key=lambda trial: trial.milliseconds).name, trials
 
 
-def _try(name: str, backend: Attention, tokens: int, heads: int, dtype: torch.dtype, device: torch.device) -> Trial:
+def choose_masked_attention(
+    backends: dict[str, MaskedAttention],
+    *,
+    tokens: int,
+    text_tokens: int,
+    heads: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[str, list[Trial]]:
+    """The same for cross-attention to `text_tokens` keys of which every seventh is masked."""
+    mask = torch.arange(text_tokens, device=device) % 7 != 6
+    functions = {name: among_padding(backend, mask) for name, backend in backends.items()}
+    return choose_attention(functions, tokens=tokens, keys=int(mask.sum()), heads=heads, dtype=dtype, device=device)
+
+
+def among_padding(attention: MaskedAttention, key_mask: Tensor) -> Attention:
+    """`attention` as a function of the keys that take part; it is handed them among others, which hold large numbers.
+
+    Args:
+        key_mask: bool [L], True for as many keys as the function will get.
+    """
+    (where,) = key_mask.nonzero(as_tuple=True)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shape = (len(q), len(key_mask), *k.shape[2:])
+        k, v = (x.new_full(shape, 50.0).index_copy(1, where, x) for x in (k, v))
+        return attention(q, k, v, key_mask.expand(len(q), -1))
+
+    return call
+
+
+def _try(
+    name: str, backend: Attention, tokens: int, keys: int, heads: int, dtype: torch.dtype, device: torch.device
+) -> Trial:
+    checked_tokens, checked_keys = (min(length, _CHECKED_TOKENS) for length in (tokens, keys))
     try:
-        errors = attention_errors(backend, min(tokens, _CHECKED_TOKENS), dtype, device)
+        errors = attention_errors(backend, checked_tokens, dtype, device, checked_keys)
     except Exception as error:
         # Libraries refuse a device, dtype or shape with every kind of exception.
         return Trial(name, failure=f"cannot run: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
@@ -74,22 +115,28 @@ def _try(name: str, backend: Attention, tokens: int, heads: int, dtype: torch.dt
     if wrong:
         shown = ", ".join(f"{key} off by {errors[key]:.1e}" for key in wrong)
         return Trial(name, errors=errors, failure=f"wrong: {shown} (allowed {TOLERANCE[dtype]:.0e})")
-    timed_heads = max(1, min(heads, int(_TIMED_FLOPS / (14.0 * tokens**2 * HEAD_DIM))))
-    milliseconds = _time(backend, random_qkv(tokens, timed_heads, dtype, device)) * heads / timed_heads
+    timed_heads = max(1, min(heads, int(_TIMED_FLOPS / (14.0 * tokens * keys * HEAD_DIM))))
+    milliseconds = _time(backend, random_qkv(tokens, timed_heads, dtype, device, keys)) * heads / timed_heads
     return Trial(name, milliseconds, errors)
 
 
-def random_qkv(tokens: int, heads: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> list[Tensor]:
-    """q, k, v and a gradient of o, standard normal [1, tokens, heads, 72]; q, k, v want gradients."""
-    generator = torch.Generator(device).manual_seed(seed)
-    shape = (1, tokens, heads, HEAD_DIM)
-    q, k, v, gradient = (torch.randn(shape, generator=generator, dtype=dtype, device=device) for _ in range(4))
+def random_qkv(
+    tokens: int, heads: int, dtype: torch.dtype, device: torch.device, keys: int | None = None
+) -> list[Tensor]:
+    """q, k, v and a gradient of o, standard normal [1, tokens or keys, heads, 72]; q, k, v want gradients."""
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v, gradient = (
+        torch.randn(1, length, heads, HEAD_DIM, generator=generator, dtype=dtype, device=device)
+        for length in (tokens, keys or tokens, keys or tokens, tokens)
+    )
     return [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), gradient]
 
 
-def attention_errors(backend: Attention, tokens: int, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+def attention_errors(
+    backend: Attention, tokens: int, dtype: torch.dtype, device: torch.device, keys: int | None = None
+) -> dict[str, float]:
     """Relative errors ‖x − exact‖ / ‖exact‖ of o, dq, dk and dv on random inputs of two heads, the first compared."""
-    q, k, v, gradient = random_qkv(tokens, 2, dtype, device)
+    q, k, v, gradient = random_qkv(tokens, 2, dtype, device, keys)
     o = backend(q, k, v)
     o.backward(gradient)
     got = [o.detach(), q.grad, k.grad, v.grad]
@@ -104,7 +151,7 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor) -> tuple[
     """o, dq, dk, dv of one head by the formula, a chunk of queries at a time.
 
     Args:
-        q, k, v, gradient (of o): [N, d], in the precision to compute in.
+        q, gradient (of o): [N, d], in the precision to compute in. k, v: [L, d].
     """
     scale = q.shape[1] ** -0.5
     o, dq, dk, dv = (torch.zeros_like(x) for x in (q, q, k, v))

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mugv_ds.config.model import HEAD_DIM, DiTConfig
-from mugv_ds.models.attention import Attention, GroupedAttention, masked_attention
-from mugv_kernels.dispatch import gated_residual, modulate, qk_norm_rope
+from mugv_ds.models.attention import Attention, GroupedAttention, MaskedAttention, masked_attention
+from mugv_kernels.dispatch import gated_residual, gelu_backward, head_norm, modulate, qk_norm_rope
 
 EPS = 1e-6
 
@@ -50,26 +50,24 @@ class ScalarEmbedder(nn.Module):
 
 
 class _Mlp(torch.autograd.Function):
-    """fc2(GELU(fc1(x))) whose backward pass needs one tensor of the inner width beside the one that is kept.
+    """GELU(x·w1ᵀ + b1)·w2ᵀ whose backward pass needs one tensor of the inner width beside the one that is kept.
 
     Autograd would hold three at the block's peak of memory: GELU's output, its gradient, and that of its input.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
         inner = F.linear(x, w1, b1)
         ctx.save_for_backward(x, inner, w1, w2)
-        return F.linear(F.gelu(inner, approximate="tanh"), w2, b2)
+        return F.linear(F.gelu(inner, approximate="tanh"), w2)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, ...]:
         x, inner, w1, w2 = ctx.saved_tensors
         rows, inner, gradient = (t.flatten(0, -2) for t in (x, inner, gradient))
-        buffer = F.gelu(inner, approximate="tanh")
-        d_w2 = gradient.T @ buffer
-        torch.mm(gradient, w2, out=buffer)
-        torch.ops.aten.gelu_backward.grad_input(buffer, inner, approximate="tanh", grad_input=buffer)
-        return (buffer @ w1).view_as(x), buffer.T @ rows, buffer.sum(dim=0), d_w2, gradient.sum(dim=0)
+        d_inner = gradient @ w2
+        d_b1 = gelu_backward(inner, d_inner)  # inner is its GELU now, and a second backward pass an error
+        return (d_inner @ w1).view_as(x), d_inner.T @ rows, d_b1, gradient.T @ inner
 
 
 class Mlp(nn.Module):
@@ -81,9 +79,21 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(width, width_out)
 
     def forward(self, x: Tensor) -> Tensor:
+        fed, bias = self.unbiased(x)
+        return fed + bias
+
+    def unbiased(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """All but the last bias, and that, for a caller that adds it along with something else."""
         if not isinstance(self.fc1, nn.Linear):  # fp8, see `models.fp8`
-            return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-        return _Mlp.apply(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+            return _unbiased(self.fc2, F.gelu(self.fc1(x), approximate="tanh"))
+        return _Mlp.apply(x, self.fc1.weight, self.fc1.bias, self.fc2.weight), self.fc2.bias
+
+
+def _unbiased(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x·Wᵀ, and the bias for the caller to add. An fp8 linear has added its own, and leaves a zero."""
+    if isinstance(linear, nn.Linear):
+        return F.linear(x, linear.weight), linear.bias
+    return linear(x), torch.zeros_like(linear.bias)
 
 
 class CaptionEmbedder(nn.Module):
@@ -107,14 +117,14 @@ class CaptionEmbedder(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """RMSNorm over a head's 72 channels, computed and returned in fp32. Self-attention takes its weight alone."""
+    """RMSNorm over a head's 72 channels, computed in fp32. Self-attention takes its weight alone."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(HEAD_DIM))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (HEAD_DIM,), self.weight.float(), EPS)
+        return head_norm(x, self.weight)
 
 
 class SelfAttention(nn.Module):
@@ -133,10 +143,15 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Every token looks at the caption; padding text takes no part."""
+    """Every token looks at the caption; padding text takes no part.
+
+    Attributes:
+        attend: computes the attention itself.
+    """
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
+        self.attend: MaskedAttention = masked_attention
         self.q_linear = nn.Linear(hidden_size, hidden_size)
         self.kv_linear = nn.Linear(hidden_size, 2 * hidden_size)
         self.q_norm = HeadNorm()
@@ -146,8 +161,8 @@ class CrossAttention(nn.Module):
     def forward(self, x_BND: Tensor, text_BLD: Tensor, text_mask_BL: Tensor) -> Tensor:
         q = rearrange(self.q_linear(x_BND), "b n (head d) -> b n head d", d=HEAD_DIM)
         k, v = rearrange(self.kv_linear(text_BLD), "b l (two head d) -> two b l head d", two=2, d=HEAD_DIM)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        return self.proj(rearrange(masked_attention(q, k, v, text_mask_BL), "b n head d -> b n (head d)"))
+        o = self.attend(self.q_norm(q), self.k_norm(k), v, text_mask_BL)
+        return self.proj(rearrange(o, "b n head d -> b n (head d)"))
 
 
 class Block(nn.Module):
@@ -202,14 +217,14 @@ class Block(nn.Module):
 
     def _after_attention(self, x_BND: Tensor, o: Tensor, condition: Condition) -> Tensor:
         _, _, gate, *_ = self._rows(condition)
-        attended = self.attn.proj(rearrange(o, "b n head d -> b n (head d)"))
-        x = gated_residual(x_BND, attended, gate, condition.clean_BN)
+        attended, bias = _unbiased(self.attn.proj, rearrange(o, "b n head d -> b n (head d)"))
+        x = gated_residual(x_BND, attended, bias, gate, condition.clean_BN)
         return x + self.cross_attn(self.cross_attn_norm(x), condition.text_BLD, condition.text_mask_BL)
 
     def _feed_forward(self, x_BND: Tensor, condition: Condition) -> Tensor:
         _, _, _, shift, scale, gate = self._rows(condition)
-        fed = self.mlp(modulate(x_BND, shift, scale, condition.clean_BN))
-        return gated_residual(x_BND, fed, gate, condition.clean_BN)
+        fed, bias = self.mlp.unbiased(modulate(x_BND, shift, scale, condition.clean_BN))
+        return gated_residual(x_BND, fed, bias, gate, condition.clean_BN)
 
     def _rows(self, condition: Condition) -> tuple[Tensor, ...]:
         """shift, scale, gate of attention, then of the feed-forward layer: each a row for each class, [B, 2, D]."""

@@ -30,6 +30,12 @@ def triton_operators(call: Callable[[], object]) -> list[str]:
     return operators.names
 
 
+def gelu_backward(x: Tensor, gradient: Tensor) -> Tensor:
+    """What it returns and what it makes of its arguments, in one tensor."""
+    x, gradient = x.clone(), gradient.clone()
+    return torch.cat([dispatch.gelu_backward(x, gradient)[None], x, gradient])
+
+
 def make_call(name: str, device: torch.device | str) -> Callable[[], Tensor]:
     """A call of the operation, small."""
     torch.manual_seed(0)
@@ -39,12 +45,14 @@ def make_call(name: str, device: torch.device | str) -> Callable[[], Tensor]:
     weight = torch.ones(72, device=device)
     return {
         "modulate": lambda: dispatch.modulate(x, rows[0], rows[1], clean),
-        "gated_residual": lambda: dispatch.gated_residual(x, x + 1, rows[0], clean),
+        "gated_residual": lambda: dispatch.gated_residual(x, x + 1, weight, rows[0], clean),
+        "gelu_backward": lambda: gelu_backward(x[0], 1 - x[0]),
+        "head_norm": lambda: dispatch.head_norm(x, weight),
         "qk_norm_rope": lambda: dispatch.qk_norm_rope(qkv, weight, weight, angle.cos(), angle.sin(), 2),
     }[name]
 
 
-NAMES = ("modulate", "gated_residual", "qk_norm_rope")
+NAMES = ("modulate", "gated_residual", "gelu_backward", "head_norm", "qk_norm_rope")
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from mugv_kernels.modulate import reduction_programs
 
 
 def make_inputs(B: int, N: int, D: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """residual, x and gate."""
+    """residual, x, bias and gate."""
     torch.manual_seed(0)
-    return [torch.randn(shape).to(device, dtype) for shape in ((B, N, D), (B, N, D), (B, 2, D))]
+    return [torch.randn(shape).to(device, dtype) for shape in ((B, N, D), (B, N, D), (D,), (B, 2, D))]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -31,13 +31,16 @@ def test_a_program_sums_over_several_tokens(device, make_clean, assert_parity):
 
 
 def test_takes_tensors_that_are_not_contiguous(device, make_clean, assert_parity):
-    inputs = [tensor.mT.contiguous().mT for tensor in make_inputs(2, 5, 72, torch.float32, device)]
+    inputs = [
+        x.mT.contiguous().mT if x.ndim > 1 else x.repeat_interleave(2)[::2]
+        for x in make_inputs(2, 5, 72, torch.float32, device)
+    ]
     clean = make_clean(5, 2).T
     assert not any(tensor.is_contiguous() for tensor in (*inputs, clean))
     assert_parity(gated_residual, gated_residual_reference, inputs, clean)
 
 
-@pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True)])
+@pytest.mark.parametrize("needed", [tuple(i == j for j in range(4)) for i in range(4)])
 def test_gives_a_gradient_only_to_what_needs_one(needed, device, make_clean):
     inputs, clean = make_inputs(2, 5, 72, torch.float32, device), make_clean(2, 5)
     gradients = []
@@ -51,9 +54,9 @@ def test_gives_a_gradient_only_to_what_needs_one(needed, device, make_clean):
 
 
 def test_gradient_of_the_residual_is_no_copy(device, make_clean):
-    residual, x, gate = (tensor.requires_grad_() for tensor in make_inputs(1, 5, 72, torch.float32, device))
+    residual, *others = (tensor.requires_grad_() for tensor in make_inputs(1, 5, 72, torch.float32, device))
     dy = torch.randn_like(residual)
-    (gradient,) = torch.autograd.grad(gated_residual(residual, x, gate, make_clean(1, 5)), residual, dy)
+    (gradient,) = torch.autograd.grad(gated_residual(residual, *others, make_clean(1, 5)), residual, dy)
     assert gradient.data_ptr() == dy.data_ptr()
 
 
@@ -62,8 +65,7 @@ def test_keeps_inputs_alone_and_not_the_residual(device, make_clean):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         gated_residual(*[tensor.requires_grad_() for tensor in inputs], clean)
-    _, x, gate = inputs
-    assert [tensor.data_ptr() for tensor in kept] == [tensor.data_ptr() for tensor in (x, gate, clean)]
+    assert [tensor.data_ptr() for tensor in kept] == [tensor.data_ptr() for tensor in (*inputs[1:], clean)]
 
 
 def run_checkpointed(*arguments: Tensor) -> Tensor:
@@ -89,12 +91,13 @@ def test_operator_is_registered_soundly(device, make_clean):
     ("changed", "value", "message"),
     [
         ("residual", torch.zeros(2, 4, 72), r"residual must be \[2, 5, 72\]"),
+        ("bias", torch.zeros(2, 72), r"bias must be \[72\]"),
         ("gate", torch.zeros(2, 2, 72, dtype=torch.float16), r"gate must be .* torch.float32"),
         ("clean", torch.zeros(2, 5), r"clean must be \[2, 5\] torch.bool"),
     ],
 )
 def test_rejects_tensors_that_do_not_go_with_x(changed, value, message, device, make_clean):
-    residual, x, gate = make_inputs(2, 5, 72, torch.float32, device)
-    arguments = {"residual": residual, "gate": gate, "clean": make_clean(2, 5), changed: value.to(device)}
+    residual, x, bias, gate = make_inputs(2, 5, 72, torch.float32, device)
+    arguments = {"residual": residual, "bias": bias, "gate": gate, "clean": make_clean(2, 5), changed: value.to(device)}
     with pytest.raises(ValueError, match=message):
-        gated_residual(arguments["residual"], x, arguments["gate"], arguments["clean"])
+        gated_residual(arguments["residual"], x, arguments["bias"], arguments["gate"], arguments["clean"])

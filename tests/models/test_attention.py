@@ -1,13 +1,29 @@
 """Attention backends, and the choice among them."""
 
+import itertools
 import logging
 
 import pytest
 import torch
 from torch import Tensor
 
-from mugv_ds.models.attention import BACKENDS, installed_backends, masked_attention, sdpa
-from mugv_ds.models.choose_attention import attention_errors, choose_attention, exact_attention, random_qkv
+from mugv_ds.models.attention import (
+    BACKENDS,
+    flash4_masked,
+    installed_backends,
+    installed_masked_backends,
+    masked_attention,
+    sdpa,
+)
+from mugv_ds.models.choose_attention import (
+    among_padding,
+    attention_errors,
+    choose_attention,
+    choose_masked_attention,
+    exact_attention,
+    random_qkv,
+)
+from mugv_kernels import flash4
 
 CPU = torch.device("cpu")
 
@@ -59,7 +75,7 @@ def test_a_backend_with_a_wrong_gradient_is_refused_and_named(wrong, caplog):
     """It is the faster one here: `sdpa` is slowed down, so only correctness can decide."""
 
     def slow(q, k, v):
-        for _ in range(20):
+        for _ in range(100):
             sdpa(q, k, v)
         return sdpa(q, k, v)
 
@@ -71,21 +87,94 @@ def test_a_backend_with_a_wrong_gradient_is_refused_and_named(wrong, caplog):
     assert choose({"planted": planted("nothing"), "slow": slow})[0] == "planted"
 
 
+class Formula:
+    """In the place of FlashAttention-4: what its two functions compute, by the formula. Undefined gradients are NaN."""
+
+    @classmethod
+    def _flash_attn_fwd(cls, q, k, v, *, seqused_k, return_lse):
+        o, *_ = cls._run(q, k, v, torch.zeros_like(q), seqused_k)
+        return o, q.new_zeros(len(q), q.shape[2], q.shape[1], dtype=torch.float32), None, None, None
+
+    @classmethod
+    def _flash_attn_bwd(cls, q, k, v, o, do, log_sum, *, seqused_k):
+        return cls._run(q, k, v, do, seqused_k)[1:]
+
+    @staticmethod
+    def _run(q, k, v, do, lengths):
+        results = [torch.full_like(x, torch.nan) for x in (q, q, k, v)]
+        for b, head in itertools.product(range(len(q)), range(q.shape[2])):
+            keys = slice(int(lengths[b]))
+            parts = exact_attention(q[b, :, head], k[b, keys, head], v[b, keys, head], do[b, :, head])
+            for result, part in zip(results, parts, strict=True):
+                result[b, : len(part), head] = part
+        return tuple(results)
+
+
+@pytest.fixture
+def formula(monkeypatch) -> None:
+    monkeypatch.setattr(flash4, "_interface", lambda: Formula)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_masked_keys_take_no_part(dtype):
-    """Equal to attention over the real keys alone, and no gradient reaches the others, whatever stands in them."""
-    q, k, v, gradient = (x.detach() for x in random_qkv(20, 2, dtype, CPU))
-    mask = torch.arange(20)[None] % 3 != 1
+@pytest.mark.parametrize("attention", [masked_attention, flash4_masked])
+@pytest.mark.parametrize("tokens", [20, 31, 37])  # in 20 parts, 31 and one
+def test_masked_keys_take_no_part(tokens, attention, dtype, formula):
+    """Equal to attention over the real keys alone, and no gradient reaches the others, whatever stands in them.
+
+    The first sample has holes, the second is a prefix, the third has every key.
+    """
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, gradient = (
+        torch.randn(3, length, 2, 72, generator=generator, dtype=dtype) for length in (tokens, 12, 12, tokens)
+    )
+    index = torch.arange(12)
+    mask = torch.stack([index % 3 != 1, index < 5, index < 12])
     k, v = (x.masked_fill(~mask[..., None, None], 50.0) for x in (k, v))
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    got = masked_attention(*inputs, mask)
-    dq, dk, dv = torch.autograd.grad(got, inputs, gradient)
-    expected = sdpa(q, k[:, mask[0]], v[:, mask[0]])
-    expected_dq, expected_dk, expected_dv = torch.autograd.grad(expected, inputs, gradient)
+    o = attention(*inputs, mask)
+    got = (o, *torch.autograd.grad(o, inputs, gradient))
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
-    for one, other in ((got, expected), (dq, expected_dq), (dk, expected_dk), (dv, expected_dv)):
-        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
-    assert not dk[:, ~mask[0]].any() and not dv[:, ~mask[0]].any()
+    for b in range(3):
+        real = mask[b]
+        leaves = [x.detach().requires_grad_() for x in (q[b : b + 1], k[b : b + 1, real], v[b : b + 1, real])]
+        expected = sdpa(*leaves)
+        expected = (expected, *torch.autograd.grad(expected, leaves, gradient[b : b + 1]))
+        for one, other, rows in zip(got, expected, (..., ..., real, real), strict=True):
+            torch.testing.assert_close(one[b][rows], other[0], rtol=tolerance, atol=tolerance)
+        assert not any(x[b, ~real].any() for x in got[2:])
+
+
+def test_flash4_works_compiled(formula):
+    """One graph; the operator in it is the library's call."""
+    q, k, v, gradient = random_qkv(20, 2, torch.float32, CPU, keys=12)
+    mask = torch.arange(12)[None] % 3 != 1
+    expected = torch.autograd.grad(flash4_masked(q, k, v, mask), (q, k, v), gradient)
+    compiled = torch.compile(flash4_masked, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(q, k, v, mask), (q, k, v), gradient), expected)
+
+
+def test_the_flash4_operator_is_registered_soundly(formula):
+    q, k, v, _ = random_qkv(5, 2, torch.float32, CPU, keys=4)
+    torch.library.opcheck(torch.ops.mugv.flash4_prefix.default, (q, k, v, torch.tensor([4], dtype=torch.int32)))
+
+
+def test_the_trial_of_masked_attention_hides_the_keys_among_others():
+    """And finds out who looks at them."""
+
+    def blind_to_the_mask(q, k, v, key_mask):
+        return sdpa(q, k, v)
+
+    mask = torch.arange(30) % 7 != 6
+    errors = {
+        function: max(attention_errors(among_padding(function, mask), 40, torch.float32, CPU, 26).values())
+        for function in (masked_attention, blind_to_the_mask)
+    }
+    assert errors[masked_attention] < 1e-5 and errors[blind_to_the_mask] > 0.1
+    name, trials = choose_masked_attention(
+        {"blind": blind_to_the_mask, "sdpa": masked_attention},
+        tokens=40, text_tokens=30, heads=2, dtype=torch.float32, device=CPU,
+    )  # fmt: skip
+    assert name == "sdpa" and "wrong" in trials[0].failure
 
 
 def test_nan_is_wrong():
@@ -107,6 +196,7 @@ def test_a_backend_that_cannot_run_is_left_out():
 
 def test_a_cpu_has_sdpa():
     assert list(installed_backends(CPU)) == ["sdpa"]
+    assert installed_masked_backends(CPU) == {"sdpa": masked_attention}
 
 
 @pytest.mark.gpu
@@ -118,4 +208,24 @@ def test_backends_are_right_on_this_gpu(name, tokens):
     if name not in installed_backends(device):
         pytest.skip(f"{name} is not installed")
     errors = attention_errors(BACKENDS[name], tokens, torch.bfloat16, device)
+    assert max(errors.values()) < 5e-3, errors
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("tokens", [13_501, 4099, 960])
+@pytest.mark.parametrize("masked", ["none", "holes", "all but a few", "all but one"])
+@pytest.mark.parametrize("name", ["flash4", "sdpa"])
+def test_masked_backends_are_right_on_this_gpu(name, masked, tokens):
+    """With masks that are no prefix, blocks of keys that take no part at all, and queries in parts and whole."""
+    device = torch.device("cuda")
+    backends = installed_masked_backends(device)
+    if name not in backends:
+        pytest.skip(f"{name} is not installed")
+    index = torch.arange(300, device=device)
+    mask = {"none": index >= 0, "holes": index % 3 != 1, "all but a few": index % 60 == 59, "all but one": index == 150}
+    attention = among_padding(backends[name], mask[masked])
+    errors = attention_errors(attention, tokens, torch.bfloat16, device, int(mask[masked].sum()))
+    if masked == "all but one":  # softmax over one key: o is v, and no gradient reaches q and k
+        errors = {key: errors[key] for key in ("o", "dv")}
     assert max(errors.values()) < 5e-3, errors

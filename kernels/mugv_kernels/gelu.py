@@ -1,0 +1,97 @@
+"""The backward pass through GELU (tanh form, Hendrycks & Gimpel 2016) between the two linears of a feed-forward layer.
+
+    GELU(x) = x · s,  s = sigmoid(2u) = (1 + tanh u) / 2,  u = √(2/π) · (x + 0.044715 x³)
+    GELU'(x) = s + x · s · (1 − s) · 2u',  u' = √(2/π) · (1 + 3 · 0.044715 x²)
+
+From x and the gradient of GELU(x), in one pass and in place: GELU(x), which the second linear's weight gradient needs,
+takes x's place; the gradient of x takes that of the gradient; its sum over rows is the gradient of the first linear's
+bias. With F the bytes of x that is 4 F of traffic. One after the other, GELU (2 F), its gradient (3 F) and the sum (F)
+are 6 F, and hold x, GELU(x) and a gradient at once where this holds two of them.
+
+Everything is computed in fp32. The sum goes through one partial sum a program, without atomics: the same bits every
+time.
+"""
+
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_COLUMNS = 512  # of a program
+_PROGRAMS_PER_MULTIPROCESSOR = 16
+
+
+def gelu_backward_reference(x: Tensor, gradient: Tensor) -> Tensor:
+    """`gelu_backward` in plain PyTorch."""
+    torch.ops.aten.gelu_backward.grad_input(gradient, x, approximate="tanh", grad_input=gradient)
+    x.copy_(F.gelu(x, approximate="tanh"))
+    return gradient.sum(dim=0)
+
+
+def gelu_backward(x: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient of x takes the place of `gradient`, GELU(x) that of x.
+
+    Runs the kernel, so it needs CUDA tensors (or Triton's interpreter, TRITON_INTERPRET=1).
+
+    Args:
+        x: [R, F], contiguous.
+        gradient: of GELU(x), likewise.
+
+    Returns:
+        [F], the sum of x's gradient over the rows, in x's dtype.
+
+    Raises:
+        ValueError: the tensors are not contiguous or do not go together.
+    """
+    for name, tensor in (("x", x), ("gradient", gradient)):
+        if tensor.ndim != 2 or not tensor.is_contiguous():
+            raise ValueError(f"{name} {list(tensor.shape)}: must be [R, F] and contiguous, it is changed in place")
+    if (x.shape, x.dtype, x.device) != (gradient.shape, gradient.dtype, gradient.device):
+        raise ValueError(
+            f"gradient {list(gradient.shape)} {gradient.dtype} on {gradient.device} does not go with "
+            f"x {list(x.shape)} {x.dtype} on {x.device}"
+        )
+    return _gelu_backward(x, gradient)
+
+
+@torch.library.custom_op("mugv::gelu_backward", mutates_args=("x", "gradient"))
+def _gelu_backward(x: Tensor, gradient: Tensor) -> Tensor:
+    rows, columns = x.shape
+    column_programs = triton.cdiv(columns, _COLUMNS)
+    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    row_programs = min(rows, triton.cdiv(_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, column_programs))
+    sums = x.new_empty((row_programs, columns), dtype=torch.float32)
+    _kernel[(column_programs, row_programs)](x, gradient, sums, rows, columns, COLUMNS=_COLUMNS, num_warps=2)
+    return sums.sum(0).to(x.dtype)
+
+
+@_gelu_backward.register_fake
+def _(x: Tensor, gradient: Tensor) -> Tensor:
+    return x.new_empty(x.shape[1])
+
+
+if find_spec("triton"):  # not built for every platform; the reference needs none
+    import triton
+    import triton.language as tl
+
+    _CUBIC = tl.constexpr(0.044715)
+    _TWICE_ROOT = tl.constexpr(2 * (2 / torch.pi) ** 0.5)
+
+    @triton.jit
+    def _kernel(x_ptr, gradient_ptr, sums_ptr, rows, columns, COLUMNS: tl.constexpr):
+        """COLUMNS columns of every `row programs`-th row a program; its partial sums go to sums [row programs, F]."""
+        column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        mask = column < columns
+        total = tl.zeros([COLUMNS], dtype=tl.float32)
+        for row in tl.range(tl.program_id(1), rows, tl.num_programs(1), num_stages=3):
+            at = tl.cast(row, tl.int64) * columns + column
+            x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            gradient = tl.load(gradient_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            cubic = x * x * _CUBIC
+            s = tl.sigmoid(x * _TWICE_ROOT * (1.0 + cubic))
+            gradient *= s + x * s * (1.0 - s) * _TWICE_ROOT * (1.0 + 3.0 * cubic)
+            total += gradient
+            tl.store(x_ptr + at, (x * s).to(x_ptr.dtype.element_ty), mask=mask)
+            tl.store(gradient_ptr + at, gradient.to(gradient_ptr.dtype.element_ty), mask=mask)
+        tl.store(sums_ptr + tl.program_id(1) * columns + column, total, mask=mask)
