@@ -3,7 +3,7 @@
 import torch
 from harness import compare
 
-from mugv_kernels.qk_norm_rope import HEAD_DIM, qk_norm_rope, qk_norm_rope_reference
+from mugv_kernels.qk_norm_rope import HEAD_DIM, ROW, qk_norm_rope, qk_norm_rope_reference
 
 N, HEADS = 54_002, 48
 
@@ -21,8 +21,9 @@ def main() -> None:
             qk_norm_rope_reference,
             inputs,
             [angle.cos(), angle.sin(), ranks],
-            forward_bytes=2 * qkv + angles,  # reads qkv, cos and sin, writes as much as qkv
-            both_bytes=14 * qkv // 3 + 2 * angles,  # and reads the gradient, q and k, cos and sin, writes dqkv
+            forward_bytes=qkv + qkv * ROW // HEAD_DIM + angles,  # reads qkv, cos and sin, writes q, k, v spaced out
+            both_bytes=14 * qkv // 3
+            + 2 * angles,  # and reads the gradient, q and k, cos and sin, writes dqkv; no spaces
         )
 
 

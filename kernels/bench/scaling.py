@@ -19,6 +19,7 @@ from mugv_ds.models.flops import RECOMPUTED, block_flops, recomputed_flops
 from mugv_ds.models.layers import Condition
 from mugv_ds.parallel.layout import Layout, sequence_group
 from mugv_ds.parallel.ulysses import Ulysses
+from mugv_kernels.qk_norm_rope import ROW
 
 PEAK_TFLOPS = 989.0
 
@@ -50,7 +51,7 @@ def measure(size: int, frames: int, name: str, recompute: str) -> dict[str, obje
 
     bare = Ulysses(group, size, rank % size, lambda q, k, v: q + k + v)
     bare.tokens = tokens
-    qkv = torch.randn(size, 3, 1, len(held), 48 // size, 72, device=device, dtype=torch.bfloat16)
+    qkv = torch.randn(size, 1, len(held), 3, 48 // size, ROW, device=device, dtype=torch.bfloat16)[..., :72]
     o_gradient = torch.randn(1, len(held), 48, 72, device=device, dtype=torch.bfloat16)
     call()
     dist.barrier()

@@ -102,7 +102,7 @@ def qk_norm_rope(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, s
         cos, sin: [B, N, 36] fp32.
         ranks: divides H.
     Returns:
-        [ranks, 3, B, N, H/ranks, 72], contiguous.
+        [ranks, B, N, 3, H/ranks, 72].
 
     Raises:
         ValueError: shapes that do not fit together.

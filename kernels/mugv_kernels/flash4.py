@@ -4,8 +4,14 @@ On Hopper its backward accumulates dq in tiles whose head dimension is rounded u
 the kernel that converts them assumes a multiple of 32 (96): dq is wrong, silently, and nothing else is. It takes
 the multiple as a keyword, so it is given 16. (The kernel before the backward takes it too, to clear the accumulator; it
 clears enough as it is, and at 16 it corrupts dk and dv at some lengths.)
+
+Up to 80 its backward loop is `flash4_backward`'s, where that fits the release that is installed.
+
+A row of 72 is 144 bytes, and memory moves 32 at once: every second row would start in the middle of such a piece. Rows
+are therefore kept 160 bytes apart (`ROW`).
 """
 
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -14,6 +20,8 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mugv_kernels.qk_norm_rope import ROW
 
 _LIBRARY = "flash_attn.cute.interface"
 _PADDED = 96
@@ -27,7 +35,57 @@ def flash4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ImportError: flash-attn-4 is not installed.
         NotImplementedError: it is a release whose dq cannot be mended; `flash4_padded` is right there too.
     """
-    return _interface().flash_attn_func(q, k, v)[0]
+    return _Separate.apply(q, k, v)
+
+
+def flash4_packed(qkv: Tensor) -> Tensor:
+    """The same of q, k, v in one tensor [B, N, 3, heads, 72], as `qk_norm_rope` returns it; so is their gradient."""
+    return _Packed.apply(qkv)
+
+
+def spaced_rows(x: Tensor) -> Tensor:
+    """x [..., d], or a copy whose rows are `ROW` apart where those of x do not start at multiples of 32 bytes."""
+    if x.stride(-1) == 1 and all(stride * x.element_size() % 32 == 0 for stride in x.stride()[:-1]):
+        return x
+    return x.new_empty(*x.shape[:-1], ROW)[..., : x.shape[-1]].copy_(x)
+
+
+class _Separate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = map(spaced_rows, (q, k, v))
+        o, log_sum, *_ = _interface()._flash_attn_fwd(q, k, v, return_lse=True)
+        ctx.save_for_backward(q, k, v, o, log_sum)
+        return o
+
+    @staticmethod
+    def backward(ctx, do: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, o, log_sum = ctx.saved_tensors
+        gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+        return _backward(q, k, v, o, log_sum, do, *gradients)
+
+
+class _Packed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv: Tensor) -> Tensor:
+        o, log_sum, *_ = _interface()._flash_attn_fwd(*qkv.unbind(2), return_lse=True)
+        ctx.save_for_backward(qkv, o, log_sum)
+        return o
+
+    @staticmethod
+    def backward(ctx, do: Tensor) -> Tensor:
+        qkv, o, log_sum = ctx.saved_tensors
+        gradient = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+        _backward(*qkv.unbind(2), o, log_sum, do, *gradient.unbind(2))
+        return gradient
+
+
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sum: Tensor, do: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Writes dq, dk and dv, and returns them."""
+    _interface()._flash_attn_bwd(q, k, v, o, spaced_rows(do), log_sum, dq=dq, dk=dk, dv=dv)
+    return dq, dk, dv
 
 
 def flash4_padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -99,13 +157,39 @@ _prefix_forward.register_autograd(_prefix_differentiate, setup_context=_prefix_s
 
 @functools.cache
 def _interface() -> ModuleType:
-    """The library's module, mended."""
+    """The library's module, mended and with our loop."""
     interface = importlib.import_module(_LIBRARY)
     hook = getattr(interface, _HOOK, None)
     if hook is None or _KEYWORD not in inspect.signature(hook).parameters:
         raise NotImplementedError(f"{_LIBRARY}.{_HOOK} takes no {_KEYWORD}")
     setattr(interface, _HOOK, _mended(hook))
+    _pipeline(interface)
     return interface
+
+
+def _pipeline(interface: ModuleType) -> None:
+    """Gives the library `flash4_backward` for plain attention of heads from 65 to 80; beyond its own loop is faster."""
+    try:
+        from mugv_kernels.flash4_backward import STAGES, PipelinedBackward
+    except ImportError:  # a release with other parts: its own loop serves
+        return
+    tile, kernel = interface._tile_size_bwd_sm90, interface.FlashAttentionBackwardSm90
+
+    def pipelined_tile(head_dim: int, *args, **kwargs):
+        config = tile(head_dim, *args, **kwargs)
+        if not 64 < head_dim <= 80:
+            return config
+        return dataclasses.replace(config, num_stages_Q=STAGES, num_stages_dO=STAGES, num_stages_PdS=STAGES)
+
+    def pipelined_kernel(dtype, head_dim: int, *args, **kwargs):
+        if 64 < head_dim <= 80:
+            try:
+                return PipelinedBackward(dtype, head_dim, *args, **kwargs)
+            except NotImplementedError:
+                pass
+        return kernel(dtype, head_dim, *args, **kwargs)
+
+    interface._tile_size_bwd_sm90, interface.FlashAttentionBackwardSm90 = pipelined_tile, pipelined_kernel
 
 
 def _mended(hook):

@@ -7,8 +7,10 @@ For a row x of q or k (72 channels of one token and head), its norm's weight w a
     z[2i]   = y[2i] · cos[i] − y[2i+1] · sin[i]      RoPE over neighbouring pairs (Su et al. 2021), i = 0…35
     z[2i+1] = y[2i] · sin[i] + y[2i+1] · cos[i]
 
-all in fp32 and then cast; v is copied. The result is [ranks, 3, B, N, H/ranks, 72]: what the all-to-all sends to each
-rank is one contiguous piece. Backward, with dy the gradient dz turned back by the same angles:
+all in fp32 and then cast; v is copied. The result is [ranks, B, N, 3, H/ranks, 72]: what the all-to-all sends to each
+rank is one piece, and what comes back is, for one sample, q, k and v of all tokens without another copy. Its rows are
+`ROW` elements apart: 160 bytes in bf16, so that each starts where a 32-byte piece of memory does. Backward, with dy the
+gradient dz turned back by the same angles:
 
     dw = Σ over tokens and heads of dy · n
     dx = (dy · w − n · mean(dy · w · n)) / sqrt(mean(x²) + 1e-6)
@@ -24,6 +26,7 @@ from einops import rearrange
 from torch import Tensor
 
 HEAD_DIM = 72
+ROW = 80
 EPS = 1e-6
 _TOKENS = 8  # of a program of the backward pass: its row of weight gradients is 576 bytes beside 8 × 55 KB of traffic
 
@@ -36,8 +39,7 @@ def qk_norm_rope_reference(
     q, k, v = rearrange(qkv, "b n (three head d) -> three b n head d", three=3, d=HEAD_DIM)
     q = _norm_rotate(q, q_weight, cos, sin)
     k = _norm_rotate(k, k_weight, cos, sin)
-    send = rearrange(torch.stack([q, k, v]), "qkv b n (rank head) d -> rank qkv b n head d", rank=ranks)
-    return send.contiguous()
+    return rearrange([q, k, v], "qkv b n (rank head) d -> rank b n qkv head d", rank=ranks).contiguous()
 
 
 def _norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -57,7 +59,7 @@ def qk_norm_rope(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, s
         cos, sin: [B, N, 36] fp32, of each token's angles. They get no gradient.
         ranks: of the sequence-parallel group; divides H. Head h goes to rank h // (H/ranks).
     Returns:
-        [ranks, 3, B, N, H/ranks, 72], contiguous, in qkv's dtype. With one rank [0, 0], [0, 1], [0, 2] are q, k, v.
+        [ranks, B, N, 3, H/ranks, 72] in qkv's dtype, of a contiguous tensor whose rows are `ROW` long.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -82,16 +84,20 @@ def _check(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Te
 def _forward(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, ranks: int) -> Tensor:
     batch, tokens, width = qkv.shape
     heads = width // (3 * HEAD_DIM)
-    out = qkv.new_empty(ranks, 3, batch, tokens, heads // ranks, HEAD_DIM)
+    out = _new_result(qkv, ranks)
     inputs = (x.contiguous() for x in (qkv, q_weight, k_weight, cos, sin))
     _forward_kernel[(batch * tokens,)](*inputs, out, batch * tokens, heads, heads // ranks)
     return out
 
 
+def _new_result(qkv: Tensor, ranks: int) -> Tensor:
+    batch, tokens, width = qkv.shape
+    return qkv.new_empty(ranks, batch, tokens, 3, width // (3 * HEAD_DIM * ranks), ROW)[..., :HEAD_DIM]
+
+
 @_forward.register_fake
 def _(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, ranks: int) -> Tensor:
-    batch, tokens, width = qkv.shape
-    return qkv.new_empty(ranks, 3, batch, tokens, width // (3 * HEAD_DIM * ranks), HEAD_DIM)
+    return _new_result(qkv, ranks)
 
 
 @torch.library.custom_op("mugv::qk_norm_rope_backward", mutates_args=())
@@ -99,7 +105,7 @@ def _backward(
     gradient: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of qkv, q_weight and k_weight from that of the result."""
-    ranks, _, batch, tokens, local_heads, _ = gradient.shape
+    ranks, batch, tokens, _, local_heads, _ = gradient.shape
     programs = -(-batch * tokens // _TOKENS)
     inputs = (x.contiguous() for x in (gradient, qkv, q_weight, k_weight, cos, sin))
     d_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
@@ -140,6 +146,7 @@ if find_spec("triton"):  # not built for every platform; the reference needs non
     _BLOCK = tl.constexpr(16)
     _LANES = tl.constexpr(128)
     _DIM = tl.constexpr(HEAD_DIM)
+    _ROW = tl.constexpr(ROW)
     _NORM_EPS = tl.constexpr(EPS)
 
     @triton.jit
@@ -170,10 +177,10 @@ if find_spec("triton"):  # not built for every platform; the reference needs non
         return (((token * 3 + part) * HEADS + head) * _DIM)[:, None]
 
     @triton.jit
-    def _sent(token, head, part, tokens, LOCAL_HEADS: tl.constexpr):
-        """Offsets [BLOCK, 1] of rows in the result [ranks, 3, tokens, LOCAL_HEADS, DIM]; int64, as the token is."""
+    def _sent(token, head, part, tokens, LOCAL_HEADS: tl.constexpr, ROW: tl.constexpr):
+        """Offsets [BLOCK, 1] of rows in the result [ranks, tokens, 3, LOCAL_HEADS, ROW]; int64, as the token is."""
         rank, local_head = head // LOCAL_HEADS, head % LOCAL_HEADS
-        return ((((rank * 3 + part) * tokens + token) * LOCAL_HEADS + local_head) * _DIM)[:, None]
+        return ((((rank * tokens + token) * 3 + part) * LOCAL_HEADS + local_head) * ROW)[:, None]
 
     @triton.jit
     def _forward_rows(x, even_weight, odd_weight, cos, sin):
@@ -226,9 +233,9 @@ if find_spec("triton"):  # not built for every platform; the reference needs non
             v = tl.load(qkv + _projected(token, head, 2, HEADS) + lane, mask=mask, other=0.0)
             q = _forward_rows(q, q_even, q_odd, cosine, sine).to(v.dtype)
             k = _forward_rows(k, k_even, k_odd, cosine, sine).to(v.dtype)
-            tl.store(out + _sent(token, head, 0, tokens, LOCAL_HEADS) + lane, q, mask=mask)
-            tl.store(out + _sent(token, head, 1, tokens, LOCAL_HEADS) + lane, k, mask=mask)
-            tl.store(out + _sent(token, head, 2, tokens, LOCAL_HEADS) + lane, v, mask=mask)
+            tl.store(out + _sent(token, head, 0, tokens, LOCAL_HEADS, _ROW) + lane, q, mask=mask)
+            tl.store(out + _sent(token, head, 1, tokens, LOCAL_HEADS, _ROW) + lane, k, mask=mask)
+            tl.store(out + _sent(token, head, 2, tokens, LOCAL_HEADS, _ROW) + lane, v, mask=mask)
 
     @triton.jit
     def _backward_kernel(
@@ -270,9 +277,9 @@ if find_spec("triton"):  # not built for every platform; the reference needs non
                 v_at = _projected(token, head, 2, HEADS) + lane
                 q = tl.load(qkv + q_at, mask=mask, other=0.0)
                 k = tl.load(qkv + k_at, mask=mask, other=0.0)
-                dq = tl.load(gradient + _sent(token, head, 0, tokens, LOCAL_HEADS) + lane, mask=mask, other=0.0)
-                dk = tl.load(gradient + _sent(token, head, 1, tokens, LOCAL_HEADS) + lane, mask=mask, other=0.0)
-                dv = tl.load(gradient + _sent(token, head, 2, tokens, LOCAL_HEADS) + lane, mask=mask, other=0.0)
+                dq = tl.load(gradient + _sent(token, head, 0, tokens, LOCAL_HEADS, _DIM) + lane, mask=mask, other=0.0)
+                dk = tl.load(gradient + _sent(token, head, 1, tokens, LOCAL_HEADS, _DIM) + lane, mask=mask, other=0.0)
+                dv = tl.load(gradient + _sent(token, head, 2, tokens, LOCAL_HEADS, _DIM) + lane, mask=mask, other=0.0)
                 dq, even, odd = _backward_rows(q, dq, q_even, q_odd, cosine, sine)
                 dq_even += even
                 dq_odd += odd

@@ -32,7 +32,22 @@ class GroupedAttention(Protocol):
     head_groups: int
 
     def grouped(self, qkv: Tensor) -> Tensor:
-        """q, k, v as [groups, 3, B, N, heads/groups, 72] → o [B, N, heads, 72]."""
+        """q, k, v as [groups, B, N, 3, heads/groups, 72] → o [B, N, heads, 72]."""
+
+
+@runtime_checkable
+class PackedAttention(Protocol):
+    """Self-attention that takes q, k and v in one tensor, and gives their gradients in one, without a copy."""
+
+    def packed(self, qkv: Tensor) -> Tensor:
+        """q, k, v as [B, N, 3, heads, 72] → o [B, N, heads, 72]."""
+
+
+def attend_packed(attention: Attention, qkv: Tensor) -> Tensor:
+    """`attention` of q, k, v in one tensor [B, N, 3, heads, 72]."""
+    if isinstance(attention, PackedAttention):
+        return attention.packed(qkv)
+    return attention(*qkv.unbind(2))
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -93,11 +108,18 @@ def flash2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return sdpa(q, k, v)
 
 
-def flash4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """FlashAttention-4, with its dq mended for head_dim 72; see `mugv_kernels.flash4`."""
-    from mugv_kernels.flash4 import flash4 as mended
+class Flash4:
+    """FlashAttention-4, with its dq mended for head_dim 72 and a loop of our own; see `mugv_kernels.flash4`."""
 
-    return mended(q, k, v)
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        from mugv_kernels.flash4 import flash4
+
+        return flash4(q, k, v)
+
+    def packed(self, qkv: Tensor) -> Tensor:
+        from mugv_kernels.flash4 import flash4_packed
+
+        return flash4_packed(qkv)
 
 
 def flash4_padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -120,7 +142,7 @@ def _te_module(heads: int, head_dim: int) -> torch.nn.Module:
 
 
 BACKENDS: dict[str, Attention] = {
-    "flash4": flash4,
+    "flash4": Flash4(),
     "flash4_padded": flash4_padded,
     "flash2": flash2,
     "cudnn": cudnn,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mugv_ds.config.model import HEAD_DIM, DiTConfig
-from mugv_ds.models.attention import Attention, GroupedAttention, MaskedAttention, masked_attention
+from mugv_ds.models.attention import Attention, GroupedAttention, MaskedAttention, attend_packed, masked_attention
 from mugv_kernels.dispatch import gated_residual, gelu_backward, head_norm, modulate, qk_norm_rope
 
 EPS = 1e-6
@@ -138,7 +138,7 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def project(self, x_BND: Tensor, cos: Tensor, sin: Tensor, groups: int) -> Tensor:
-        """q, k (normalised and rotated) and v by groups of heads: [groups, 3, B, N, heads/groups, 72]."""
+        """q, k (normalised and rotated) and v by groups of heads: [groups, B, N, 3, heads/groups, 72]."""
         return qk_norm_rope(self.qkv(x_BND), self.q_norm.weight, self.k_norm.weight, cos, sin, groups)
 
 
@@ -198,7 +198,7 @@ class Block(nn.Module):
         feed_forward = _checkpoint if recompute == "selective" else _call
         grouped = isinstance(attention, GroupedAttention)
         qkv = run(self._before_attention, x_BND, condition, attention.head_groups if grouped else 1)
-        o = attention.grouped(qkv) if grouped else attention(*qkv[0])
+        o = attention.grouped(qkv) if grouped else attend_packed(attention, qkv.squeeze(0))
         x = run(self._after_attention, x_BND, o, condition)
         return feed_forward(self._feed_forward, x, condition)
 

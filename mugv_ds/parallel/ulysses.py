@@ -11,23 +11,36 @@ from deepspeed import comm
 from einops import rearrange
 from torch import Tensor
 
-from mugv_ds.models.attention import Attention
+from mugv_ds.models.attention import Attention, attend_packed
 
 
 class _AllToAll(torch.autograd.Function):
-    """Sends row r of x [ranks, …] to rank r; row r of the result came from rank r. It is its own inverse."""
+    """Sends row r of x [ranks, …] to rank r; row r of the result came from rank r. It is its own inverse.
+
+    Where the last side is spaced out, the result's is too, and what lies between travels along: no copy is made.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
         ctx.group = group
-        x = x.contiguous()
+        width = x.shape[-1]
+        x = _with_spaces(x)
         received = torch.empty_like(x)
         comm.all_to_all_single(received, x, group=group)
-        return received
+        return received[..., :width]
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         return _AllToAll.apply(gradient, ctx.group), None
+
+
+def _with_spaces(x: Tensor) -> Tensor:
+    """The contiguous tensor of which x is the beginning of every row; x itself, or a contiguous copy, if it is not."""
+    row = x.stride(-2)
+    whole = torch.Size((*x.shape[:-1], row))
+    if x.stride(-1) == 1 and row > x.shape[-1] and x.stride() == torch.empty(whole, device="meta").stride():
+        return x.as_strided(whole, x.stride())
+    return x.contiguous()
 
 
 class Ulysses:
@@ -62,14 +75,14 @@ class Ulysses:
         return torch.arange(self.rank * n, (self.rank + 1) * n, device=device)
 
     def grouped(self, qkv: Tensor) -> Tensor:
-        """Local q, k, v [ranks, 3, B, n, heads/ranks, 72] → local o [B, n, heads, 72] of attention over all tokens.
+        """Local q, k, v [ranks, B, n, 3, heads/ranks, 72] → local o [B, n, heads, 72] of attention over all tokens.
 
         Padding is dropped before attention, so it takes no part; its o is zero.
         """
         if self.size == 1:
-            return self.attention(*qkv[0])
-        q, k, v = rearrange(_AllToAll.apply(qkv, self.group), "rank qkv b n head d -> qkv b (rank n) head d")
-        padding = q.shape[1] - self.tokens
-        o = self.attention(*(x[:, : self.tokens] for x in (q, k, v)))
+            return attend_packed(self.attention, qkv.squeeze(0))
+        qkv = rearrange(_AllToAll.apply(qkv, self.group), "rank b n qkv head d -> b (rank n) qkv head d")
+        padding = qkv.shape[1] - self.tokens
+        o = attend_packed(self.attention, qkv[:, : self.tokens])
         send = rearrange(F.pad(o, (0, 0, 0, 0, 0, padding)), "b (rank n) head d -> rank b n head d", rank=self.size)
         return rearrange(_AllToAll.apply(send, self.group), "rank b n head d -> b n (rank head) d")

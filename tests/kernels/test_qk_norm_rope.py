@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mugv_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
+from mugv_kernels.qk_norm_rope import ROW, qk_norm_rope, qk_norm_rope_reference
 
 
 def make_inputs(B: int, N: int, H: int, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
@@ -57,18 +57,26 @@ def test_is_the_published_formula_laid_out_as_the_all_to_all_sends_it(ranks, ope
         return torch.view_as_real(pairs * torch.complex(*angles)[:, :, None]).flatten(-2)
 
     q, k = norm_rotate(q, inputs[1]), norm_rotate(k, inputs[2])
-    expected = rearrange(torch.stack([q, k, v]), "qkv b n (rank head) d -> rank qkv b n head d", rank=ranks)
+    expected = rearrange(torch.stack([q, k, v]), "qkv b n (rank head) d -> rank b n qkv head d", rank=ranks)
 
     out = operation(*inputs, *angles, ranks)
 
-    assert out.is_contiguous()
+    assert out.stride(-1) == 1
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(out[:, 2], expected[:, 2])
+    assert torch.equal(out[:, :, :, 2], expected[:, :, :, 2])
+
+
+def test_its_rows_start_where_pieces_of_memory_do(device):
+    """Every head of every token at a multiple of 32 bytes in bf16, in one piece for each rank."""
+    inputs, angles = make_inputs(2, 5, 4, torch.bfloat16, device)
+    out = qk_norm_rope(*inputs, *angles, 2)
+    assert out.stride() == (2 * 5 * 3 * 2 * ROW, 5 * 3 * 2 * ROW, 3 * 2 * ROW, 2 * ROW, ROW, 1)
+    assert ROW * out.element_size() % 32 == 0
 
 
 def test_takes_tensors_that_are_not_contiguous(device):
     inputs, angles = make_inputs(2, 5, 4, torch.float32, device)
-    d_out = torch.randn(2, 3, 2, 5, 2, 72, device=device)
+    d_out = torch.randn(2, 2, 5, 3, 2, 72, device=device)
     expected = gradients(qk_norm_rope, inputs, angles, 2, d_out)
     strided = [x.mT.contiguous().mT if x.ndim > 1 else x.repeat_interleave(2)[::2] for x in (*inputs, *angles)]
     d_strided = d_out.permute(5, 4, 3, 2, 1, 0).contiguous().permute(5, 4, 3, 2, 1, 0)
@@ -79,7 +87,7 @@ def test_takes_tensors_that_are_not_contiguous(device):
 
 def test_gradients_are_the_same_bits_every_time(device):
     inputs, angles = make_inputs(1, 37, 4, torch.float32, device)
-    d_out = torch.randn(1, 3, 1, 37, 4, 72, device=device)
+    d_out = torch.randn(1, 1, 37, 3, 4, 72, device=device)
     first, second = (gradients(qk_norm_rope, inputs, angles, 1, d_out) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -103,7 +111,7 @@ def _compiled(*inputs):
 @pytest.mark.parametrize("wrapped", [_checkpointed, _compiled])
 def test_works_under(wrapped, device):
     inputs, angles = make_inputs(2, 5, 4, torch.bfloat16, device)
-    d_out = torch.randn(2, 3, 2, 5, 2, 72, device=device).bfloat16()
+    d_out = torch.randn(2, 2, 5, 3, 2, 72, device=device).bfloat16()
     assert torch.equal(wrapped(*inputs, *angles, 2), qk_norm_rope(*inputs, *angles, 2))
     result = gradients(wrapped, inputs, angles, 2, d_out)
     expected = gradients(qk_norm_rope, inputs, angles, 2, d_out)
@@ -115,7 +123,7 @@ def test_the_operators_are_registered_right(device):
     inputs, angles = make_inputs(1, 5, 4, torch.float32, device)
     arguments = (*(x.requires_grad_() for x in inputs), *angles, 2)
     torch.library.opcheck(torch.ops.mugv.qk_norm_rope.default, arguments)
-    d_out = torch.randn(2, 3, 1, 5, 2, 72, device=device)
+    d_out = torch.randn(2, 1, 5, 3, 2, 72, device=device)
     # It has no second derivative, so no autograd of its own to check.
     arguments = (d_out, *(x.detach() for x in inputs), *angles)
     torch.library.opcheck(torch.ops.mugv.qk_norm_rope_backward.default, arguments)
@@ -151,4 +159,4 @@ print(qk_norm_rope_reference(torch.ones(1, 2, 3 * 72), torch.ones(72), torch.one
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=False)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == "torch.Size([1, 3, 1, 2, 1, 72])"
+    assert run.stdout.strip() == "torch.Size([1, 1, 2, 3, 1, 72])"

@@ -12,7 +12,7 @@ from mugv_ds.models.layers import Condition
 from mugv_ds.models.rope import patch_grid
 from mugv_ds.parallel.layout import Layout
 from mugv_ds.parallel.pipeline import labels, pack, stage_boundaries, unpack
-from mugv_ds.parallel.ulysses import Ulysses
+from mugv_ds.parallel.ulysses import Ulysses, _with_spaces
 
 
 def local_tokens(tokens: int, size: int, rank: int) -> torch.Tensor:
@@ -96,3 +96,14 @@ def test_the_weights_of_all_ranks_sum_to_those_of_the_sample(size):
     total = sum(part.weight_BnP1.sum(dim=(1, 2, 3)) for part in parts)
     torch.testing.assert_close(total, weight.flatten(1).sum(dim=1))
     assert all(part.target_BnPC.shape[2:] == (4, 24) for part in parts)
+
+
+def test_what_lies_between_spaced_rows_travels_along_instead_of_being_squeezed_out():
+    whole = torch.randn(2, 1, 5, 3, 4, 80)
+    rows = _with_spaces(whole[..., :72])
+    assert rows.data_ptr() == whole.data_ptr()
+    assert torch.equal(rows, whole)
+    contiguous = whole[..., :72].contiguous()
+    assert _with_spaces(contiguous) is contiguous
+    assert torch.equal(_with_spaces(whole[..., :72].mT), whole[..., :72].mT)
+    assert torch.equal(_with_spaces(whole[:, :, :4, ..., :72]), whole[:, :, :4, ..., :72])
