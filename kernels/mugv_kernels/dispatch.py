@@ -53,6 +53,22 @@ def modulate(x_BND: Tensor, shift_BKD: Tensor, scale_BKD: Tensor, clean_BN: Tens
     return run(x_BND, shift_BKD, scale_BKD, clean_BN)
 
 
+def modulate_forward(
+    x_BND: Tensor, shift_BKD: Tensor, scale_BKD: Tensor, clean_BN: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`modulate`, and mean and rstd [B, N] of x, for `modulate_backward`."""
+    run = _modulate.modulate_forward if _uses_triton(x_BND) else _modulate.modulate_forward_reference
+    return run(x_BND, shift_BKD, scale_BKD, clean_BN)
+
+
+def modulate_backward(
+    dy_BND: Tensor, x_BND: Tensor, scale_BKD: Tensor, clean_BN: Tensor, mean_BN: Tensor, rstd_BN: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, shift and scale from that of `modulate_forward`'s first output, for a backward pass by hand."""
+    run = _modulate.modulate_backward if _uses_triton(x_BND) else _modulate.modulate_backward_reference
+    return run(dy_BND, x_BND, scale_BKD, clean_BN, mean_BN, rstd_BN)
+
+
 def gated_residual(residual_BND: Tensor, x_BND: Tensor, bias_D: Tensor, gate_BKD: Tensor, clean_BN: Tensor) -> Tensor:
     """residual + gate · (x + bias), the gate by each token's class; see `mugv_kernels.gated_residual`.
 

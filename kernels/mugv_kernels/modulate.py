@@ -15,7 +15,6 @@ Shape suffixes: B batch, N tokens, D hidden size, K = 2 token classes (0 noised,
 from importlib.util import find_spec
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-6
@@ -30,10 +29,30 @@ def by_class(rows_BKD: Tensor, clean_BN: Tensor) -> Tensor:
 
 def modulate_reference(x_BND: Tensor, shift_BKD: Tensor, scale_BKD: Tensor, clean_BN: Tensor) -> Tensor:
     """`modulate` in plain PyTorch: computed in fp32, or in fp64 where the tensors are fp64."""
+    return modulate_forward_reference(x_BND, shift_BKD, scale_BKD, clean_BN)[0]
+
+
+def modulate_forward_reference(
+    x_BND: Tensor, shift_BKD: Tensor, scale_BKD: Tensor, clean_BN: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`modulate_forward` in plain PyTorch."""
     wide = torch.promote_types(x_BND.dtype, torch.float32)
-    normed = F.layer_norm(x_BND.to(wide), x_BND.shape[-1:], eps=EPS)
+    normed, mean, rstd = torch.native_layer_norm(x_BND.to(wide), x_BND.shape[-1:], None, None, EPS)
     y = normed * (1 + by_class(scale_BKD.to(wide), clean_BN)) + by_class(shift_BKD.to(wide), clean_BN)
-    return y.to(x_BND.dtype)
+    return y.to(x_BND.dtype), mean.squeeze(-1), rstd.squeeze(-1)
+
+
+def modulate_backward_reference(
+    dy_BND: Tensor, x_BND: Tensor, scale_BKD: Tensor, clean_BN: Tensor, mean_BN: Tensor, rstd_BN: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`modulate_backward` in plain PyTorch."""
+    dy, rstd = dy_BND.to(mean_BN.dtype), rstd_BN[..., None]
+    normed = (x_BND.to(mean_BN.dtype) - mean_BN[..., None]) * rstd
+    g = dy * (1 + by_class(scale_BKD.to(mean_BN.dtype), clean_BN))
+    dx = rstd * (g - g.mean(-1, keepdim=True) - normed * (g * normed).mean(-1, keepdim=True))
+    classes_BKN = torch.stack([~clean_BN, clean_BN], dim=1).to(dy.dtype)
+    dshift, dscale = classes_BKN @ dy, classes_BKN @ (dy * normed)
+    return dx.to(x_BND.dtype), dshift.to(scale_BKD.dtype), dscale.to(scale_BKD.dtype)
 
 
 if find_spec("triton"):  # not built for every platform; the reference needs none
@@ -230,7 +249,7 @@ def modulate(x_BND: Tensor, shift_BKD: Tensor, scale_BKD: Tensor, clean_BN: Tens
 
     Args:
         x_BND: [B, N, D].
-        shift_BKD, scale_BKD: [B, 2, D], in x's dtype.
+        shift_BKD, scale_BKD: [B, 2, D], in x's dtype or in fp32.
         clean_BN: [B, N] bool.
 
     Returns:
@@ -239,9 +258,28 @@ def modulate(x_BND: Tensor, shift_BKD: Tensor, scale_BKD: Tensor, clean_BN: Tens
     Raises:
         ValueError: A tensor has not the shape, dtype or device that goes with x.
     """
+    return modulate_forward(x_BND, shift_BKD, scale_BKD, clean_BN)[0]
+
+
+def modulate_forward(
+    x_BND: Tensor, shift_BKD: Tensor, scale_BKD: Tensor, clean_BN: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`modulate`, and mean and rstd [B, N] fp32 of x, which `modulate_backward` takes."""
     B, N, D = x_BND.shape
-    check_tensor("shift", shift_BKD, (B, 2, D), x_BND.dtype, x_BND)
-    check_tensor("scale", scale_BKD, (B, 2, D), x_BND.dtype, x_BND)
+    for name, rows in (("shift", shift_BKD), ("scale", scale_BKD)):
+        dtype = torch.float32 if rows.dtype == torch.float32 else x_BND.dtype
+        check_tensor(name, rows, (B, 2, D), dtype, x_BND)
     check_tensor("clean", clean_BN, (B, N), torch.bool, x_BND)
-    y, _, _ = _forward(x_BND, shift_BKD, scale_BKD, clean_BN)
-    return y
+    return _forward(x_BND, shift_BKD, scale_BKD, clean_BN)
+
+
+def modulate_backward(
+    dy_BND: Tensor, x_BND: Tensor, scale_BKD: Tensor, clean_BN: Tensor, mean_BN: Tensor, rstd_BN: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx in x's dtype, dshift and dscale [B, 2, D] in scale's, from the gradient of `modulate_forward`'s first output.
+
+    For a backward pass that calls `modulate_forward` again; `modulate` itself is differentiable.
+    """
+    dx, rows = _backward(dy_BND, x_BND, scale_BKD, clean_BN, mean_BN, rstd_BN, True, True)
+    dshift, dscale = rows.unbind()
+    return dx, dshift.clone(), dscale  # an operator that returns both may not return views of one tensor

@@ -93,8 +93,10 @@ class ParallelSection(Section):
     pipeline: Positive = Field(1, description="Pipeline stages; at most the number of blocks.")
     activation_checkpointing: Literal["off", "light", "selective", "full"] = Field(
         "off",
-        description="What the backward pass computes again: nothing, what is neither self-attention nor feed-forward, "
-        "all but self-attention, or whole blocks.",
+        description="What the backward pass computes again instead of keeping. off: modulated LayerNorms and GELU, "
+        "which cost next to nothing. light: also what lies between self-attention and the feed-forward layer, that is "
+        "the other norms and element-wise operations, cross-attention and the smaller projections; the outputs of the "
+        "large matrix products and of self-attention are kept. selective: all but self-attention. full: whole blocks.",
     )
 
 

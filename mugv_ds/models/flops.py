@@ -9,9 +9,9 @@ from mugv_ds.config.model import DiTConfig
 # The parts of a block that the backward pass runs again, as `layers.Block.forward` cuts it into segments.
 RECOMPUTED = {
     "off": (),
-    "light": ("projections", "cross_attention"),
-    "selective": ("projections", "cross_attention", "feed_forward"),
-    "full": ("projections", "cross_attention", "feed_forward", "self_attention"),
+    "light": ("between", "cross_attention"),
+    "selective": ("between", "cross_attention", "qkv", "feed_forward"),
+    "full": ("between", "cross_attention", "qkv", "feed_forward", "self_attention"),
 }
 
 
@@ -19,7 +19,8 @@ def block_parts(config: DiTConfig, tokens: int, text_tokens: int) -> dict[str, f
     """Forward FLOPs of one block for one sample, by part; keys and values of the text are left out."""
     width = config.hidden_size
     return {
-        "projections": 12.0 * tokens * width**2,  # qkv 6, its output 2, the query of cross-attention 2, its output 2
+        "qkv": 6.0 * tokens * width**2,
+        "between": 6.0 * tokens * width**2,  # self-attention's o 2, cross-attention's q 2 and o 2
         "cross_attention": 4.0 * tokens * text_tokens * width,
         "feed_forward": 16.0 * tokens * width**2,
         "self_attention": 4.0 * tokens**2 * width,

@@ -13,9 +13,18 @@ from torch.utils.checkpoint import checkpoint
 
 from mugv_ds.config.model import HEAD_DIM, DiTConfig
 from mugv_ds.models.attention import Attention, GroupedAttention, MaskedAttention, attend_packed, masked_attention
-from mugv_kernels.dispatch import gated_residual, gelu_backward, head_norm, modulate, qk_norm_rope
+from mugv_ds.models.modulated import modulated_linear, modulated_mlp
+from mugv_kernels.dispatch import gated_residual, head_norm, modulate, qk_norm_rope
 
 EPS = 1e-6
+
+
+class Modulation(NamedTuple):
+    """What a modulated LayerNorm takes beside x: shift and scale [B, 2, D] by class, the class of each token."""
+
+    shift_BKD: Tensor
+    scale_BKD: Tensor
+    clean_BN: Tensor
 
 
 class Condition(NamedTuple):
@@ -49,27 +58,6 @@ class ScalarEmbedder(nn.Module):
         return self.mlp(sinusoid(value_B).to(self.mlp[0].weight.dtype))
 
 
-class _Mlp(torch.autograd.Function):
-    """GELU(x·w1ᵀ + b1)·w2ᵀ whose backward pass needs one tensor of the inner width beside the one that is kept.
-
-    Autograd would hold three at the block's peak of memory: GELU's output, its gradient, and that of its input.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
-        inner = F.linear(x, w1, b1)
-        ctx.save_for_backward(x, inner, w1, w2)
-        return F.linear(F.gelu(inner, approximate="tanh"), w2)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, ...]:
-        x, inner, w1, w2 = ctx.saved_tensors
-        rows, inner, gradient = (t.flatten(0, -2) for t in (x, inner, gradient))
-        d_inner = gradient @ w2
-        d_b1 = gelu_backward(inner, d_inner)  # inner is its GELU now, and a second backward pass an error
-        return (d_inner @ w1).view_as(x), d_inner.T @ rows, d_b1, gradient.T @ inner
-
-
 class Mlp(nn.Module):
     """fc1, GELU (tanh form), fc2."""
 
@@ -79,21 +67,32 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(width, width_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        fed, bias = self.unbiased(x)
-        return fed + bias
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
-    def unbiased(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """All but the last bias, and that, for a caller that adds it along with something else."""
-        if not isinstance(self.fc1, nn.Linear):  # fp8, see `models.fp8`
-            return _unbiased(self.fc2, F.gelu(self.fc1(x), approximate="tanh"))
-        return _Mlp.apply(x, self.fc1.weight, self.fc1.bias, self.fc2.weight), self.fc2.bias
+    def modulated(self, x_BND: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor]:
+        """The same of x modulated but for the last bias, and that, for a caller that adds it elsewhere."""
+        if _in_fp8(self.fc1):
+            return _unbiased(self.fc2, F.gelu(_modulated(self.fc1, x_BND, modulation), approximate="tanh"))
+        return modulated_mlp(x_BND, *modulation, self.fc1.weight, self.fc1.bias, self.fc2.weight), self.fc2.bias
+
+
+def _in_fp8(linear: nn.Module) -> bool:
+    """Whether `models.fp8` has replaced it: then it adds its bias itself, and keeps its own input."""
+    return not isinstance(linear, nn.Linear)
+
+
+def _modulated(linear: nn.Module, x_BND: Tensor, modulation: Modulation) -> Tensor:
+    """`linear` of x modulated."""
+    if _in_fp8(linear):
+        return linear(modulate(x_BND, *modulation))
+    return modulated_linear(x_BND, *modulation, linear.weight, linear.bias)
 
 
 def _unbiased(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """x·Wᵀ, and the bias for the caller to add. An fp8 linear has added its own, and leaves a zero."""
-    if isinstance(linear, nn.Linear):
-        return F.linear(x, linear.weight), linear.bias
-    return linear(x), torch.zeros_like(linear.bias)
+    """x·Wᵀ, and the bias for the caller to add: zero where it is in already."""
+    if _in_fp8(linear):
+        return linear(x), torch.zeros_like(linear.bias)
+    return F.linear(x, linear.weight), linear.bias
 
 
 class CaptionEmbedder(nn.Module):
@@ -137,9 +136,13 @@ class SelfAttention(nn.Module):
         self.k_norm = HeadNorm()
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def project(self, x_BND: Tensor, cos: Tensor, sin: Tensor, groups: int) -> Tensor:
-        """q, k (normalised and rotated) and v by groups of heads: [groups, B, N, 3, heads/groups, 72]."""
-        return qk_norm_rope(self.qkv(x_BND), self.q_norm.weight, self.k_norm.weight, cos, sin, groups)
+    def project(self, x_BND: Tensor, modulation: Modulation, cos: Tensor, sin: Tensor, groups: int) -> Tensor:
+        """q, k (normalised and rotated) and v of x modulated, by groups of heads.
+
+        [B, N, D] → [groups, B, N, 3, heads/groups, 72].
+        """
+        qkv = _modulated(self.qkv, x_BND, modulation)
+        return qk_norm_rope(qkv, self.q_norm.weight, self.k_norm.weight, cos, sin, groups)
 
 
 class CrossAttention(nn.Module):
@@ -158,8 +161,13 @@ class CrossAttention(nn.Module):
         self.k_norm = HeadNorm()
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x_BND: Tensor, text_BLD: Tensor, text_mask_BL: Tensor) -> Tensor:
-        q = rearrange(self.q_linear(x_BND), "b n (head d) -> b n head d", d=HEAD_DIM)
+    def forward(self, x_BND: Tensor, norm: nn.LayerNorm, text_BLD: Tensor, text_mask_BL: Tensor) -> Tensor:
+        """What `norm` of x sees in the text, [B, N, D]."""
+        # Its weight and bias are a modulation that is the same for both classes; in fp32, as 1 + (weight − 1) must be.
+        shift, scale = (row.float().expand(len(x_BND), 2, -1) for row in (norm.bias, norm.weight.float() - 1))
+        no_class = text_mask_BL.new_zeros(x_BND.shape[:2])
+        q = _modulated(self.q_linear, x_BND, Modulation(shift, scale, no_class))
+        q = rearrange(q, "b n (head d) -> b n head d", d=HEAD_DIM)
         k, v = rearrange(self.kv_linear(text_BLD), "b l (two head d) -> two b l head d", two=2, d=HEAD_DIM)
         o = self.attend(self.q_norm(q), self.k_norm(k), v, text_mask_BL)
         return self.proj(rearrange(o, "b n head d -> b n (head d)"))
@@ -188,19 +196,19 @@ class Block(nn.Module):
         Args:
             attention: takes q, k, v [B, N, heads, 72] of the tokens held, returns o of the same shape; or has
                 `head_groups` and `grouped`, see `models.attention.GroupedAttention`.
-            recompute: what the backward pass computes again instead of keeping: "off" nothing, "light" what is neither
-                self-attention nor feed-forward, "selective" all but self-attention (whose q, k, v and o are kept),
-                "full" everything.
+            recompute: what the backward pass computes again instead of keeping, beside the modulated LayerNorms: "off"
+                nothing, "light" what lies between self-attention and the feed-forward layer, "selective" all but
+                self-attention (whose q, k, v and o are kept), "full" everything.
         """
         if recompute == "full":
             return _checkpoint(self.forward, x_BND, condition, attention)
-        run = _call if recompute == "off" else _checkpoint
-        feed_forward = _checkpoint if recompute == "selective" else _call
+        around = _checkpoint if recompute == "selective" else _call
+        between = _call if recompute == "off" else _checkpoint
         grouped = isinstance(attention, GroupedAttention)
-        qkv = run(self._before_attention, x_BND, condition, attention.head_groups if grouped else 1)
+        qkv = around(self._before_attention, x_BND, condition, attention.head_groups if grouped else 1)
         o = attention.grouped(qkv) if grouped else attend_packed(attention, qkv.squeeze(0))
-        x = run(self._after_attention, x_BND, o, condition)
-        return feed_forward(self._feed_forward, x, condition)
+        x = between(self._after_attention, x_BND, o, condition)
+        return around(self._feed_forward, x, condition)
 
     def compile_segments(self) -> None:
         """Compiles the part around cross-attention; the rest is fused by hand. Blocks of one size share the code.
@@ -211,19 +219,18 @@ class Block(nn.Module):
 
     def _before_attention(self, x_BND: Tensor, condition: Condition, groups: int) -> Tensor:
         shift, scale, *_ = self._rows(condition)
-        return self.attn.project(
-            modulate(x_BND, shift, scale, condition.clean_BN), condition.cos, condition.sin, groups
-        )
+        modulation = Modulation(shift, scale, condition.clean_BN)
+        return self.attn.project(x_BND, modulation, condition.cos, condition.sin, groups)
 
     def _after_attention(self, x_BND: Tensor, o: Tensor, condition: Condition) -> Tensor:
         _, _, gate, *_ = self._rows(condition)
         attended, bias = _unbiased(self.attn.proj, rearrange(o, "b n head d -> b n (head d)"))
         x = gated_residual(x_BND, attended, bias, gate, condition.clean_BN)
-        return x + self.cross_attn(self.cross_attn_norm(x), condition.text_BLD, condition.text_mask_BL)
+        return x + self.cross_attn(x, self.cross_attn_norm, condition.text_BLD, condition.text_mask_BL)
 
     def _feed_forward(self, x_BND: Tensor, condition: Condition) -> Tensor:
         _, _, _, shift, scale, gate = self._rows(condition)
-        fed, bias = self.mlp.unbiased(modulate(x_BND, shift, scale, condition.clean_BN))
+        fed, bias = self.mlp.modulated(x_BND, Modulation(shift, scale, condition.clean_BN))
         return gated_residual(x_BND, fed, bias, gate, condition.clean_BN)
 
     def _rows(self, condition: Condition) -> tuple[Tensor, ...]:

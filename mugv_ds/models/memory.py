@@ -9,11 +9,15 @@ from mugv_ds.config.model import DiTConfig
 
 GIB = 2**30
 
-# Tensors of [tokens held, D] that one block keeps for its backward pass, by what is recomputed. Counted from the code:
-# full, its input; selective, also q, k, v and o of self-attention, o as the projection takes it, and the feed-forward
-# layer's input; light, also what the feed-forward layer keeps; off, also everything around both (not compared with a
-# run yet).
-KEPT = {"full": 1, "selective": 7, "light": 13, "off": 24}
+# Tensors of [tokens held, D] that one block keeps for its backward pass, by what is recomputed. Counted from the code,
+# and by a test of what autograd keeps:
+# - full: its input.
+# - selective: also q, k, v (3, and a third for the space between their rows) and o of self-attention, o as the projection takes it (the same tensor where the
+#   sequence is not sharded), and the feed-forward layer's input.
+# - light: also qkv as the projection gives it (3), GELU's input (4) and the feed-forward layer's output.
+# - off: also the projection of o, the residual after it, q of cross-attention before and after its norm, and its o.
+# Cross-attention through PyTorch keeps q and o padded to 80 channels beside: 1.2 more with "off".
+KEPT = {"full": 1, "selective": 7 + 1 / 3, "light": 15 + 1 / 3, "off": 20 + 1 / 3}
 WORKING = 15  # such tensors in use at once while one block runs backward; fitted to the runs
 BUCKET_BYTES = 2 * 500_000_000  # DeepSpeed's gradient reduction, 5e8 bf16 elements
 

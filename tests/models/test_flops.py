@@ -23,6 +23,23 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (torch.softmax(q @ k.mT, dim=-1) @ v).transpose(1, 2)
 
 
+# Matrix products inside our operators, of which the counter sees the shapes alone.
+def of_linear(x, shift, scale, clean, weight, *_, out_shape=None, **__) -> int:
+    return 2 * x[1] * weight[0] * weight[1]
+
+
+def of_mlp(x, shift, scale, clean, w1, *_, out_shape=None, **__) -> int:
+    return 4 * x[1] * w1[0] * w1[1]
+
+
+OPERATORS = {
+    torch.ops.mugv.modulated_linear: of_linear,
+    torch.ops.mugv.modulated_linear_backward: lambda d, *args, **kwargs: 2 * of_linear(*args, **kwargs),
+    torch.ops.mugv.modulated_mlp: of_mlp,
+    torch.ops.mugv.modulated_mlp_backward: lambda d, *args, **kwargs: 2 * of_mlp(*args, **kwargs),
+}
+
+
 def counted_flops(recompute: str) -> tuple[int, int]:
     """Of a block's forward pass, and of both; the counter does not see the CPU's fused cross-attention."""
     block = Block(CONFIG)
@@ -34,7 +51,7 @@ def counted_flops(recompute: str) -> tuple[int, int]:
         torch.arange(N)[None] < 3,
         *torch.randn(2, 1, N, 36),
     )
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=OPERATORS) as counter:
         out = block(torch.randn(1, N, D, requires_grad=True), condition, plain_attention, recompute)
         forward = counter.get_total_flops()
         out.sum().backward()
@@ -55,7 +72,7 @@ def test_recomputed_flops_are_those_that_run_again(recompute):
 
 @pytest.mark.parametrize(
     ("recompute", "by_width", "by_text", "by_tokens"),
-    [("off", 0, 0, 0), ("light", 12, 4, 0), ("selective", 28, 4, 0), ("full", 28, 4, 4)],
+    [("off", 0, 0, 0), ("light", 6, 4, 0), ("selective", 28, 4, 0), ("full", 28, 4, 4)],
 )
 def test_hardware_flops_add_what_every_block_recomputes(recompute, by_width, by_text, by_tokens):
     for n in (N, 1000):

@@ -1,0 +1,37 @@
+"""FlashAttention-4 where it cannot run: the formula in its place."""
+
+import itertools
+
+import pytest
+import torch
+
+from mugv_ds.models.choose_attention import exact_attention
+from mugv_kernels import flash4
+
+
+class Formula:
+    """In the place of FlashAttention-4: what its two functions compute, by the formula. Undefined gradients are NaN."""
+
+    @classmethod
+    def _flash_attn_fwd(cls, q, k, v, *, seqused_k, return_lse):
+        o, *_ = cls._run(q, k, v, torch.zeros_like(q), seqused_k)
+        return o, q.new_zeros(len(q), q.shape[2], q.shape[1], dtype=torch.float32), None, None, None
+
+    @classmethod
+    def _flash_attn_bwd(cls, q, k, v, o, do, log_sum, *, seqused_k):
+        return cls._run(q, k, v, do, seqused_k)[1:]
+
+    @staticmethod
+    def _run(q, k, v, do, lengths):
+        results = [torch.full_like(x, torch.nan) for x in (q, q, k, v)]
+        for b, head in itertools.product(range(len(q)), range(q.shape[2])):
+            keys = slice(int(lengths[b]))
+            parts = exact_attention(q[b, :, head], k[b, keys, head], v[b, keys, head], do[b, :, head])
+            for result, part in zip(results, parts, strict=True):
+                result[b, : len(part), head] = part
+        return tuple(results)
+
+
+@pytest.fixture
+def formula(monkeypatch) -> None:
+    monkeypatch.setattr(flash4, "_interface", lambda: Formula)
