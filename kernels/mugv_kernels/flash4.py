@@ -38,9 +38,15 @@ def flash4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _Separate.apply(q, k, v)
 
 
-def flash4_packed(qkv: Tensor) -> Tensor:
-    """The same of q, k, v in one tensor [B, N, 3, heads, 72], as `qk_norm_rope` returns it; so is their gradient."""
-    return _Packed.apply(qkv)
+def flash4_packed(qkv: Tensor, tokens: int) -> Tensor:
+    """The same among the first `tokens` tokens of q, k and v in one tensor; the others' o is zero.
+
+    Args:
+        qkv: [B, N, 3, heads, 72], of which `qk_norm_rope` returns one for each rank. Its gradient is one tensor too.
+    Returns:
+        [B, N, heads, 72].
+    """
+    return _Packed.apply(qkv, tokens)
 
 
 def spaced_rows(x: Tensor) -> Tensor:
@@ -67,17 +73,23 @@ class _Separate(torch.autograd.Function):
 
 class _Packed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv: Tensor) -> Tensor:
-        o, log_sum, *_ = _interface()._flash_attn_fwd(*qkv.unbind(2), return_lse=True)
+    def forward(ctx, qkv: Tensor, tokens: int) -> Tensor:
+        B, N, _, heads, head_dim = qkv.shape
+        o = qkv.new_empty(B, N, heads, head_dim)
+        o[:, tokens:].zero_()
+        _, log_sum, *_ = _interface()._flash_attn_fwd(*qkv[:, :tokens].unbind(2), return_lse=True, out=o[:, :tokens])
         ctx.save_for_backward(qkv, o, log_sum)
+        ctx.tokens = tokens
         return o
 
     @staticmethod
-    def backward(ctx, do: Tensor) -> Tensor:
+    def backward(ctx, do: Tensor) -> tuple[Tensor, None]:
         qkv, o, log_sum = ctx.saved_tensors
         gradient = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-        _backward(*qkv.unbind(2), o, log_sum, do, *gradient.unbind(2))
-        return gradient
+        gradient[:, ctx.tokens :].zero_()
+        tensors, gradients = (x[:, : ctx.tokens].unbind(2) for x in (qkv, gradient))
+        _backward(*tensors, o[:, : ctx.tokens], log_sum, do[:, : ctx.tokens], *gradients)
+        return gradient, None
 
 
 def _backward(

@@ -62,7 +62,7 @@ def _gelu_backward(x: Tensor, gradient: Tensor) -> Tensor:
     multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
     row_programs = min(rows, triton.cdiv(_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, column_programs))
     sums = x.new_empty((row_programs, columns), dtype=torch.float32)
-    _kernel[(column_programs, row_programs)](x, gradient, sums, rows, columns, COLUMNS=_COLUMNS, num_warps=2)
+    _kernel[(column_programs, row_programs)](x, gradient, sums, rows, F=columns, COLUMNS=_COLUMNS, num_warps=2)
     return sums.sum(0).to(x.dtype)
 
 
@@ -79,13 +79,13 @@ if find_spec("triton"):  # not built for every platform; the reference needs non
     _TWICE_ROOT = tl.constexpr(2 * (2 / torch.pi) ** 0.5)
 
     @triton.jit
-    def _kernel(x_ptr, gradient_ptr, sums_ptr, rows, columns, COLUMNS: tl.constexpr):
+    def _kernel(x_ptr, gradient_ptr, sums_ptr, rows, F: tl.constexpr, COLUMNS: tl.constexpr):
         """COLUMNS columns of every `row programs`-th row a program; its partial sums go to sums [row programs, F]."""
         column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-        mask = column < columns
+        mask = column < F
         total = tl.zeros([COLUMNS], dtype=tl.float32)
         for row in tl.range(tl.program_id(1), rows, tl.num_programs(1), num_stages=3):
-            at = tl.cast(row, tl.int64) * columns + column
+            at = tl.cast(row, tl.int64) * F + column
             x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
             gradient = tl.load(gradient_ptr + at, mask=mask, other=0.0).to(tl.float32)
             cubic = x * x * _CUBIC
@@ -94,4 +94,4 @@ if find_spec("triton"):  # not built for every platform; the reference needs non
             total += gradient
             tl.store(x_ptr + at, (x * s).to(x_ptr.dtype.element_ty), mask=mask)
             tl.store(gradient_ptr + at, gradient.to(gradient_ptr.dtype.element_ty), mask=mask)
-        tl.store(sums_ptr + tl.program_id(1) * columns + column, total, mask=mask)
+        tl.store(sums_ptr + tl.program_id(1) * F + column, total, mask=mask)

@@ -39,15 +39,16 @@ class GroupedAttention(Protocol):
 class PackedAttention(Protocol):
     """Self-attention that takes q, k and v in one tensor, and gives their gradients in one, without a copy."""
 
-    def packed(self, qkv: Tensor) -> Tensor:
-        """q, k, v as [B, N, 3, heads, 72] → o [B, N, heads, 72]."""
+    def packed(self, qkv: Tensor, tokens: int) -> Tensor:
+        """q, k, v as [B, N, 3, heads, 72] → o [B, N, heads, 72] of the first `tokens` tokens; the others' is zero."""
 
 
-def attend_packed(attention: Attention, qkv: Tensor) -> Tensor:
-    """`attention` of q, k, v in one tensor [B, N, 3, heads, 72]."""
+def attend_packed(attention: Attention, qkv: Tensor, tokens: int) -> Tensor:
+    """`attention` among the first `tokens` tokens of q, k and v in one tensor, as `PackedAttention.packed`."""
     if isinstance(attention, PackedAttention):
-        return attention.packed(qkv)
-    return attention(*qkv.unbind(2))
+        return attention.packed(qkv, tokens)
+    o = attention(*qkv[:, :tokens].unbind(2))
+    return F.pad(o, (0, 0, 0, 0, 0, qkv.shape[1] - tokens))
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -116,10 +117,10 @@ class Flash4:
 
         return flash4(q, k, v)
 
-    def packed(self, qkv: Tensor) -> Tensor:
+    def packed(self, qkv: Tensor, tokens: int) -> Tensor:
         from mugv_kernels.flash4 import flash4_packed
 
-        return flash4_packed(qkv)
+        return flash4_packed(qkv, tokens)
 
 
 def flash4_padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

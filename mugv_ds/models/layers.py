@@ -206,7 +206,7 @@ class Block(nn.Module):
         between = _call if recompute == "off" else _checkpoint
         grouped = isinstance(attention, GroupedAttention)
         qkv = around(self._before_attention, x_BND, condition, attention.head_groups if grouped else 1)
-        o = attention.grouped(qkv) if grouped else attend_packed(attention, qkv.squeeze(0))
+        o = attention.grouped(qkv) if grouped else attend_packed(attention, qkv.squeeze(0), x_BND.shape[1])
         x = between(self._after_attention, x_BND, o, condition)
         return around(self._feed_forward, x, condition)
 

@@ -12,8 +12,8 @@ GIB = 2**30
 # Tensors of [tokens held, D] that one block keeps for its backward pass, by what is recomputed. Counted from the code,
 # and by a test of what autograd keeps:
 # - full: its input.
-# - selective: also q, k, v (3, and a third for the space between their rows) and o of self-attention, o as the projection takes it (the same tensor where the
-#   sequence is not sharded), and the feed-forward layer's input.
+# - selective: also q, k, v (3, and a third for the space between their rows) and o of self-attention, o as the
+#   projection takes it (the same tensor where the sequence is not sharded), and the feed-forward layer's input.
 # - light: also qkv as the projection gives it (3), GELU's input (4) and the feed-forward layer's output.
 # - off: also the projection of o, the residual after it, q of cross-attention before and after its norm, and its o.
 # Cross-attention through PyTorch keeps q and o padded to 80 channels beside: 1.2 more with "off".

@@ -6,7 +6,6 @@ after it one more turns o back.
 
 import torch
 import torch.distributed
-import torch.nn.functional as F
 from deepspeed import comm
 from einops import rearrange
 from torch import Tensor
@@ -77,12 +76,11 @@ class Ulysses:
     def grouped(self, qkv: Tensor) -> Tensor:
         """Local q, k, v [ranks, B, n, 3, heads/ranks, 72] → local o [B, n, heads, 72] of attention over all tokens.
 
-        Padding is dropped before attention, so it takes no part; its o is zero.
+        Padding takes no part; its o is zero.
         """
         if self.size == 1:
-            return attend_packed(self.attention, qkv.squeeze(0))
+            return attend_packed(self.attention, qkv.squeeze(0), self.tokens)
         qkv = rearrange(_AllToAll.apply(qkv, self.group), "rank b n qkv head d -> b (rank n) qkv head d")
-        padding = qkv.shape[1] - self.tokens
-        o = attend_packed(self.attention, qkv[:, : self.tokens])
-        send = rearrange(F.pad(o, (0, 0, 0, 0, 0, padding)), "b (rank n) head d -> rank b n head d", rank=self.size)
+        o = attend_packed(self.attention, qkv, self.tokens)
+        send = rearrange(o, "b (rank n) head d -> rank b n head d", rank=self.size)
         return rearrange(_AllToAll.apply(send, self.group), "rank b n head d -> b n (rank head) d")
