@@ -25,6 +25,7 @@ from mugv_kernels.qk_norm_rope import ROW
 
 _LIBRARY = "flash_attn.cute.interface"
 _PADDED = 96
+_QUERIES = 65_536  # of a head that go through its backward pass together
 _HOOK, _KEYWORD = "_bwd_postprocess_convert", "hdim_multiple_of"
 
 
@@ -95,8 +96,22 @@ class _Packed(torch.autograd.Function):
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sum: Tensor, do: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Writes dq, dk and dv, and returns them."""
-    _interface()._flash_attn_bwd(q, k, v, o, spaced_rows(do), log_sum, dq=dq, dk=dk, dv=dv)
+    """Writes dq, dk and dv, and returns them.
+
+    In parts of at most `_QUERIES` queries: the multiprocessors, each with its block of keys, go through the queries out
+    of step, so that all of q, do and dq are wanted at once. They are to stay in the cache, 0.6 KB a query.
+    """
+    parts = -(-q.shape[1] // _QUERIES)
+    k_sum, v_sum = (x.new_zeros(x.shape, dtype=torch.float32) if parts > 1 else x for x in (dk, dv))
+    pieces = (x.tensor_split(parts, dim=1) for x in (q, o, do, dq))
+    for q, o, do, d_part, part in zip(*pieces, log_sum.tensor_split(parts, dim=2), strict=True):
+        _interface()._flash_attn_bwd(q, k, v, o, spaced_rows(do), part.contiguous(), dq=d_part, dk=dk, dv=dv)
+        if parts > 1:
+            k_sum += dk
+            v_sum += dv
+    if parts > 1:
+        dk.copy_(k_sum)
+        dv.copy_(v_sum)
     return dq, dk, dv
 
 

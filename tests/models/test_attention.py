@@ -4,10 +4,13 @@ import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+import mugv_kernels.flash4
 from mugv_ds.models.attention import (
     BACKENDS,
+    attend_packed,
     flash4_masked,
     installed_backends,
     installed_masked_backends,
@@ -22,6 +25,8 @@ from mugv_ds.models.choose_attention import (
     exact_attention,
     random_qkv,
 )
+from mugv_kernels.flash4 import spaced_rows
+from mugv_kernels.qk_norm_rope import ROW
 
 CPU = torch.device("cpu")
 
@@ -199,3 +204,34 @@ def test_masked_backends_are_right_on_this_gpu(name, masked, tokens):
     if masked == "all but one":  # softmax over one key: o is v, and no gradient reaches q and k
         errors = {key: errors[key] for key in ("o", "dv")}
     assert max(errors.values()) < 5e-3, errors
+
+
+@pytest.mark.parametrize("queries", [6, 7, 100])
+def test_flash4_sums_the_parts_of_its_backward_pass(queries, formula, monkeypatch):
+    monkeypatch.setattr(mugv_kernels.flash4, "_QUERIES", queries)
+    assert max(attention_errors(BACKENDS["flash4"], 20, torch.float32, CPU).values()) < 1e-5
+
+
+@pytest.mark.parametrize("queries", [6, 100])
+@pytest.mark.parametrize("name", ["flash4", "sdpa"])
+def test_padding_takes_no_part_in_packed_attention(name, queries, formula, monkeypatch):
+    """Its o and its gradients are zero, whatever its q, k and v are."""
+    monkeypatch.setattr(mugv_kernels.flash4, "_QUERIES", queries)
+    qkv, gradient = torch.randn(2, 20, 3, 2, 72), torch.randn(2, 20, 2, 72)
+    qkv[:, 17:] = 1e4
+    qkv.requires_grad_()
+    o = attend_packed(BACKENDS[name], qkv, 17)
+    (result,) = torch.autograd.grad(o, qkv, gradient)
+    plain = sdpa(*qkv[:, :17].unbind(2))
+    (expected,) = torch.autograd.grad(plain, qkv, gradient[:, :17])
+    torch.testing.assert_close(o, F.pad(plain, (0, 0, 0, 0, 0, 3)))
+    torch.testing.assert_close(result, expected)
+    assert not result[:, 17:].any()
+
+
+def test_rows_are_spaced_out_only_where_they_are_not():
+    x = torch.randn(1, 5, 3, 2, 72, dtype=torch.bfloat16)
+    spaced = spaced_rows(x)
+    assert torch.equal(spaced, x)
+    assert spaced.stride(-2) == ROW
+    assert spaced_rows(spaced) is spaced
