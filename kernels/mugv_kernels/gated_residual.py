@@ -17,7 +17,12 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from mugv_kernels.modulate import by_class, check_tensor, reduction_programs, row_launch
+from mugv_kernels.modulate import by_class, check_tensor, multiprocessors, row_launch
+
+# By what the compiler says, a program of the backward pass takes 54 registers a thread on Hopper, and nine fit a
+# multiprocessor; a whole row with its two gates and four sums would take 118 and 512 threads, and one would fit.
+_COLUMNS = 512
+_PROGRAMS_PER_MULTIPROCESSOR = 8
 
 
 def gated_residual_reference(
@@ -64,14 +69,14 @@ if find_spec("triton"):  # not built for every platform; the reference needs non
         NEEDS_DX: tl.constexpr,
         NEEDS_SUMS: tl.constexpr,
         D: tl.constexpr,
-        BLOCK_D: tl.constexpr,
+        COLUMNS: tl.constexpr,
     ):
-        """Every `programs`-th token of one batch element a program; grid (programs, B).
+        """COLUMNS channels of every `programs`-th token of a batch element a program; grid (programs, B, blocks of D).
 
         Partial sums go to sums [programs, 2, B, K, D] fp32: of dgate, then of dy.
         """
         batch = tl.program_id(1).to(tl.int64)
-        d = tl.arange(0, BLOCK_D)
+        d = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
         mask = d < D
 
         # Both rows stay in registers: no load in the loop waits for a token's class.
@@ -79,12 +84,12 @@ if find_spec("triton"):  # not built for every platform; the reference needs non
         gate_noised = tl.load(gate_ptr + rows, mask=mask, other=0.0).to(tl.float32)
         gate_clean = tl.load(gate_ptr + rows + D, mask=mask, other=0.0).to(tl.float32)
         bias = tl.load(bias_ptr + d, mask=mask, other=0.0).to(tl.float32)
-        dgate_noised = tl.zeros([BLOCK_D], dtype=tl.float32)
-        dgate_clean = tl.zeros([BLOCK_D], dtype=tl.float32)
-        dy_noised = tl.zeros([BLOCK_D], dtype=tl.float32)
-        dy_clean = tl.zeros([BLOCK_D], dtype=tl.float32)
+        dgate_noised = tl.zeros([COLUMNS], dtype=tl.float32)
+        dgate_clean = tl.zeros([COLUMNS], dtype=tl.float32)
+        dy_noised = tl.zeros([COLUMNS], dtype=tl.float32)
+        dy_clean = tl.zeros([COLUMNS], dtype=tl.float32)
 
-        for n in tl.range(tl.program_id(0), N, tl.num_programs(0), num_stages=3):
+        for n in tl.range(tl.program_id(0), N, tl.num_programs(0), num_stages=4):
             token = batch * N + n
             dy = tl.load(dy_ptr + token * D + d, mask=mask, other=0.0).to(tl.float32)
             is_clean = tl.load(clean_ptr + token) != 0
@@ -132,10 +137,16 @@ def _backward(
     dy, x, bias, gate, clean = (tensor.contiguous() for tensor in (dy, x, bias, gate, clean))
     B, N, D = x.shape
     dx, dbias, dgate = _backward_outputs(dy, x, bias, gate, clean, needs_dx, needs_sums)
-    programs = reduction_programs(x)
+    blocks = triton.cdiv(D, _COLUMNS)
+    programs = min(N, triton.cdiv(_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x), B * blocks))
     sums = x.new_empty((programs, 2, *dgate.shape), dtype=torch.float32)
-    _backward_kernel[(programs, B)](
-        dy, x, bias, gate, clean, dx, sums, N, NEEDS_DX=needs_dx, NEEDS_SUMS=needs_sums, **row_launch(D)
+    _backward_kernel[(programs, B, blocks)](
+        *(dy, x, bias, gate, clean, dx, sums, N),
+        NEEDS_DX=needs_dx,
+        NEEDS_SUMS=needs_sums,
+        D=D,
+        COLUMNS=_COLUMNS,
+        num_warps=4,
     )
     if needs_sums:
         dgate, dy_sum = sums.sum(0)

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mugv_kernels.modulate import multiprocessors
+
 _COLUMNS = 512  # of a program
 _PROGRAMS_PER_MULTIPROCESSOR = 16
 
@@ -59,8 +61,7 @@ def gelu_backward(x: Tensor, gradient: Tensor) -> Tensor:
 def _gelu_backward(x: Tensor, gradient: Tensor) -> Tensor:
     rows, columns = x.shape
     column_programs = triton.cdiv(columns, _COLUMNS)
-    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    row_programs = min(rows, triton.cdiv(_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, column_programs))
+    row_programs = min(rows, triton.cdiv(_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x), column_programs))
     sums = x.new_empty((row_programs, columns), dtype=torch.float32)
     _kernel[(column_programs, row_programs)](x, gradient, sums, rows, F=columns, COLUMNS=_COLUMNS, num_warps=2)
     return sums.sum(0).to(x.dtype)

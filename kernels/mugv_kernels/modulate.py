@@ -165,8 +165,12 @@ def row_launch(D: int) -> dict[str, int]:
 def reduction_programs(x_BND: Tensor) -> int:
     """Programs among which a reduction shares the tokens of one batch element."""
     B, N, _ = x_BND.shape
-    multiprocessors = torch.cuda.get_device_properties(x_BND.device).multi_processor_count if x_BND.is_cuda else 1
-    return min(N, triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, B))
+    return min(N, triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x_BND), B))
+
+
+def multiprocessors(x: Tensor) -> int:
+    """Of the device that holds x; one for the CPU."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, x: Tensor) -> None:

@@ -48,7 +48,8 @@ def attend_packed(attention: Attention, qkv: Tensor, tokens: int) -> Tensor:
     if isinstance(attention, PackedAttention):
         return attention.packed(qkv, tokens)
     o = attention(*qkv[:, :tokens].unbind(2))
-    return F.pad(o, (0, 0, 0, 0, 0, qkv.shape[1] - tokens))
+    padding = qkv.shape[1] - tokens
+    return F.pad(o, (0, 0, 0, 0, 0, padding)) if padding else o  # padding by nothing would copy
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -3,8 +3,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from mugv_kernels import gated_residual as gated_residual_module
 from mugv_kernels.gated_residual import gated_residual, gated_residual_reference
-from mugv_kernels.modulate import reduction_programs
+from mugv_kernels.modulate import multiprocessors
 
 
 def make_inputs(B: int, N: int, D: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -24,9 +25,9 @@ def test_matches_the_reference(B, N, D, which_clean, dtype, device, make_clean, 
 
 
 def test_a_program_sums_over_several_tokens(device, make_clean, assert_parity):
-    """However many programs the device gives a reduction."""
-    N = 2 * reduction_programs(torch.empty(2, 1 << 20, 1, device=device)) + 1
-    inputs = make_inputs(2, N, 72, torch.float32, device)
+    """However many programs the device gives a reduction; and its channels are shared by several."""
+    N = 2 * gated_residual_module._PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(torch.empty(0, device=device)) + 1
+    inputs = make_inputs(2, N, 1200, torch.float32, device)
     assert_parity(gated_residual, gated_residual_reference, inputs, make_clean(2, N))
 
 
