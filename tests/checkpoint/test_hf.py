@@ -60,7 +60,7 @@ def test_every_form_gives_every_tensor(tmp_path, state, form):
 
 def test_a_part_of_the_model_takes_its_own(tmp_path, state):
     block = Block(CONFIG)
-    load_into(write(tmp_path, state, "safetensors"), [("blocks.1.", block)])
+    load_into(write(tmp_path, state, "safetensors"), CONFIG, [("blocks.1.", block)])
     assert torch.equal(block.mlp.fc1.weight, state["blocks.1.mlp.fc1.weight"])
 
 
@@ -82,7 +82,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path, state, change, complaint):
     change(state)
     path = write(tmp_path, state, "pt")
     with pytest.raises(CheckpointError, match=complaint):
-        load_into(path, [("", DiT(CONFIG))])
+        load_into(path, CONFIG, [("", DiT(CONFIG))])
     with pytest.raises(CheckpointError, match=complaint) as error:
         load_dit(path)
     assert "\n" not in str(error.value)
