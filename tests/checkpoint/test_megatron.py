@@ -1,11 +1,11 @@
 """Megatron training checkpoints in both forms, good and bad."""
 
-import dataclasses
 import os
 import pickle
-import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,25 +66,22 @@ def test_another_preset_is_refused(tmp_path, state, capsys):
 
 @dataclass
 class MCoreMetadata(Metadata):
-    """As Megatron extends the description; that class is not there when the checkpoint is read."""
+    """As Megatron extends the description, in a module that is not there when the checkpoint is read."""
 
     mcore_data: dict | None = None
 
 
-MCoreMetadata.__module__ = "megatron.core.dist_checkpointing.strategies.torch"
+MCoreMetadata.__module__ = "megatron"
 
 
-def test_a_description_with_classes_of_megatron_is_read(tmp_path, state, monkeypatch):
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_a_description_with_classes_of_megatron_is_read(tmp_path, state, monkeypatch, protocol):
     folder = write_stacked(tmp_path / "megatron", state)
-    ours = (folder / ".metadata").read_bytes()
-    metadata = pickle.loads(ours)
-    fields = {field.name: getattr(metadata, field.name) for field in dataclasses.fields(metadata)}
-    name = MCoreMetadata.__module__
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
     with monkeypatch.context() as patch:
-        patch.setitem(__import__("sys").modules, name, __import__("types").SimpleNamespace(MCoreMetadata=MCoreMetadata))
-        for protocol in (2, 5):
-            with (folder / ".metadata").open("wb") as file:
-                pickle.dump(MCoreMetadata(**fields, mcore_data={"a": {"b": (1, 2)}}), file, protocol=protocol)
+        patch.setitem(sys.modules, "megatron", SimpleNamespace(MCoreMetadata=MCoreMetadata))
+        extended = MCoreMetadata(**vars(metadata), mcore_data={"a": {"b": (1, 2.5, b"", None, {3})}})
+        (folder / ".metadata").write_bytes(pickle.dumps(extended, protocol=protocol))
     weights, _ = open_weights(folder)
     assert torch.equal(weights["blocks.2.attn.qkv.weight"], state["blocks.2.attn.qkv.weight"])
 
@@ -106,6 +103,18 @@ def edit_metadata(folder: Path, change) -> None:
 def set_places(metadata: Metadata, **values) -> None:
     for place in metadata.storage_data.values():
         vars(place).update(values)
+
+
+def plant_chunk(folder: Path, value: object) -> None:
+    """Puts something else where start_token is looked for."""
+    torch.save(value, folder / "evil.distcp")
+
+    def change(metadata: Metadata) -> None:
+        (place,) = (place for index, place in metadata.storage_data.items() if index.fqn == "start_token")
+        size = (folder / "evil.distcp").stat().st_size
+        place.relative_path, place.offset, place.length = "evil.distcp", 0, size
+
+    edit_metadata(folder, change)
 
 
 def drop_chunk(metadata: Metadata) -> None:
@@ -136,10 +145,9 @@ BAD_STACKED = {
     "leads out": (lambda f: edit_metadata(f, lambda m: set_places(m, relative_path="../x")), "'../x', which is not"),
     "no such file": (lambda f: (f / "__0_0.distcp").unlink(), "which is not a file in this folder"),
     "short file": (lambda f: os.truncate(f / "__0_0.distcp", 1000), "has not the bytes"),
-    "payload in a chunk": (
-        lambda f: (torch.save(Payload(f / "sentinel"), f / "p"), overwrite(f / "__0_0.distcp", (f / "p").read_bytes())),
-        "cannot be read as a tensor",
-    ),
+    "payload in a chunk": (lambda f: plant_chunk(f, Payload(f / "sentinel")), "cannot be read as a tensor"),
+    "other shape in a chunk": (lambda f: plant_chunk(f, torch.ones(2)), "not the tensor that is announced"),
+    "stride 0 in a chunk": (lambda f: plant_chunk(f, torch.ones(1).expand(288)), "elements that are not stored"),
     "garbage in a chunk": (lambda f: overwrite(f / "__0_0.distcp", bytes(5000)), "cannot be read as a tensor"),
     "compressed": (lambda f: edit_metadata(f, lambda m: set_places(m, transform_descriptors=["zstd"])), "transformed"),
     "missing chunk": (lambda f: edit_metadata(f, drop_chunk), r"mlp\.linear_fc1\.weight do not make it up"),
@@ -222,4 +230,3 @@ def test_bad_legacy_folders_are_refused_by_name(tmp_path, state, damage):
         import_weights(folder, tmp_path / "out")
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
     assert not (tmp_path / "out").exists() and not (folder / "sentinel").exists()
-    shutil.rmtree(folder)
