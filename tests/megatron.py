@@ -100,18 +100,24 @@ class Boxes(dcp.DefaultSavePlanner):
         return value[tuple(slice(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))].clone()
 
 
-def write_stacked(folder: Path, state: dict[str, Tensor], *, layers: int = 1, ranks: int = 1) -> Path:
-    """An iteration's folder in the torch_dist form; arguments as `Boxes`."""
+def stack_layers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Published tensors as torch_dist has them: by Megatron name, those of the layers stacked. On any device."""
     stacks: dict[str, list[Tensor]] = {}
     for published, tensor in state.items():
         name, value = as_megatron(published, tensor)
         stacks.setdefault(re.sub(r"^(decoder\.layers)\.\d+", r"\1", name), []).append(value)
-    theirs: dict[str, object] = {
-        name: torch.stack(values) if name.startswith("decoder.") else values[0] for name, values in stacks.items()
+    return {name: torch.stack(values) if name.startswith("decoder.") else values[0] for name, values in stacks.items()}
+
+
+def write_stacked(folder: Path, stacked: dict[str, Tensor], *, layers: int = 1, ranks: int = 1) -> Path:
+    """An iteration's folder in the torch_dist form, of what `stack_layers` gives; other arguments as `Boxes`."""
+    beside = {
+        "optimizer.state.exp_avg": torch.ones(2, dtype=torch.int8),
+        "rng_state/shard_0": [1, 2],
+        "context_embedder.drop_emb": torch.ones(2),
+        "decoder.layers.mlp.linear_fc1._extra_state": b"fp8",
     }
-    theirs |= {"optimizer.state.exp_avg": torch.ones(2, dtype=torch.int8), "rng_state/shard_0": [1, 2]}
-    theirs |= {"context_embedder.drop_emb": torch.ones(2), "decoder.layers.mlp.linear_fc1._extra_state": b"fp8"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is no process group
-        dcp.save(theirs, checkpoint_id=folder, planner=Boxes(layers, ranks), no_dist=True)
+        dcp.save(stacked | beside, checkpoint_id=folder, planner=Boxes(layers, ranks), no_dist=True)
     return folder

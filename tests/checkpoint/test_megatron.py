@@ -15,7 +15,7 @@ from mugv_ds.checkpoint.convert import import_weights, open_weights
 from mugv_ds.checkpoint.hf import load_dit, load_into
 from mugv_ds.checkpoint.store import CheckpointError
 from mugv_ds.models import DiT, DiTConfig
-from tests.megatron import write_legacy, write_stacked
+from tests.megatron import stack_layers, write_legacy, write_stacked
 from tools import import_hf
 
 CONFIG = DiTConfig(288, 4, 3, caption_channels=16)
@@ -31,9 +31,13 @@ FORMS = {
     "legacy, 1 rank": lambda folder, state: write_legacy(folder, state, 1),
     "legacy, 2 ranks": lambda folder, state: write_legacy(folder, state, 2),
     "legacy, 4 ranks": lambda folder, state: write_legacy(folder, state, 4),
-    "torch_dist, whole stacks": lambda folder, state: write_stacked(folder, state, layers=3),
-    "torch_dist, layer by layer, 4 ranks": lambda folder, state: write_stacked(folder, state, layers=1, ranks=4),
-    "torch_dist, two layers, 2 ranks": lambda folder, state: write_stacked(folder, state, layers=2, ranks=2),
+    "torch_dist, whole stacks": lambda folder, state: write_stacked(folder, stack_layers(state), layers=3),
+    "torch_dist, layer by layer, 4 ranks": lambda folder, state: write_stacked(
+        folder, stack_layers(state), layers=1, ranks=4
+    ),
+    "torch_dist, two layers, 2 ranks": lambda folder, state: write_stacked(
+        folder, stack_layers(state), layers=2, ranks=2
+    ),
 }
 
 
@@ -57,7 +61,7 @@ def test_a_run_starts_from_what_is_imported(tmp_path, state, form, capsys):
 
 
 def test_another_preset_is_refused(tmp_path, state, capsys):
-    source = write_stacked(tmp_path / "megatron", state)
+    source = write_stacked(tmp_path / "megatron", stack_layers(state))
     command = ["--weights", str(source), "--out", str(tmp_path / "out"), "--preset", "mugdit_debug"]
     assert import_hf.main(command) == 2
     assert "not mugdit_debug" in capsys.readouterr().err
@@ -76,7 +80,7 @@ MCoreMetadata.__module__ = "megatron"
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_a_description_with_classes_of_megatron_is_read(tmp_path, state, monkeypatch, protocol):
-    folder = write_stacked(tmp_path / "megatron", state)
+    folder = write_stacked(tmp_path / "megatron", stack_layers(state))
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "megatron", SimpleNamespace(MCoreMetadata=MCoreMetadata))
@@ -171,7 +175,7 @@ def overwrite(file: Path, data: bytes) -> None:
 
 @pytest.mark.parametrize("damage", BAD_STACKED)
 def test_bad_torch_dist_folders_are_refused_by_name(tmp_path, state, damage):
-    folder = write_stacked(tmp_path / "megatron", state, layers=1, ranks=2)
+    folder = write_stacked(tmp_path / "megatron", stack_layers(state), layers=1, ranks=2)
     do, complaint = BAD_STACKED[damage]
     do(folder)
     if complaint is None:
