@@ -35,7 +35,7 @@ def find_megatron(path: Path) -> Path | None:
     latest = path / _LATEST
     if not latest.is_file():
         return None
-    text = latest.read_text().strip()
+    text = latest.read_text(errors="replace").strip()
     name = f"iter_{int(text):07d}" if re.fullmatch(r"[0-9]{1,9}", text) else text
     if not re.fullmatch(r"iter_[0-9]+|release", name) or not (path / name).is_dir():
         raise CheckpointError(f"{latest}: names {text!r}, which is no iteration in this folder")

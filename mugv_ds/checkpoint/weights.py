@@ -65,6 +65,8 @@ def infer_sizes(weights: Weights) -> DiTConfig:
         mlp_width, _ = weights.meta("blocks.0.mlp.fc1.weight").shape
         depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
         return DiTConfig(width, width // HEAD_DIM, depth, caption_channels, in_channels, mlp_width // width)
+    except CheckpointError:
+        raise
     except KeyError as error:
         raise CheckpointError(f"{weights.path}: has no {error.args[0]}; it is not a DiT") from None
     except (ConfigError, ValueError, ZeroDivisionError) as error:
