@@ -21,6 +21,9 @@ class Weights(Mapping[str, Tensor]):
 
     path: Path
 
+    def __contains__(self, name: object) -> bool:
+        return any(name == own for own in self)  # Mapping would read the tensor to find out
+
     @abstractmethod
     def meta(self, name: str) -> Tensor:
         """Shape and dtype of a tensor, as a tensor on the meta device; its data is not read."""
@@ -38,18 +41,17 @@ def check_weights(weights: Weights, config: DiTConfig) -> None:
     Raises:
         CheckpointError: a tensor is missing, unexpected, of another shape, or holds no floating-point numbers.
     """
-    wanted = meta_state(config)
+    wanted, given = meta_state(config), set(weights)
     for name, like in wanted.items():
-        if name not in weights:
+        if name not in given:
             raise CheckpointError(f"{weights.path}: has no {name}; it is not a whole DiT of depth {config.depth}")
         found = weights.meta(name)
         if found.shape != like.shape:
             raise CheckpointError(f"{weights.path}: {name} is {list(found.shape)}, the model wants {list(like.shape)}")
         if not found.is_floating_point():
             raise CheckpointError(f"{weights.path}: {name} is {found.dtype}, and must be floating-point")
-    for name in weights:
-        if name not in wanted and name != UNUSED:
-            raise CheckpointError(f"{weights.path}: has {name}, which a DiT of depth {config.depth} has not")
+    if unexpected := given - wanted.keys() - {UNUSED}:
+        raise CheckpointError(f"{weights.path}: has {min(unexpected)}, which a DiT of depth {config.depth} has not")
 
 
 def infer_sizes(weights: Weights) -> DiTConfig:

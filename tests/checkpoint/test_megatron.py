@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
+from mugv_ds.checkpoint import torch_dist
 from mugv_ds.checkpoint.convert import import_weights, open_weights
 from mugv_ds.checkpoint.hf import load_dit, load_into
 from mugv_ds.checkpoint.store import CheckpointError
@@ -47,6 +48,14 @@ def test_every_tensor_comes_out_bit_for_bit(tmp_path, state, form):
     assert config == CONFIG and weights.keys() == state.keys()
     for name, value in state.items():
         assert torch.equal(weights[name], value), name
+
+
+def test_each_chunk_is_read_once(tmp_path, state, monkeypatch):
+    read, load_chunk = [], torch_dist.load_chunk
+    monkeypatch.setattr(torch_dist, "load_chunk", lambda chunk, dtype: read.append(chunk) or load_chunk(chunk, dtype))
+    folder = write_stacked(tmp_path / "megatron", stack_layers(state), layers=3)
+    import_weights(folder, tmp_path / "out")
+    assert len(read) == len(set(read)) == len(stack_layers(state))
 
 
 @pytest.mark.parametrize("form", ["legacy, 2 ranks", "torch_dist, whole stacks"])
