@@ -1,17 +1,18 @@
 # Everything runs inside .venv, which `make install` creates.
-# Variables: CONFIG, SET, HOSTFILE, CKPT, WEIGHTS, OUT, FORMAT, PYTHON.
+# Variables: CONFIG, SET, HOSTFILE, CKPT, WEIGHTS, OUT, FORMAT, DTYPE, NOISE, PYTHON.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 HOSTFILE ?= hostfiles/localhost
 CONFIG ?= ds_configs/debug.json
 FORMAT ?= pt
+NOISE ?= paired
 # One host, no ssh. For several hosts see the README.
 LAUNCH = $(BIN)/python tools/check_hostfile.py $(HOSTFILE) && $(BIN)/deepspeed --hostfile $(HOSTFILE) --no_ssh \
 	--node_rank 0 --master_addr 127.0.0.1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart demo-data train dry-run convert-hf sample test lint clean
+.PHONY: help install quickstart demo-data train dry-run convert-hf import-hf widen sample test lint clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,9 +43,17 @@ train: install  ## Train CONFIG on the hosts of HOSTFILE; SET="section.key=value
 dry-run: install  ## Print what CONFIG would run, without starting it
 	$(BIN)/python mugv_ds/train.py --dry-run --config $(CONFIG) $(addprefix --set ,$(SET))
 
-convert-hf: install  ## Write checkpoint CKPT as published-format weights to OUT (FORMAT=pt or safetensors)
+convert-hf: install  ## Write checkpoint CKPT as published-format weights to OUT (FORMAT=pt, bin or safetensors)
 	@test -n "$(CKPT)" -a -n "$(OUT)" || { echo "usage: make convert-hf CKPT=runs/…/checkpoints OUT=exports/…"; exit 2; }
 	$(BIN)/python tools/convert_hf.py --ckpt $(CKPT) --out $(OUT) --format $(FORMAT)
+
+import-hf: install  ## Check WEIGHTS (published in any form, or Megatron's) and write them to OUT, to start a run from
+	@test -n "$(WEIGHTS)" -a -n "$(OUT)" || { echo "usage: make import-hf WEIGHTS=… OUT=exports/…"; exit 2; }
+	$(BIN)/python tools/import_hf.py --weights $(WEIGHTS) --out $(OUT) $(addprefix --dtype ,$(DTYPE))
+
+widen: install  ## Write WEIGHTS twice as wide to OUT (NOISE=paired, iid or none; DTYPE=fp32 or bf16)
+	@test -n "$(WEIGHTS)" -a -n "$(OUT)" || { echo "usage: make widen WEIGHTS=… OUT=exports/…"; exit 2; }
+	$(BIN)/python tools/widen.py --weights $(WEIGHTS) --out $(OUT) --noise $(NOISE) $(addprefix --dtype ,$(DTYPE))
 
 sample: install  ## Sample the demo prompts from the weights WEIGHTS to OUT
 	@test -n "$(WEIGHTS)" -a -n "$(OUT)" || { echo "usage: make sample WEIGHTS=exports/… OUT=samples/…"; exit 2; }

@@ -38,7 +38,7 @@ def train(config: TrainConfig) -> None:
         config,
         process,
         shape=tuple(training.shapes().max(axis=0).tolist()),
-        weights=init and partial(load_into, init),
+        weights=init and partial(load_into, init, config.model.dit()),
     )
     store = Store(config)
     start = store.resume(engine)

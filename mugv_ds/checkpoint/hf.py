@@ -1,50 +1,58 @@
 """Weights in the published format: read from any of its files, written from a training checkpoint.
 
-The format is `DiT.state_dict()`, as one `.pt`, as one `.safetensors`, or as a folder of shards with an index. Tensors
-are memory-mapped and handled a layer at a time; docs/performance.md says how much memory that takes.
+The format is `DiT.state_dict()`, as one file or as a folder of shards with an index. Tensors are memory-mapped and
+handled one at a time; docs/performance.md says how much memory that takes.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mugv_ds.checkpoint.save import CONFIG_NAME, INDEX_NAMES, SINGLE_NAMES, Layout, save_weights
 from mugv_ds.checkpoint.store import CheckpointError, newest, read_run_config
+from mugv_ds.checkpoint.weights import Weights, check_weights, is_stored
 from mugv_ds.config.model import DiTConfig
 from mugv_ds.models.dit import DiT
 
-CONFIG_NAME = "config.json"
-PT_NAME = "dit.pt"
-_INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SHARD_SIZE = "5GB"
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-class PublishedWeights(Mapping[str, Tensor]):
-    """The tensors of published-format weights by name, each read when it is asked for.
+class PublishedWeights(Weights):
+    """The tensors of published-format weights.
 
     Args:
         path: a `.pt`/`.bin`/`.safetensors` file, or a folder that holds one of them or shards with their index.
 
     Raises:
-        CheckpointError: there are no weights at `path`, or a file is not what its name says.
+        CheckpointError: there are no weights at `path`, a file is not what its name says, or the index does not say
+            what the shards hold.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._file_of = {name: file for file in self._files() for name in _names(file)}
+        self._mapped: tuple[Path | None, dict[str, Tensor]] = (None, {})
+        self._file_of = self._placed()
 
     def __getitem__(self, name: str) -> Tensor:
         file = self._file_of[name]
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as tensors:
                 return tensors.get_tensor(name)
-        return _load_pt(file)[name]
+        return self._map(file)[name]
+
+    def meta(self, name: str) -> Tensor:
+        file = self._file_of[name]
+        if file.suffix != ".safetensors":
+            return self._map(file)[name].to("meta")
+        with safe_open(file, "pt") as tensors:
+            found = tensors.get_slice(name)
+            if found.get_dtype() not in _DTYPES:
+                raise CheckpointError(f"{file}: {name} is {found.get_dtype()}, and must be one of {', '.join(_DTYPES)}")
+            return torch.empty(found.get_shape(), dtype=_DTYPES[found.get_dtype()], device="meta")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
@@ -52,18 +60,27 @@ class PublishedWeights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._file_of)
 
-    def _files(self) -> list[Path]:
+    def _placed(self) -> dict[str, Path]:
+        """The file of each tensor."""
         if self.path.is_file():
-            return [self.path]
-        for name in _INDEX_NAMES:
+            return dict.fromkeys(_names(self.path), self.path)
+        for name in INDEX_NAMES.values():
             if (self.path / name).is_file():
-                return [self._inside(shard) for shard in sorted(set(_read_index(self.path / name).values()))]
-        found = [file for file in (self.path / PT_NAME, self.path / "model.safetensors") if file.is_file()]
-        if not found:
-            raise CheckpointError(
-                f"{self.path}: holds no weights ({PT_NAME}, model.safetensors, or shards with an index)"
-            )
-        return found[:1]
+                return self._sharded(_read_index(self.path / name))
+        for name in SINGLE_NAMES:
+            if (self.path / name).is_file():
+                return dict.fromkeys(_names(self.path / name), self.path / name)
+        raise CheckpointError(f"{self.path}: holds no weights ({', '.join(SINGLE_NAMES)}, or shards with an index)")
+
+    def _sharded(self, shard_of: dict[str, str]) -> dict[str, Path]:
+        files = {shard: self._inside(shard) for shard in sorted(set(shard_of.values()))}
+        for shard, file in files.items():
+            differing = set(_names(file)) ^ {name for name, its in shard_of.items() if its == shard}
+            if differing:
+                raise CheckpointError(
+                    f"{file}: {min(differing)} is only in one of this file and the index; one of the two is not whole"
+                )
+        return {name: files[shard] for name, shard in shard_of.items()}
 
     def _inside(self, shard: str) -> Path:
         file = self.path / shard
@@ -71,25 +88,25 @@ class PublishedWeights(Mapping[str, Tensor]):
             raise CheckpointError(f"{self.path}: its index names {shard!r}, which is not a file in this folder")
         return file
 
+    def _map(self, file: Path) -> dict[str, Tensor]:
+        """The mapped tensors of a file; the last file is kept open, because the next tensor is mostly from it too."""
+        if self._mapped[0] != file:
+            self._mapped = (file, _load_pt(file))
+        return self._mapped[1]
 
-def load_into(path: str | Path, layers: Iterable[tuple[str, nn.Module]]) -> None:
-    """Copies published-format weights into parts of a DiT, each with the prefix of its names.
+
+def load_into(path: str | Path, config: DiTConfig, layers: Iterable[tuple[str, nn.Module]]) -> None:
+    """Copies published-format weights into parts of a DiT of these sizes, each with the prefix of its names.
+
+    All of the weights are held against the sizes first, so that every rank of a pipeline comes to the same verdict.
 
     Raises:
-        CheckpointError: a tensor is missing or has another shape.
+        CheckpointError: a tensor is missing, unexpected, or has another shape.
     """
     weights = PublishedWeights(path)
+    check_weights(weights, config)
     for prefix, layer in layers:
-        state = {}
-        for name, parameter in layer.state_dict().items():
-            if prefix + name not in weights:
-                raise CheckpointError(f"{path}: has no {prefix + name}; it is not a DiT of this depth")
-            state[name] = weights[prefix + name]
-            if state[name].shape != parameter.shape:
-                raise CheckpointError(
-                    f"{path}: {prefix + name} is {list(state[name].shape)}, the model wants {list(parameter.shape)}"
-                )
-        layer.load_state_dict(state, strict=True)
+        layer.load_state_dict({name: weights[prefix + name] for name in layer.state_dict()}, strict=True)
 
 
 def load_dit(path: str | Path) -> DiT:
@@ -107,14 +124,12 @@ def load_dit(path: str | Path) -> DiT:
     with torch.device("meta"):
         model = DiT(config)
     weights = PublishedWeights(path)
-    try:
-        model.load_state_dict(dict(weights), strict=True, assign=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: not the weights of the sizes in {file}: {_one_line(error)}") from None
+    check_weights(weights, config)
+    model.load_state_dict(dict(weights), strict=True, assign=True)
     return model
 
 
-class TrainedLayers(Mapping[str, Tensor]):
+class TrainedLayers(Weights):
     """The weights of a DeepSpeed pipeline checkpoint, by published name, each read when it is asked for.
 
     Args:
@@ -122,6 +137,7 @@ class TrainedLayers(Mapping[str, Tensor]):
     """
 
     def __init__(self, checkpoint: Path, depth: int) -> None:
+        self.path = checkpoint
         self._place: dict[str, tuple[Path, str]] = {}
         prefixes = ["", *(f"blocks.{i}." for i in range(depth)), "final_layer."]
         for layer, prefix in enumerate(prefixes):
@@ -134,6 +150,9 @@ class TrainedLayers(Mapping[str, Tensor]):
         file, local = self._place[name]
         return _load_pt(file)[local]
 
+    def meta(self, name: str) -> Tensor:
+        return self[name].to("meta")
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._place)
 
@@ -141,50 +160,25 @@ class TrainedLayers(Mapping[str, Tensor]):
         return len(self._place)
 
 
-def export(checkpoint: Path, out: Path, *, layout: str) -> Path:
+def export(checkpoint: Path, out: Path, *, layout: Layout) -> Path:
     """Writes a training checkpoint in the published format, with `config.json`; returns the weights' path.
 
     Args:
         checkpoint: a run's folder (its newest checkpoint is taken) or a `global_step<n>` folder in it.
-        out: folder to write. layout: "pt" for one file, "safetensors" for shards of 5 GB with an index.
+        out: folder to make. layout: see `save_weights`.
 
     Raises:
         CheckpointError: the checkpoint cannot be used, or is not a whole DiT.
     """
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint}: no such folder")
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{out}: is a file; name a folder")
     found = checkpoint if checkpoint.name.startswith("global_step") else newest(checkpoint)
     if found is None:
         raise CheckpointError(f"{checkpoint}: holds no checkpoint")
     config = read_run_config(found).model.dit()
     weights = TrainedLayers(found, config.depth)
-    _check_complete(weights, config, found)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / CONFIG_NAME).write_text(json.dumps(asdict(config), indent=2) + "\n")
-    if layout == "pt":
-        torch.save(dict(weights), out / PT_NAME)
-        return out / PT_NAME
-    _save_shards(weights, out)
-    return out
-
-
-def _check_complete(weights: Mapping[str, Tensor], config: DiTConfig, checkpoint: Path) -> None:
-    with torch.device("meta"):
-        wanted = DiT(config).state_dict()
-    if wanted.keys() != weights.keys():
-        odd = sorted(wanted.keys() ^ weights.keys())
-        raise CheckpointError(f"{checkpoint}: not a DiT of these sizes; {len(odd)} names differ, the first is {odd[0]}")
-
-
-def _save_shards(weights: Mapping[str, Tensor], out: Path) -> None:
-    plan = split_torch_state_dict_into_shards(dict(weights), max_shard_size=_SHARD_SIZE)
-    for file, names in plan.filename_to_tensors.items():
-        save_file({name: weights[name].contiguous() for name in names}, out / file, metadata={"format": "pt"})
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (out / _INDEX_NAMES[0]).write_text(json.dumps(index, indent=2) + "\n")
+    check_weights(weights, config)
+    return save_weights(weights, config, out, layout)
 
 
 def _read_index(file: Path) -> dict[str, str]:
@@ -218,6 +212,11 @@ def _load_pt(file: Path) -> dict[str, Tensor]:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise CheckpointError(f"{file}: cannot be read as plain tensors: {_one_line(error)}") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise CheckpointError(f"{file}: must hold a dict of tensors")
+    for name, value in state.items():
+        if not is_stored(value):
+            raise CheckpointError(f"{file}: {name} claims elements that the file does not store")
     return state

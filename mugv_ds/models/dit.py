@@ -150,6 +150,12 @@ class DiT(Embedders):
         return unpatchify(patches, grid, height, width)
 
 
+def keyed_generator(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator keyed by (seed, name): what it gives does not depend on what was drawn before, or where."""
+    key = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(key) >> 1)
+
+
 @torch.no_grad()
 def init_weights(module: nn.Module, prefix: str, seed: int) -> None:
     """Initial weights, each drawn from a generator keyed by (seed, full name): equal however the model is split up.
@@ -163,8 +169,7 @@ def init_weights(module: nn.Module, prefix: str, seed: int) -> None:
     """
     for local, parameter in module.named_parameters():
         name = prefix + local
-        key = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-        generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(key) >> 1)
+        generator = keyed_generator(seed, name, parameter.device)
         if name.endswith("scale_shift_table"):
             parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
         elif "norm" in name:

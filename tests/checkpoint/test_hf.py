@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from mugv_ds.checkpoint.hf import PublishedWeights, export, load_dit, load_into
+from mugv_ds.checkpoint.save import save_weights
 from mugv_ds.checkpoint.store import CheckpointError
 from mugv_ds.models import DiT, DiTConfig
 from mugv_ds.models.dit import init_weights
@@ -58,9 +60,54 @@ def test_every_form_gives_every_tensor(tmp_path, state, form):
     assert all(torch.equal(a, b) for a, b in zip(load_dit(path).state_dict().values(), state.values(), strict=True))
 
 
+@pytest.mark.parametrize("source", ["pt", "sharded bin", "sharded safetensors"])
+@pytest.mark.parametrize("layout", ["pt", "bin", "safetensors"])
+@pytest.mark.parametrize("shard_size", ["1MB", "5GB"])
+def test_every_form_is_written_bit_for_bit(tmp_path, state, source, layout, shard_size):
+    (tmp_path / "in").mkdir()
+    state = {name: value.bfloat16() for name, value in state.items()} | {"y_embedder.y_embedding": torch.ones(4, 16)}
+    weights = PublishedWeights(write(tmp_path / "in", state, source))
+    written = save_weights(weights, CONFIG, tmp_path / "out", layout, shard_size=shard_size)
+    again = PublishedWeights(written)
+    assert set(again) == set(state) - {"y_embedder.y_embedding"}
+    assert all(torch.equal(value, state[name]) and value.dtype == torch.bfloat16 for name, value in again.items())
+    files = [file for file in (tmp_path / "out").iterdir() if file.suffix != ".json"]
+    assert (len(files) > 2) == (layout != "pt" and shard_size == "1MB")
+    assert not (tmp_path / "out.partial").exists()
+    with pytest.raises(CheckpointError, match="exists already"):
+        save_weights(weights, CONFIG, tmp_path / "out", layout)
+
+
+def test_a_view_does_not_drag_its_storage_along(tmp_path, state):
+    class Views(PublishedWeights):
+        def __getitem__(self, name: str) -> torch.Tensor:
+            value = super().__getitem__(name)
+            return torch.cat([value.flatten(), torch.zeros(1_000_000)])[: value.numel()].view(value.shape)
+
+    path = write(tmp_path, state, "pt")
+    written = save_weights(Views(path), CONFIG, tmp_path / "out", "pt")
+    assert written.stat().st_size < 1.1 * path.joinpath("dit.pt").stat().st_size
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_not_written(tmp_path, state, value):
+    state = dict(state) | {"end_token": torch.full((144,), value)}
+    weights = PublishedWeights(write(tmp_path, state, "pt"))
+    with pytest.raises(CheckpointError, match="end_token holds NaN or Inf"):
+        save_weights(weights, CONFIG, tmp_path / "out", "safetensors")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_a_full_disk_is_found_before_writing(tmp_path, state, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(CheckpointError, match="1,000 are free"):
+        save_weights(PublishedWeights(write(tmp_path, state, "pt")), CONFIG, tmp_path / "out", "pt")
+    assert not (tmp_path / "out.partial").exists()
+
+
 def test_a_part_of_the_model_takes_its_own(tmp_path, state):
     block = Block(CONFIG)
-    load_into(write(tmp_path, state, "safetensors"), [("blocks.1.", block)])
+    load_into(write(tmp_path, state, "safetensors"), CONFIG, [("blocks.1.", block)])
     assert torch.equal(block.mlp.fc1.weight, state["blocks.1.mlp.fc1.weight"])
 
 
@@ -74,15 +121,18 @@ def test_loading_keeps_the_dtype(tmp_path, state):
     [
         (lambda s: s.pop("blocks.1.attn.qkv.weight"), "blocks.1.attn.qkv.weight"),
         (lambda s: s.update({"blocks.1.attn.qkv.weight": torch.zeros(3, 3)}), "blocks.1.attn.qkv.weight"),
+        (lambda s: s.update({"blocks.2.attn.qkv.weight": torch.zeros(3, 3)}), "has blocks.2.attn.qkv.weight"),
+        (lambda s: s.update({"end_token": torch.zeros(144, dtype=torch.int8)}), "end_token is torch.int8"),
+        (lambda s: s.update({"end_token": torch.zeros(1).expand(144)}), "end_token claims elements"),
     ],
-    ids=["missing", "other shape"],
+    ids=["missing", "other shape", "unexpected", "integers", "stride 0"],
 )
 def test_weights_that_do_not_fit_are_named(tmp_path, state, change, complaint):
     state = dict(state)
     change(state)
     path = write(tmp_path, state, "pt")
     with pytest.raises(CheckpointError, match=complaint):
-        load_into(path, [("", DiT(CONFIG))])
+        load_into(path, CONFIG, [("", DiT(CONFIG))])
     with pytest.raises(CheckpointError, match=complaint) as error:
         load_dit(path)
     assert "\n" not in str(error.value)
@@ -109,6 +159,30 @@ def plant_pickle(folder: Path) -> None:
     payload = Payload()
     payload.sentinel = str(folder / "sentinel")
     torch.save({"start_token": payload}, folder / "dit.pt")
+
+
+def edit_index(folder: Path, change) -> None:
+    file = next(folder.glob("*.index.json"))
+    index = json.loads(file.read_text())
+    change(index["weight_map"])
+    file.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("form", ["sharded bin", "sharded safetensors"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda placed: placed.pop("end_token"),
+        lambda placed: placed.update({"end_token": placed["final_layer.linear.bias"]}),
+        lambda placed: placed.update({"another": placed["end_token"]}),
+    ],
+    ids=["not in the index", "in another shard", "in no shard"],
+)
+def test_an_index_that_the_shards_contradict_is_refused(tmp_path, state, form, change):
+    write(tmp_path, state, form)
+    edit_index(tmp_path, change)
+    with pytest.raises(CheckpointError, match=r"model-00001-of-\d+\.\w+: (end_token|another) is only in one"):
+        PublishedWeights(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,97 @@
+"""Writes weights in the published format: one .pt, or shards of .bin or .safetensors with their index."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mugv_ds.checkpoint.store import CheckpointError
+from mugv_ds.checkpoint.weights import UNUSED, Weights
+from mugv_ds.config.model import DiTConfig
+
+Layout = Literal["pt", "bin", "safetensors"]
+
+CONFIG_NAME = "config.json"
+PT_NAME = "dit.pt"
+_SHARDS = {"bin": "pytorch_model{suffix}.bin", "safetensors": "model{suffix}.safetensors"}
+SINGLE_NAMES = (PT_NAME, *(pattern.format(suffix="") for pattern in _SHARDS.values()))
+INDEX_NAMES = {layout: pattern.format(suffix="") + ".index.json" for layout, pattern in _SHARDS.items()}
+SHARD_SIZE = "5GB"
+
+
+def save_weights(
+    weights: Weights,
+    config: DiTConfig,
+    out: Path,
+    layout: Layout,
+    *,
+    dtype: torch.dtype | None = None,
+    shard_size: str = SHARD_SIZE,
+) -> Path:
+    """Writes weights with their sizes (`config.json`) to a folder, which appears when it is complete.
+
+    A shard is held in memory while it is written (the whole of a .pt), in as far as it is not mapped from a file.
+
+    Args:
+        weights: of a whole DiT (`check_weights`). They are read in their own order.
+        out: folder to make; there may be an empty one.
+        layout: "pt" for one file; "bin" or "safetensors" for shards with an index, or one file if one shard will do.
+        dtype: of what is written; None keeps each tensor's.
+        shard_size: largest shard, such as "5GB".
+    Returns:
+        What to open: the .pt, or the folder.
+    Raises:
+        CheckpointError: `out` cannot be used, the disk is too small, or a tensor holds NaN or Inf.
+    """
+    out = out.absolute()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise CheckpointError(f"{out}: exists already; name a new folder")
+    planned = {name: weights.meta(name).to(dtype or weights.meta(name).dtype) for name in weights if name != UNUSED}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    needed, free = sum(value.nbytes for value in planned.values()), shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise CheckpointError(f"{out}: needs {needed:,} bytes, and {free:,} are free on that disk")
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        if layout == "pt":
+            torch.save(_read(weights, planned), partial / PT_NAME)
+        else:
+            _save_shards(weights, planned, partial, layout, shard_size)
+        (partial / CONFIG_NAME).write_text(json.dumps(asdict(config), indent=2) + "\n")
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out / PT_NAME if layout == "pt" else out
+
+
+def _save_shards(weights: Weights, planned: dict[str, Tensor], out: Path, layout: Layout, shard_size: str) -> None:
+    plan = split_torch_state_dict_into_shards(planned, filename_pattern=_SHARDS[layout], max_shard_size=shard_size)
+    for file, names in plan.filename_to_tensors.items():
+        shard = _read(weights, {name: planned[name] for name in names})
+        if layout == "safetensors":
+            save_file(shard, out / file, metadata={"format": "pt"})
+        else:
+            torch.save(shard, out / file)
+        del shard  # not beside the next one
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (out / INDEX_NAMES[layout]).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _read(weights: Weights, planned: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The planned tensors in the planned dtypes, each alone in its storage, as files store them."""
+    read = {}
+    for name, like in planned.items():
+        value = weights[name].to(like.dtype).contiguous()
+        if not value.isfinite().all():
+            raise CheckpointError(f"{weights.path}: {name} holds NaN or Inf; these weights cannot be used")
+        read[name] = value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
+    return read

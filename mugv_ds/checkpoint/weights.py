@@ -1,0 +1,89 @@
+"""What every source of DiT weights has in common, and whether its tensors are those of a DiT."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mugv_ds.checkpoint.store import CheckpointError
+from mugv_ds.config import ConfigError
+from mugv_ds.config.model import HEAD_DIM, PRESETS, DiTConfig
+from mugv_ds.models.dit import DiT
+
+# A null caption that some training checkpoints carry and the published weights do not.
+UNUSED = "y_embedder.y_embedding"
+
+
+class Weights(Mapping[str, Tensor]):
+    """Tensors of a DiT by published name, each read when it is asked for. `path` is what errors name."""
+
+    path: Path
+
+    def __contains__(self, name: object) -> bool:
+        return any(name == own for own in self)  # Mapping would read the tensor to find out
+
+    @abstractmethod
+    def meta(self, name: str) -> Tensor:
+        """Shape and dtype of a tensor, as a tensor on the meta device; its data is not read."""
+
+
+def meta_state(config: DiTConfig) -> dict[str, Tensor]:
+    """Every name of a DiT of these sizes, in the model's order, with a tensor of its shape on the meta device."""
+    with torch.device("meta"):
+        return DiT(config).state_dict()
+
+
+def check_weights(weights: Weights, config: DiTConfig) -> None:
+    """Holds the weights' names and shapes against a DiT's. The null caption of training checkpoints may be there.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected, of another shape, or holds no floating-point numbers.
+    """
+    wanted, given = meta_state(config), set(weights)
+    for name, like in wanted.items():
+        if name not in given:
+            raise CheckpointError(f"{weights.path}: has no {name}; it is not a whole DiT of depth {config.depth}")
+        found = weights.meta(name)
+        if found.shape != like.shape:
+            raise CheckpointError(f"{weights.path}: {name} is {list(found.shape)}, the model wants {list(like.shape)}")
+        if not found.is_floating_point():
+            raise CheckpointError(f"{weights.path}: {name} is {found.dtype}, and must be floating-point")
+    if unexpected := given - wanted.keys() - {UNUSED}:
+        raise CheckpointError(f"{weights.path}: has {min(unexpected)}, which a DiT of depth {config.depth} has not")
+
+
+def infer_sizes(weights: Weights) -> DiTConfig:
+    """The sizes that the weights' names and shapes speak of; `check_weights` then holds every tensor against them.
+
+    Raises:
+        CheckpointError: they are not those of a DiT.
+    """
+    try:
+        (width,) = weights.meta("start_token").shape
+        _, in_channels, *_ = weights.meta("x_embedder.proj.weight").shape
+        _, caption_channels = weights.meta("y_embedder.y_proj.fc1.weight").shape
+        mlp_width, _ = weights.meta("blocks.0.mlp.fc1.weight").shape
+        depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+        return DiTConfig(width, width // HEAD_DIM, depth, caption_channels, in_channels, mlp_width // width)
+    except CheckpointError:
+        raise
+    except KeyError as error:
+        raise CheckpointError(f"{weights.path}: has no {error.args[0]}; it is not a DiT") from None
+    except (ConfigError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{weights.path}: has not the shapes of a DiT: {error}") from None
+
+
+def preset_of(config: DiTConfig) -> str | None:
+    """Name of the preset of these sizes, None if there is none."""
+    return next((name for name, preset in PRESETS.items() if preset == config), None)
+
+
+def is_stored(value: Tensor) -> bool:
+    """Whether every element of a loaded tensor was in its file: strides of 0 can make a small file claim any size."""
+    return (
+        value.device.type == "cpu"
+        and value.layout == torch.strided
+        and value.nbytes <= value.untyped_storage().nbytes()
+    )
