@@ -8,10 +8,10 @@ import torch
 from mugv_ds.checkpoint.hf import PublishedWeights
 from mugv_ds.checkpoint.megatron import find_megatron, open_megatron
 from mugv_ds.checkpoint.save import Layout, save_weights
-from mugv_ds.checkpoint.store import CheckpointError
 from mugv_ds.checkpoint.weights import Weights, check_weights, infer_sizes, meta_state, preset_of
 from mugv_ds.checkpoint.widen import Noise, Widened, output_difference, widened_sizes
 from mugv_ds.config import InputError
+from mugv_ds.config.errors import CheckpointError
 from mugv_ds.config.model import PRESETS, DiTConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

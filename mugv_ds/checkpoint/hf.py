@@ -12,9 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from mugv_ds.checkpoint.reader import CheckpointReader, open_checkpoint
 from mugv_ds.checkpoint.save import CONFIG_NAME, INDEX_NAMES, SINGLE_NAMES, Layout, save_weights
-from mugv_ds.checkpoint.store import CheckpointError, newest, read_run_config
 from mugv_ds.checkpoint.weights import Weights, check_weights, is_stored
+from mugv_ds.config.errors import CheckpointError
 from mugv_ds.config.model import DiTConfig
 from mugv_ds.models.dit import DiT
 
@@ -129,56 +130,47 @@ def load_dit(path: str | Path) -> DiT:
     return model
 
 
-class TrainedLayers(Weights):
-    """The weights of a DeepSpeed pipeline checkpoint, by published name, each read when it is asked for.
+class TrainedWeights(Weights):
+    """The weights of a training checkpoint by published name, each read and rounded when it is asked for.
 
     Args:
-        checkpoint: a `global_step<n>` folder. depth: blocks of the model.
+        saved: the checkpoint. dtype: of the tensors.
     """
 
-    def __init__(self, checkpoint: Path, depth: int) -> None:
-        self.path = checkpoint
-        self._place: dict[str, tuple[Path, str]] = {}
-        prefixes = ["", *(f"blocks.{i}." for i in range(depth)), "final_layer."]
-        for layer, prefix in enumerate(prefixes):
-            file = checkpoint / f"layer_{layer:02d}-model_states.pt"
-            if not file.is_file():
-                raise CheckpointError(f"{file}: missing; the checkpoint is not complete")
-            self._place.update({prefix + name: (file, name) for name in _names(file)})
+    def __init__(self, saved: CheckpointReader, dtype: torch.dtype) -> None:
+        self.path, self._saved, self._dtype = saved.folder, saved, dtype
 
     def __getitem__(self, name: str) -> Tensor:
-        file, local = self._place[name]
-        return _load_pt(file)[local]
+        return self._saved.read(name).to(self._dtype)
 
     def meta(self, name: str) -> Tensor:
-        return self[name].to("meta")
+        return torch.empty(self._saved.shape(name), dtype=self._dtype, device="meta")
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._place)
+        return iter(self._saved.names())
 
     def __len__(self) -> int:
-        return len(self._place)
+        return len(self._saved.names())
 
 
 def export(checkpoint: Path, out: Path, *, layout: Layout) -> Path:
     """Writes a training checkpoint in the published format, with `config.json`; returns the weights' path.
 
+    The weights are in the precision that the run computed with, and are what it computed with, bit for bit.
+
     Args:
-        checkpoint: a run's folder (its newest checkpoint is taken) or a `global_step<n>` folder in it.
+        checkpoint: a run's folder (its newest sound checkpoint is taken) or a `step-<n>` folder in it.
         out: folder to make. layout: see `save_weights`.
 
     Raises:
         CheckpointError: the checkpoint cannot be used, or is not a whole DiT.
     """
-    if not checkpoint.is_dir():
-        raise CheckpointError(f"{checkpoint}: no such folder")
-    found = checkpoint if checkpoint.name.startswith("global_step") else newest(checkpoint)
-    if found is None:
-        raise CheckpointError(f"{checkpoint}: holds no checkpoint")
-    config = read_run_config(found).model.dit()
-    weights = TrainedLayers(found, config.depth)
-    check_weights(weights, config)
-    return save_weights(weights, config, out, layout)
+    with open_checkpoint(checkpoint) as saved:
+        run = saved.run_config()
+        config = run.model.dit()
+        weights = TrainedWeights(saved, torch.bfloat16 if run.model.dtype == "bf16" else torch.float32)
+        check_weights(weights, config)
+        return save_weights(weights, config, out, layout)
 
 
 def _read_index(file: Path) -> dict[str, str]:

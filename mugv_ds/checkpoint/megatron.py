@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from mugv_ds.checkpoint.megatron_names import STACKED, is_weight, published_name, published_rows, split_dimension
-from mugv_ds.checkpoint.store import CheckpointError
 from mugv_ds.checkpoint.torch_dist import METADATA_NAME, StackReader, StoredTensor, read_metadata
 from mugv_ds.checkpoint.weights import UNUSED, Weights, is_stored
+from mugv_ds.config.errors import CheckpointError
 
 _LATEST = "latest_checkpointed_iteration.txt"
 # Where the classes come from whose objects Megatron saves beside the weights.

@@ -1,6 +1,7 @@
 """Writes weights in the published format: one .pt, or shards of .bin or .safetensors with their index."""
 
 import json
+import mmap
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -11,8 +12,8 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mugv_ds.checkpoint.store import CheckpointError
 from mugv_ds.checkpoint.weights import UNUSED, Weights
+from mugv_ds.config.errors import CheckpointError
 from mugv_ds.config.model import DiTConfig
 
 Layout = Literal["pt", "bin", "safetensors"]
@@ -36,7 +37,8 @@ def save_weights(
 ) -> Path:
     """Writes weights with their sizes (`config.json`) to a folder, which appears when it is complete.
 
-    A shard is held in memory while it is written (the whole of a .pt), in as far as it is not mapped from a file.
+    A shard is held in memory while it is written, in as far as it is not mapped from a file; a .pt is written a tensor
+    at a time.
 
     Args:
         weights: of a whole DiT (`check_weights`). They are read in their own order.
@@ -62,7 +64,7 @@ def save_weights(
     partial.mkdir()
     try:
         if layout == "pt":
-            torch.save(_read(weights, planned), partial / PT_NAME)
+            _save_pt(weights, planned, partial / PT_NAME)
         else:
             _save_shards(weights, planned, partial, layout, shard_size)
         (partial / CONFIG_NAME).write_text(json.dumps(asdict(config), indent=2) + "\n")
@@ -70,6 +72,16 @@ def save_weights(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out / PT_NAME if layout == "pt" else out
+
+
+def _save_pt(weights: Weights, planned: dict[str, Tensor], file: Path) -> None:
+    """One file, made without its data and then filled through a mapping."""
+    with torch.serialization.skip_data():
+        torch.save({name: torch.empty_like(like, device="cpu") for name, like in planned.items()}, file)
+    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+        mapped = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    for name, value in mapped.items():
+        value.copy_(_read_one(weights, name, value.dtype))
 
 
 def _save_shards(weights: Weights, planned: dict[str, Tensor], out: Path, layout: Layout, shard_size: str) -> None:
@@ -88,10 +100,12 @@ def _save_shards(weights: Weights, planned: dict[str, Tensor], out: Path, layout
 
 def _read(weights: Weights, planned: dict[str, Tensor]) -> dict[str, Tensor]:
     """The planned tensors in the planned dtypes, each alone in its storage, as files store them."""
-    read = {}
-    for name, like in planned.items():
-        value = weights[name].to(like.dtype).contiguous()
-        if not value.isfinite().all():
-            raise CheckpointError(f"{weights.path}: {name} holds NaN or Inf; these weights cannot be used")
-        read[name] = value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
-    return read
+    read = {name: _read_one(weights, name, like.dtype) for name, like in planned.items()}
+    return {name: x if x.untyped_storage().nbytes() == x.nbytes else x.clone() for name, x in read.items()}
+
+
+def _read_one(weights: Weights, name: str, dtype: torch.dtype) -> Tensor:
+    value = weights[name].to(dtype).contiguous()
+    if not value.isfinite().all():
+        raise CheckpointError(f"{weights.path}: {name} holds NaN or Inf; these weights cannot be used")
+    return value

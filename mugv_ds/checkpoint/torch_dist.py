@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from mugv_ds.checkpoint.inert import Described, read_inert
-from mugv_ds.checkpoint.store import CheckpointError
 from mugv_ds.checkpoint.weights import is_stored
+from mugv_ds.config.errors import CheckpointError
 
 METADATA_NAME = ".metadata"
 _DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}

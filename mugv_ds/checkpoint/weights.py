@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mugv_ds.checkpoint.store import CheckpointError
 from mugv_ds.config import ConfigError
+from mugv_ds.config.errors import CheckpointError
 from mugv_ds.config.model import HEAD_DIM, PRESETS, DiTConfig
 from mugv_ds.models.dit import DiT
 

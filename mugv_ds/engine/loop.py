@@ -1,6 +1,7 @@
 """The training loop, one for every layout."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -19,13 +20,23 @@ from mugv_ds.models.flops import train_flops
 from mugv_ds.models.rope import patch_grid
 
 
+class Checkpoints(Protocol):
+    """Where the loop saves; see `checkpoint.store.Store`. All ranks call each method together."""
+
+    def save(self, step: int) -> None: ...
+
+    def poll(self) -> None: ...
+
+    def wait(self) -> None: ...
+
+
 class Trainer:
     """Runs optimizer steps over the samples of a manifest.
 
     Args:
         config: the run. process: this process. engine: see `build_engine`.
         train: the training manifest. validation: the held-out one, or None.
-        save: called with the number of steps taken when a checkpoint is due. All ranks call it.
+        store: saves when a checkpoint is due.
     """
 
     def __init__(
@@ -36,9 +47,9 @@ class Trainer:
         *,
         train: Index,
         validation: Index | None,
-        save: Callable[[int], None],
+        store: Checkpoints,
     ) -> None:
-        self.config, self.process, self.engine, self.save = config, process, engine, save
+        self.config, self.process, self.engine, self.store = config, process, engine, store
         self.dit = config.model.dit()
         self.accumulation = gradient_accumulation(config, process.layout.data)
         self.order = Order(train.shapes(), config.data.global_batch_size, config.data.seed)
@@ -52,7 +63,7 @@ class Trainer:
         """Trains from step `start` to the config's last, with records, validations and checkpoints as it says.
 
         Raises:
-            SampleError: a sample cannot be used.
+            SampleError: a sample cannot be used. CheckpointError: a checkpoint could not be saved.
         """
         logging, steps = self.config.logging, self.config.schedule.steps
         recorder = Recorder(
@@ -68,12 +79,14 @@ class Trainer:
             self._validate(recorder, start)
         for step in range(start, steps):
             self._train_step(step, batches, recorder)
+            self.store.poll()
             done = step + 1
             if self._due(done, self.config.checkpoint.save_every):
                 with recorder.excluded():
-                    self.save(done)
+                    self.store.save(done)
             if self._due(done, logging.eval_every or steps):
                 self._validate(recorder, done)
+        self.store.wait()
         recorder.close()
 
     def _due(self, done: int, every: int) -> bool:

@@ -7,8 +7,8 @@ import torch
 
 from mugv_ds.checkpoint.convert import import_weights
 from mugv_ds.checkpoint.hf import export, load_dit
-from mugv_ds.checkpoint.store import CheckpointError
 from mugv_ds.config import load_config
+from mugv_ds.config.errors import CheckpointError
 from mugv_ds.models import DiT, DiTConfig
 from mugv_ds.train import train
 from tests.dataset import CHANNELS, write_config, write_dataset
