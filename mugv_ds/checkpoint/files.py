@@ -13,9 +13,10 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,17 +90,26 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format wants the data aligned
-    hashed = hashlib.sha256()
+    parts = [len(text).to_bytes(8, "little") + text, *(t.view(torch.uint8).numpy() for t in tensors.values())]
+    try:
+        return _write_parts(path, parts)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not say which file
+
+
+def _write_parts(path: Path, parts: Iterable[bytes | np.ndarray]) -> FileEntry:
+    hashed, size = hashlib.sha256(), 0
     with path.open("xb", buffering=0) as file:
-        for part in (len(text).to_bytes(8, "little") + text, *(t.view(torch.uint8).numpy() for t in tensors.values())):
+        for part in parts:
             data = memoryview(part)
+            size += len(data)
             for begin in range(0, len(data), _CHUNK):
                 chunk = data[begin : begin + _CHUNK]
                 hashed.update(chunk)
                 while chunk:
                     chunk = chunk[file.write(chunk) :]
         os.fsync(file.fileno())
-    return FileEntry(bytes=8 + len(text) + offset, sha256=hashed.hexdigest())
+    return FileEntry(bytes=size, sha256=hashed.hexdigest())
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -118,15 +118,12 @@ class Store:
         if step == self._newest:
             return
         kept = json.loads(json.dumps(dict(state or {}), allow_nan=False))  # the caller may go on to change it
-        tensors = self._tensors()
-        bad = first_non_finite(tensors)
-        copies = self._memory.copy(tensors)
-        counters = read_counters(self._engine)
-        arguments = (step, copies, bad, {"counters": counters, "state": kept, **self._constant})
+        copies, problem = self._copy()
+        about = {"counters": read_counters(self._engine), "state": kept, **self._constant}
         if self._config.background:
-            self._pending = self._thread.submit(self._write, *arguments)
+            self._pending = self._thread.submit(self._write, step, copies, problem, about)
         else:
-            self._write(*arguments)
+            self._write(step, copies, problem, about)
 
     def poll(self) -> None:
         """Raises the failure of a background save, if it has come to its end on all ranks. Cheap; for every step.
@@ -171,9 +168,25 @@ class Store:
         """Kind → tensor of the i-th fragment."""
         return self.fragments[i].tensors | {kind: tensors[i] for kind, tensors in self.extra_kinds.items()}
 
-    def _write(self, step: int, tensors: dict[str, Tensor], bad: str | None, about: dict[str, Any]) -> None:
+    def _copy(self) -> tuple[dict[str, Tensor], Exception | None]:
+        """Copies of what this rank saves, or why there are none, which the ranks have yet to agree on."""
+        tensors = self._tensors()
+        try:
+            if (name := first_non_finite(tensors)) is not None:
+                raise CheckpointError(f"{name} holds a NaN or an infinity; nothing was saved")
+            return self._memory.copy(tensors), None
+        except (CheckpointError, RuntimeError) as error:
+            return {}, error
+
+    def _write(self, step: int, tensors: dict[str, Tensor], problem: Exception | None, about: dict[str, Any]) -> None:
         """Writes a checkpoint from copies: all ranks, in the same order, none goes on before all are done."""
-        sizes = self._ranks.agree(lambda: _size(tensors, bad))
+
+        def size() -> int:
+            if problem is not None:
+                raise problem
+            return _bytes(tensors)
+
+        sizes = self._ranks.agree(size)
         try:
             self._ranks.first(lambda: files.start_folder(self.dir, step, sum(sizes)))
             name = f"rank-{self._ranks.rank}.safetensors"
@@ -318,8 +331,8 @@ class Store:
         files.point_latest(self.dir, self._newest)
 
     def _warn_of_space(self) -> None:
-        needed = sum(self._ranks.gather(_size(self._tensors(), None)))
-        free = files.free_bytes(self.dir)
+        needed = sum(self._ranks.gather(_bytes(self._tensors())))
+        free = self._ranks.first(lambda: files.free_bytes(self.dir))
         if free < 2 * needed:
             room = f"{files.gib(free)} are free, less than two checkpoints of {files.gib(needed)}"
             self._say(f"warning: {self.dir}: {room}")
@@ -333,14 +346,7 @@ class Store:
         return CheckpointError(text) if self._ranks.rank == 0 else PeerError(text)
 
 
-def _size(tensors: Mapping[str, Tensor], bad: str | None) -> int:
-    """Bytes of the tensors.
-
-    Raises:
-        CheckpointError: `bad` names one that is not finite.
-    """
-    if bad is not None:
-        raise CheckpointError(f"{bad} holds a NaN or an infinity; nothing was saved")
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
