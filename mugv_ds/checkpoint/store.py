@@ -4,6 +4,7 @@ Every rank writes what it owns; all agree that everything is on the disk; rank 0
 folder. A checkpoint is there as a whole or not at all.
 """
 
+import contextlib
 import json
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -100,8 +101,6 @@ class Store:
         self._constant["versions"] = {name: version(name) for name in _PACKAGES}
         self._constant["git_commit"] = _git_commit()
 
-    # ---- saving
-
     def save(self, step: int, state: Mapping[str, Any] | None = None) -> None:
         """Saves what there is after `step` steps; in the background if the config says so, once it is copied.
 
@@ -194,7 +193,8 @@ class Store:
             self._ranks.first(lambda: self._commit(step, saved, about))
         except BaseException:
             if self._ranks.rank == 0:
-                files.discard(self.dir, step)
+                with contextlib.suppress(OSError):  # the next start sweeps it
+                    files.discard(self.dir, step)
             raise
         self._newest = step
 
@@ -226,8 +226,6 @@ class Store:
                 files.remove(self.dir, old)
             except OSError as error:  # what was saved is saved
                 self._say(f"warning: {files.step_folder(self.dir, old)}: could not be removed: {error}")
-
-    # ---- loading
 
     def restore(self, before: int | None = None) -> int:
         """Loads the newest sound checkpoint, as `checkpoint.resume` says; broken ones are named and passed over.
