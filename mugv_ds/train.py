@@ -9,15 +9,19 @@ import os
 import sys
 from functools import partial
 
-from mugv_ds.config import InputError, PeerError, TrainConfig, load_config
+from mugv_ds.config import InputError, PeerError, TrainConfig, TrainingError, load_config
 from mugv_ds.config.hostfile import check_launcher
 
 
-def train(config: TrainConfig) -> None:
+def train(config: TrainConfig) -> int:
     """Runs the training that `config` describes, as one of the processes of the launch.
 
+    Returns:
+        The exit status: 0 at the end of the run, 75 when it was asked to stop and saved before.
+
     Raises:
-        InputError: config, data, weights or checkpoint cannot be used. PeerError: another rank met an error.
+        InputError: config, data, weights or checkpoint cannot be used. TrainingError: the run cannot go on.
+        PeerError: another rank met an error.
     """
     # Imported here, so that a wrong command line or config answers at once.
     import torch.distributed as dist
@@ -27,6 +31,7 @@ def train(config: TrainConfig) -> None:
     from mugv_ds.data.manifest import open_index
     from mugv_ds.engine.build import build_engine, start_process
     from mugv_ds.engine.loop import Trainer
+    from mugv_ds.engine.signals import STOPPED
 
     process = start_process(config)
     training, validation = (
@@ -40,16 +45,21 @@ def train(config: TrainConfig) -> None:
         shape=tuple(training.shapes().max(axis=0).tolist()),
         weights=init and partial(load_into, init),
     )
-    store = Store(config)
-    start = store.resume(engine)
+    store = Store(config, engine)
+    start, state = store.resume()
     if process.rank == 0:
         print(f"going on after step {start}" if start else f"starting from {init or 'fresh weights'}", flush=True)
-    Trainer(config, process, engine, train=training, validation=validation, save=partial(store.save, engine)).run(start)
+    trainer = Trainer(config, process, engine, train=training, validation=validation, checkpoints=store)
+    stopped = trainer.run(start, state)
     dist.destroy_process_group()  # without it some processes abort at exit
+    return STOPPED if stopped else 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parses the command line; returns the exit status: 0, or 2 with one line that says what to change."""
+    """Parses the command line; returns the exit status.
+
+    0: done. 1: the run cannot go on. 2: one line says what to change. 75: saved or hung, start again.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="JSON file of ds_configs/")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a value")
@@ -67,10 +77,13 @@ def main(argv: list[str] | None = None) -> int:
             parser.error("started without the deepspeed launcher; see the command above, or use --dry-run")
         else:
             check_launcher(world_size)
-            train(config)
+            return train(config)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except PeerError:
         return 1
     return 0

@@ -8,6 +8,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from pydantic import ValidationError
 
-from mugv_ds.config.errors import InputError
+from mugv_ds.config.errors import InputError, TrainingError
 from mugv_ds.config.schema import TrainConfig
 
 CONFIG_NAME = "run_config.json"
@@ -51,16 +52,18 @@ class Store:
 
     Args:
         config: of the run; it is kept beside each checkpoint, so that a checkpoint can be read without the run.
+        engine: whose state is saved and loaded.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        self._config = config
+    def __init__(self, config: TrainConfig, engine: PipelineEngine) -> None:
+        self._config, self._engine = config, engine
         self.dir = Path(config.checkpoint.dir)
 
-    def save(self, engine: PipelineEngine, step: int) -> None:
-        """Saves the state after `step` steps. All ranks call it."""
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Saves the state after `step` steps, and `state`, of plain values, with it. All ranks call it."""
         tag = f"global_step{step}"
-        engine.save_checkpoint(str(self.dir), tag=tag, client_state={"step": step}, save_latest=False)
+        client_state = {"step": step, "loop": state}
+        self._engine.save_checkpoint(str(self.dir), tag=tag, client_state=client_state, save_latest=False)
         if dist.get_rank() == 0:
             (self.dir / tag / CONFIG_NAME).write_text(self._config.model_dump_json(indent=2))
         dist.barrier()  # `latest` moves only when every rank has written
@@ -69,8 +72,9 @@ class Store:
             beside.write_text(tag)
             beside.replace(self.dir / _LATEST)
 
-    def resume(self, engine: PipelineEngine) -> int:
-        """Loads the newest checkpoint as `checkpoint.resume` says; returns the steps it has taken, 0 for a fresh start.
+    def resume(self) -> tuple[int, dict[str, Any] | None]:
+        """Loads the newest checkpoint as `checkpoint.resume` says; returns the steps it has taken, 0 for a fresh start,
+        and the state saved with it.
 
         Raises:
             CheckpointError: a checkpoint is wanted and there is none, there is one and none may be, or another layout
@@ -80,17 +84,32 @@ class Store:
         if found is None:
             if mode == "must":
                 raise CheckpointError(f"{self.dir}: no checkpoint, and checkpoint.resume is 'must'")
-            return 0
+            return 0, None
         if mode == "never":
             raise CheckpointError(
                 f"{self.dir}: holds {found.name}, and checkpoint.resume is 'never'; use another folder"
             )
-        _check_layout(found, engine)
+        return self._load(found)
+
+    def restore(self, before: int) -> tuple[int, dict[str, Any]]:
+        """Loads the newest checkpoint of at most `before` steps; returns its steps and the state saved with it.
+
+        Raises:
+            TrainingError: there is none.
+        """
+        steps = (int(path.name.removeprefix("global_step")) for path in self.dir.glob("global_step*"))
+        newest = max((step for step in steps if step <= before), default=None)
+        if newest is None:
+            raise TrainingError(f"{self.dir}: has no checkpoint of step {before} or earlier to go back to")
+        return self._load(self.dir / f"global_step{newest}")
+
+    def _load(self, found: Path) -> tuple[int, dict[str, Any]]:
+        _check_layout(found, self._engine)
         with _trusting_no_pickle():
-            path, state = engine.load_checkpoint(str(self.dir), tag=found.name)
+            path, state = self._engine.load_checkpoint(str(self.dir), tag=found.name)
         if path is None:
             raise CheckpointError(f"{found}: DeepSpeed could not load it")
-        return int(state["step"])
+        return int(state["step"]), state["loop"]
 
 
 def _check_layout(checkpoint: Path, engine: PipelineEngine) -> None:

@@ -1,8 +1,17 @@
 """Configuration: the schema, its loading, and what is checked before anything is allocated."""
 
-from mugv_ds.config.errors import ConfigError, InputError, PeerError
+from mugv_ds.config.errors import ConfigError, InputError, PeerError, TrainingError
 from mugv_ds.config.load import load_config
 from mugv_ds.config.model import PRESETS, DiTConfig
 from mugv_ds.config.schema import TrainConfig
 
-__all__ = ["PRESETS", "ConfigError", "DiTConfig", "InputError", "PeerError", "TrainConfig", "load_config"]
+__all__ = [
+    "PRESETS",
+    "ConfigError",
+    "DiTConfig",
+    "InputError",
+    "PeerError",
+    "TrainConfig",
+    "TrainingError",
+    "load_config",
+]

@@ -11,3 +11,7 @@ class ConfigError(InputError):
 
 class PeerError(RuntimeError):
     """Another rank met an error, which it reports; this one only stops."""
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on, though the user did nothing wrong. Commands print the message and exit with status 1."""

@@ -59,7 +59,7 @@ class OptimizerProbe:
     def read(self) -> dict[str, float]:
         """Parameter norm and share of zeros in the gradient at the last step. All ranks call it.
 
-        Nothing where DeepSpeed skipped the step because the gradient was not finite, which it does on all ranks.
+        Nothing where DeepSpeed made no update because the gradient was not finite, which it does on all ranks.
         """
         if self._sums is None:
             return {}
