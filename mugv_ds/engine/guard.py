@@ -5,6 +5,8 @@ was, how long each computed. Every decision is made there, from what all ranks k
 """
 
 import json
+import os
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +68,8 @@ class Guard:
         self._section, self._process, self._engine, self._explain = config.guard, process, engine, explain
         self._batch = config.data.global_batch_size
         self._signals = StopSignals()
-        self._watchdog = Watchdog(process.rank, process.layout.world_size, config.guard.timeout_s)
+        name = f"rank {process.rank} (host {socket.gethostname()}, pid {os.getpid()})"
+        self._watchdog = Watchdog(process.rank, process.agreement.values(name), config.guard.timeout_s)
         self._stopwatch = Stopwatch(engine.module.blocks[0].mlp, process.device)
         self._stragglers = Stragglers(config.guard.straggler_factor, config.guard.straggler_window)
         self._incidents = Incidents(Path(config.checkpoint.dir), process.rank)

@@ -84,7 +84,9 @@ class Trainer:
             try:
                 stopped = self._run_from(start)
             except GoBack as cause:
-                start, state = self.checkpoints.restore(cause.before)
+                # One that is saved on schedule, so that a run that was stopped in between goes back as far.
+                every = max(self.config.checkpoint.save_every, 1)
+                start, state = self.checkpoints.restore(cause.before // every * every)
                 self.guard.gone_back(cause, start, state)
             else:
                 self.guard.close()

@@ -7,7 +7,6 @@ main thread could not, being inside a collective, nor the first thread, being in
 
 import json
 import os
-import socket
 import sys
 import threading
 import time
@@ -28,14 +27,14 @@ class Watchdog:
     """The watchdog of one rank.
 
     Args:
-        rank, world_size: of the run.
+        rank: of this process. names: what to call each rank.
         timeout_s: seconds without `reached` after which the run is taken to hang.
     """
 
-    def __init__(self, rank: int, world_size: int, timeout_s: float) -> None:
+    def __init__(self, rank: int, names: list[str], timeout_s: float) -> None:
         self._rank, self._timeout = rank, timeout_s
         self._beat = min(timeout_s / _BEATS, _LONGEST_BEAT)
-        self._heard = Heard(world_size, _STALE_BEATS * self._beat)
+        self._heard = Heard(names, _STALE_BEATS * self._beat)
         self._moved, self._step = time.monotonic(), 0
         self._closed = threading.Event()
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._tell, self._look)]
@@ -75,8 +74,6 @@ class Watchdog:
         place = next(ours, frames[-1])
         return {
             "step": self._step,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
             "at": f"{place.filename}:{place.lineno} ({place.name})",
             "waits": any(part in frame.filename for frame in frames for part in _WAITING),
         }
@@ -98,11 +95,11 @@ class Heard:
     """What was last heard of every rank, and when; clocks of hosts are not compared.
 
     Args:
-        world_size: ranks. stale_s: seconds after which a rank that tells nothing new is silent.
+        names: what to call each rank. stale_s: seconds after which a rank that tells nothing new is silent.
     """
 
-    def __init__(self, world_size: int, stale_s: float) -> None:
-        self._ranks, self._stale = range(world_size), stale_s
+    def __init__(self, names: list[str], stale_s: float) -> None:
+        self._names, self._ranks, self._stale = names, range(len(names)), stale_s
         self._lock = threading.Lock()
         self._told: dict[int, dict] = {}
         self._when = dict.fromkeys(self._ranks, time.monotonic())
@@ -126,15 +123,11 @@ class Heard:
         now = time.monotonic()
         with self._lock:
             if now - self._answered > self._stale:  # rank 0 holds the store
-                return f"{self._name(0)}, silent for {now - self._answered:.0f} s"
+                return f"{self._names[0]}, silent for {now - self._answered:.0f} s"
             silent = [rank for rank in self._ranks if now - self._when[rank] > self._stale]
             if silent:
-                return ", ".join(f"{self._name(rank)}, silent for {now - self._when[rank]:.0f} s" for rank in silent)
+                return ", ".join(f"{self._names[rank]}, silent for {now - self._when[rank]:.0f} s" for rank in silent)
             step = min(told["step"] for told in self._told.values())
             behind = [rank for rank, told in self._told.items() if told["step"] == step]
             busy = [rank for rank in behind if not self._told[rank]["waits"]]
-            return ", ".join(f"{self._name(rank)}, at {self._told[rank]['at']}" for rank in busy or behind)
-
-    def _name(self, rank: int) -> str:
-        told = self._told.get(rank)
-        return f"rank {rank} (host {told['host']}, pid {told['pid']})" if told else f"rank {rank}"
+            return ", ".join(f"{self._names[rank]}, at {self._told[rank]['at']}" for rank in busy or behind)

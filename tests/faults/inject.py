@@ -110,5 +110,12 @@ def slow(rank: int, *, seconds: float) -> None:
 
 
 def slow_and_perturbed(rank: int, *, seconds: float, step: int) -> None:
+    """`slow`, and one bit of the weights differs after a step."""
     slow(rank, seconds=seconds)
     at_step(rank, step=step, act=perturb)
+
+
+def troubled_and_stopped(rank: int, *, factors: dict[int, float], step: int) -> None:
+    """`scaled_loss`, and a signal in a step."""
+    scaled_loss(rank, factors=factors)
+    signal_in_step(rank, step=step, number=signal.SIGTERM)
