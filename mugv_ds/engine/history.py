@@ -33,7 +33,7 @@ class History(BaseModel):
     bad: _Count = 0
 
     def position(self, step: int) -> int:
-        """The data step that is played after `step` optimizer steps."""
+        """The data step played after `step` optimizer steps, of those since the run last went back."""
         return step + sum(stop - first for first, stop in self.jumped)
 
     def note(self, loss: float, applied: bool, section: GuardSection) -> str | None:

@@ -22,24 +22,10 @@ from mugv_ds.models import DiT
 from mugv_ds.objectives.flow import flow_loss
 from tests.dataset import CHANNELS, write_config, write_dataset
 from tests.distributed import free_port
+from tests.launcher import ROOT, finish, launch
 
-ROOT = Path(__file__).parent.parent.parent
 SHAPES = [(2, 4, 6), (1, 4, 4)] * 5 + [(2, 4, 6)]
 FOUR_RANKS = {"data": 1, "sequence": 2, "pipeline": 2}
-
-
-def launch(config: Path, slots: int, *arguments: str) -> subprocess.Popen:
-    hostfile = config.parent / "hostfile"
-    hostfile.write_text(f"localhost slots={slots}\n")
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), "--no_ssh"]
-    command += ["--node_rank", "0", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-    command += ["mugv_ds/train.py", "--config", str(config), *arguments]
-    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def finish(run: subprocess.Popen, seconds: float = 150) -> tuple[int, str]:
-    output, _ = run.communicate(timeout=seconds)
-    return run.returncode, output
 
 
 def scalars(folder: Path, tag: str) -> dict[int, float]:
