@@ -4,7 +4,9 @@ import gc
 import os
 import signal
 import time
+from pathlib import Path
 
+import psutil
 import torch
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
@@ -119,3 +121,18 @@ def troubled_and_stopped(rank: int, *, factors: dict[int, float], step: int) -> 
     """`scaled_loss`, and a signal in a step."""
     scaled_loss(rank, factors=factors)
     signal_in_step(rank, step=step, number=signal.SIGTERM)
+
+
+def measure_resources(rank: int, *, every: int) -> None:
+    """Steps taken, resident bytes and open files go to `resources` in the run's folder."""
+    process, train_step = psutil.Process(), Trainer._train_step
+
+    def stepping(self, step, *args):
+        taken = train_step(self, step, *args)
+        if step % every == 0:
+            gc.collect()
+            with (Path(self.config.checkpoint.dir).parent / "resources").open("a") as file:
+                file.write(f"{step} {process.memory_info().rss} {process.num_fds()}\n")
+        return taken
+
+    Trainer._train_step = stepping
