@@ -46,11 +46,10 @@ def train(config: TrainConfig) -> int:
         weights=init and partial(load_into, init),
     )
     store = Store(config, engine)
-    start, state = store.resume()
+    start = store.resume()
     if process.rank == 0:
         print(f"going on after step {start}" if start else f"starting from {init or 'fresh weights'}", flush=True)
-    trainer = Trainer(config, process, engine, train=training, validation=validation, checkpoints=store)
-    stopped = trainer.run(start, state)
+    stopped = Trainer(config, process, engine, train=training, validation=validation, store=store).run(start)
     dist.destroy_process_group()  # without it some processes abort at exit
     return STOPPED if stopped else 0
 

@@ -58,6 +58,12 @@ class Store:
     def __init__(self, config: TrainConfig, engine: PipelineEngine) -> None:
         self._config, self._engine = config, engine
         self.dir = Path(config.checkpoint.dir)
+        self.state: dict[str, Any] = {}  # what was saved with the checkpoint that was loaded
+
+    def poll(self) -> None:
+        """Nothing is saved in the background."""
+
+    wait = poll
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Saves the state after `step` steps, and `state`, of plain values, with it. All ranks call it."""
@@ -72,9 +78,8 @@ class Store:
             beside.write_text(tag)
             beside.replace(self.dir / _LATEST)
 
-    def resume(self) -> tuple[int, dict[str, Any] | None]:
-        """Loads the newest checkpoint as `checkpoint.resume` says; returns the steps it has taken, 0 for a fresh start,
-        and the state saved with it.
+    def resume(self) -> int:
+        """Loads the newest checkpoint as `checkpoint.resume` says; returns the steps it has taken, 0 for a fresh start.
 
         Raises:
             CheckpointError: a checkpoint is wanted and there is none, there is one and none may be, or another layout
@@ -84,32 +89,33 @@ class Store:
         if found is None:
             if mode == "must":
                 raise CheckpointError(f"{self.dir}: no checkpoint, and checkpoint.resume is 'must'")
-            return 0, None
+            return 0
         if mode == "never":
             raise CheckpointError(
                 f"{self.dir}: holds {found.name}, and checkpoint.resume is 'never'; use another folder"
             )
         return self._load(found)
 
-    def restore(self, before: int) -> tuple[int, dict[str, Any]]:
-        """Loads the newest checkpoint of at most `before` steps; returns its steps and the state saved with it.
+    def restore(self, before: int) -> int:
+        """Loads the newest checkpoint of fewer than `before` steps; returns the steps it has taken.
 
         Raises:
             TrainingError: there is none.
         """
         steps = (int(path.name.removeprefix("global_step")) for path in self.dir.glob("global_step*"))
-        newest = max((step for step in steps if step <= before), default=None)
+        newest = max((step for step in steps if step < before), default=None)
         if newest is None:
-            raise TrainingError(f"{self.dir}: has no checkpoint of step {before} or earlier to go back to")
+            raise TrainingError(f"{self.dir}: has no checkpoint of before step {before} to go back to")
         return self._load(self.dir / f"global_step{newest}")
 
-    def _load(self, found: Path) -> tuple[int, dict[str, Any]]:
+    def _load(self, found: Path) -> int:
         _check_layout(found, self._engine)
         with _trusting_no_pickle():
             path, state = self._engine.load_checkpoint(str(self.dir), tag=found.name)
         if path is None:
             raise CheckpointError(f"{found}: DeepSpeed could not load it")
-        return int(state["step"]), state["loop"]
+        self.state = state["loop"]
+        return int(state["step"])
 
 
 def _check_layout(checkpoint: Path, engine: PipelineEngine) -> None:

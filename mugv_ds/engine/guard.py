@@ -74,8 +74,8 @@ class Guard:
         self._stragglers = Stragglers(config.guard.straggler_factor, config.guard.straggler_window)
         self._incidents = Incidents(Path(config.checkpoint.dir), process.rank)
 
-    def start(self, state: dict[str, Any] | None) -> None:
-        """Begins to watch; `state` is what `state` gave when the checkpoint was saved that the run goes on from.
+    def start(self, state: dict[str, Any]) -> None:
+        """Begins to watch; `state` is what `state` gave for the checkpoint that the run goes on from, or empty.
 
         Raises:
             InputError: it is something else.
@@ -132,7 +132,7 @@ class Guard:
             self._incidents.write("stop", step, rank=rank, signal=Signals(number).name)
         return any(signals)
 
-    def gone_back(self, cause: GoBack, step: int, state: dict[str, Any] | None) -> None:
+    def gone_back(self, cause: GoBack, step: int, state: dict[str, Any]) -> None:
         """The checkpoint of `step` steps, which held `state`, was loaded because of `cause`."""
         history = self._read(state)
         history.gone_back(step, cause.step, self.history)
@@ -141,9 +141,9 @@ class Guard:
         self._say(f"step {cause.step}: {cause}; back to step {step}, data steps {first} to {stop - 1} are not played")
         self._incidents.write("rollback", cause.step, why=str(cause), to=step, jumped=[first, stop])
 
-    def _read(self, state: dict[str, Any] | None) -> History:
+    def _read(self, state: dict[str, Any]) -> History:
         try:
-            return History.model_validate_json(json.dumps(state or {}))
+            return History.model_validate_json(json.dumps(state))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             key = ".".join(map(str, first["loc"]))

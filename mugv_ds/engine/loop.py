@@ -26,13 +26,17 @@ State = dict[str, Any]
 
 
 class Checkpoints(Protocol):
-    """Where a run is saved. All ranks call each method."""
+    """Where the loop saves; see `checkpoint.store.Store`. All ranks call each method together."""
 
-    def save(self, step: int, state: State) -> None:
-        """Saves the run after `step` steps, with what the loop must find again."""
+    state: State  # what was saved with the checkpoint that was restored; empty after a fresh start
 
-    def restore(self, before: int) -> tuple[int, State]:
-        """Goes on from the newest checkpoint of at most `before` steps; returns its steps and its state."""
+    def save(self, step: int, state: State) -> None: ...
+
+    def poll(self) -> None: ...
+
+    def wait(self) -> None: ...
+
+    def restore(self, before: int) -> int: ...
 
 
 class Trainer:
@@ -41,7 +45,7 @@ class Trainer:
     Args:
         config: the run. process: this process. engine: see `build_engine`.
         train: the training manifest. validation: the held-out one, or None.
-        checkpoints: of the run.
+        store: saves when a checkpoint is due, and holds the state that the run goes on from.
     """
 
     def __init__(
@@ -52,9 +56,9 @@ class Trainer:
         *,
         train: Index,
         validation: Index | None,
-        checkpoints: Checkpoints,
+        store: Checkpoints,
     ) -> None:
-        self.config, self.process, self.engine, self.checkpoints = config, process, engine, checkpoints
+        self.config, self.process, self.engine, self.store = config, process, engine, store
         self.dit = config.model.dit()
         self.accumulation = gradient_accumulation(config, process.layout.data)
         self.order = Order(train.shapes(), config.data.global_batch_size, config.data.seed)
@@ -66,29 +70,30 @@ class Trainer:
         self.guard = Guard(config, process, engine, self._explain)
         self.waited = 0.0  # seconds spent waiting for data since the last record
 
-    def run(self, start: int, state: State | None = None) -> bool:
+    def run(self, start: int) -> bool:
         """Trains from step `start` to the config's last, with records, validations and checkpoints as it says.
 
         Args:
-            start: steps taken. state: what was saved with them; None for a fresh start.
+            start: steps taken.
 
         Returns:
             Whether the run was asked to stop, and saved, before its last step.
 
         Raises:
-            InputError: a sample and all that would replace it cannot be used.
+            InputError: a sample and all that would replace it cannot be used, or a checkpoint could not be saved.
             TrainingError: the run cannot go on. PeerError: another rank says why.
         """
-        self.guard.start(state)
+        self.guard.start(self.store.state)
         while True:
             try:
                 stopped = self._run_from(start)
             except GoBack as cause:
                 # One that is saved on schedule, so that a run that was stopped in between goes back as far.
                 every = max(self.config.checkpoint.save_every, 1)
-                start, state = self.checkpoints.restore(cause.before // every * every)
-                self.guard.gone_back(cause, start, state)
+                start = self.store.restore(before=cause.before // every * every + 1)
+                self.guard.gone_back(cause, start, self.store.state)
             else:
+                self.store.wait()
                 self.guard.close()
                 return stopped
 
@@ -108,9 +113,10 @@ class Trainer:
             while True:
                 batches, ahead = self._read(readings if step < steps else None)
                 stop = self.guard.boundary(step, taken, ahead)
+                self.store.poll()
                 if taken and (stop or self._due(step, self.config.checkpoint.save_every)):
                     with recorder.excluded():
-                        self.checkpoints.save(step, self.guard.state())
+                        self.store.save(step, self.guard.state())
                 if stop and step < steps:
                     return True
                 if self._due(step, logging.eval_every or steps) if taken else step < steps:

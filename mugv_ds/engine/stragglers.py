@@ -20,25 +20,30 @@ class Stopwatch:
 
     def __init__(self, layer: nn.Module, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._marks: list = []
-        layer.register_forward_pre_hook(self._mark)
-        layer.register_forward_hook(self._mark)
+        self._begin = None
+        self._passes: list[tuple] = []
+        layer.register_forward_pre_hook(self._enter)
+        layer.register_forward_hook(self._leave)
 
-    def _mark(self, *_) -> None:
-        if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append(event)
-        else:
-            self._marks.append(time.perf_counter())
+    def _enter(self, *_) -> None:
+        self._begin = self._now()  # of a recomputation that breaks off half-way nothing follows
+
+    def _leave(self, *_) -> None:
+        self._passes.append((self._begin, self._now()))
+
+    def _now(self) -> float | torch.cuda.Event:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def read(self) -> float:
         """Seconds since the last call; the device must be through with that work."""
-        marks, self._marks = self._marks, []
-        pairs = zip(marks[::2], marks[1::2], strict=True)
+        passes, self._passes = self._passes, []
         if self._cuda:
-            return sum(begin.elapsed_time(end) for begin, end in pairs) / 1e3
-        return sum(end - begin for begin, end in pairs)
+            return sum(begin.elapsed_time(end) for begin, end in passes) / 1e3
+        return sum(end - begin for begin, end in passes)
 
 
 class Stragglers:

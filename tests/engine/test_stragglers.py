@@ -41,3 +41,21 @@ def test_only_the_layer_is_timed():
     time.sleep(0.2)
     layer(torch.zeros(1))
     assert 0.1 <= watch.read() < 0.2 and watch.read() == 0.0
+
+
+def test_a_pass_that_breaks_off_does_not_count():
+    """As the recomputation of a checkpointed layer does, once it has what it needs."""
+
+    class Break(torch.nn.Module):
+        def forward(self, x):
+            if x.sum() > 0:
+                raise KeyError
+            return x
+
+    layer = Break()
+    watch = Stopwatch(layer, torch.device("cpu"))
+    with pytest.raises(KeyError):
+        layer(torch.ones(1))
+    time.sleep(0.05)
+    layer(torch.zeros(1))
+    assert 0 < watch.read() < 0.05

@@ -26,7 +26,7 @@ def report(request):
 
 
 def pytest_sessionfinish(session):
-    path = session.config.getoption("--reliability-report")
+    path = session.config.getoption("--reliability-report", default=None)
     if path is None:
         return
     rows = sorted(session.config.stash[_ROWS])

@@ -32,7 +32,9 @@ def stopped_at(output: str) -> int:
 
 def test_the_launcher_and_its_ranks_can_be_told_to_stop(tmp_path, manifest, report):
     """If one rank is told, status 75 reaches the shell; if the launcher is, all is saved, but it returns 1 itself."""
-    config = configure(tmp_path, manifest, schedule={"steps": 100_000}, checkpoint={"save_every": 30})
+    config = configure(
+        tmp_path, manifest, schedule={"steps": 100_000}, checkpoint={"save_every": 30}, data={"num_workers": 1}
+    )
     checkpoints = tmp_path / "checkpoints"
     run = launch(config, 2)
     wait_for_checkpoint(checkpoints, run)
