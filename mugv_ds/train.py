@@ -45,11 +45,15 @@ def train(config: TrainConfig) -> int:
         shape=tuple(training.shapes().max(axis=0).tolist()),
         weights=init and partial(load_into, init),
     )
-    store = Store(config, engine)
-    start = store.resume()
-    if process.rank == 0:
-        print(f"going on after step {start}" if start else f"starting from {init or 'fresh weights'}", flush=True)
-    stopped = Trainer(config, process, engine, train=training, validation=validation, store=store).run(start)
+    store = Store(config, process, engine, training.digest)
+    try:
+        start = store.restore()
+        if process.rank == 0:
+            fresh = f"starting fresh, from {init or 'initial weights'}"
+            print(f"going on after step {start}" if start else fresh, flush=True)
+        stopped = Trainer(config, process, engine, train=training, validation=validation, store=store).run(start)
+    finally:
+        store.close()
     dist.destroy_process_group()  # without it some processes abort at exit
     return STOPPED if stopped else 0
 

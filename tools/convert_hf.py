@@ -11,7 +11,7 @@ from mugv_ds.config import InputError
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ckpt", type=Path, required=True, help="a run's checkpoint folder, or a global_step<n> in it")
+    parser.add_argument("--ckpt", type=Path, required=True, help="a run's checkpoint folder, or a step-<n> in it")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--format", choices=["pt", "safetensors"], default="pt", help="one .pt, or sharded safetensors")
     args = parser.parse_args(argv)

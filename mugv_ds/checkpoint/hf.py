@@ -5,6 +5,7 @@ are memory-mapped and handled a layer at a time; docs/performance.md says how mu
 """
 
 import json
+import mmap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mugv_ds.checkpoint.store import CheckpointError, newest, read_run_config
+from mugv_ds.checkpoint.reader import CheckpointReader, open_checkpoint
+from mugv_ds.config.errors import CheckpointError
 from mugv_ds.config.model import DiTConfig
 from mugv_ds.models.dit import DiT
 
@@ -114,74 +116,80 @@ def load_dit(path: str | Path) -> DiT:
     return model
 
 
-class TrainedLayers(Mapping[str, Tensor]):
-    """The weights of a DeepSpeed pipeline checkpoint, by published name, each read when it is asked for.
+class TrainedWeights(Mapping[str, Tensor]):
+    """The weights of a training checkpoint by published name, each read and rounded when it is asked for.
 
     Args:
-        checkpoint: a `global_step<n>` folder. depth: blocks of the model.
+        saved: the checkpoint. dtype: of the tensors.
     """
 
-    def __init__(self, checkpoint: Path, depth: int) -> None:
-        self._place: dict[str, tuple[Path, str]] = {}
-        prefixes = ["", *(f"blocks.{i}." for i in range(depth)), "final_layer."]
-        for layer, prefix in enumerate(prefixes):
-            file = checkpoint / f"layer_{layer:02d}-model_states.pt"
-            if not file.is_file():
-                raise CheckpointError(f"{file}: missing; the checkpoint is not complete")
-            self._place.update({prefix + name: (file, name) for name in _names(file)})
+    def __init__(self, saved: CheckpointReader, dtype: torch.dtype) -> None:
+        self._saved, self._dtype = saved, dtype
 
     def __getitem__(self, name: str) -> Tensor:
-        file, local = self._place[name]
-        return _load_pt(file)[local]
+        return self._saved.read(name).to(self._dtype)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._place)
+        return iter(self._saved.names())
 
     def __len__(self) -> int:
-        return len(self._place)
+        return len(self._saved.names())
 
 
 def export(checkpoint: Path, out: Path, *, layout: str) -> Path:
     """Writes a training checkpoint in the published format, with `config.json`; returns the weights' path.
 
+    The weights are in the precision that the run computed with, and are what it computed with, bit for bit.
+
     Args:
-        checkpoint: a run's folder (its newest checkpoint is taken) or a `global_step<n>` folder in it.
+        checkpoint: a run's folder (its newest sound checkpoint is taken) or a `step-<n>` folder in it.
         out: folder to write. layout: "pt" for one file, "safetensors" for shards of 5 GB with an index.
 
     Raises:
         CheckpointError: the checkpoint cannot be used, or is not a whole DiT.
     """
-    if not checkpoint.is_dir():
-        raise CheckpointError(f"{checkpoint}: no such folder")
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out}: is a file; name a folder")
-    found = checkpoint if checkpoint.name.startswith("global_step") else newest(checkpoint)
-    if found is None:
-        raise CheckpointError(f"{checkpoint}: holds no checkpoint")
-    config = read_run_config(found).model.dit()
-    weights = TrainedLayers(found, config.depth)
-    _check_complete(weights, config, found)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / CONFIG_NAME).write_text(json.dumps(asdict(config), indent=2) + "\n")
-    if layout == "pt":
-        torch.save(dict(weights), out / PT_NAME)
-        return out / PT_NAME
-    _save_shards(weights, out)
+    with open_checkpoint(checkpoint) as saved:
+        run = saved.run_config()
+        config, dtype = run.model.dit(), torch.bfloat16 if run.model.precision == "bf16" else torch.float32
+        with torch.device("meta"):
+            empty = {name: value.to(dtype) for name, value in DiT(config).state_dict().items()}
+        _check_complete(saved, empty)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / CONFIG_NAME).write_text(json.dumps(asdict(config), indent=2) + "\n")
+        weights = TrainedWeights(saved, dtype)
+        if layout == "pt":
+            _save_pt(weights, empty, out / PT_NAME)
+            return out / PT_NAME
+        _save_shards(weights, empty, out)
     return out
 
 
-def _check_complete(weights: Mapping[str, Tensor], config: DiTConfig, checkpoint: Path) -> None:
-    with torch.device("meta"):
-        wanted = DiT(config).state_dict()
-    if wanted.keys() != weights.keys():
-        odd = sorted(wanted.keys() ^ weights.keys())
-        raise CheckpointError(f"{checkpoint}: not a DiT of these sizes; {len(odd)} names differ, the first is {odd[0]}")
+def _check_complete(saved: CheckpointReader, empty: Mapping[str, Tensor]) -> None:
+    here = {name: tuple(value.shape) for name, value in empty.items()}
+    there = {name: saved.shape(name) for name in saved.names()}
+    odd = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+    if odd:
+        raise CheckpointError(
+            f"{saved.folder}: not a DiT of the sizes in its config; {len(odd)} tensors differ, the first is {odd[0]}"
+        )
 
 
-def _save_shards(weights: Mapping[str, Tensor], out: Path) -> None:
-    plan = split_torch_state_dict_into_shards(dict(weights), max_shard_size=_SHARD_SIZE)
+def _save_pt(weights: Mapping[str, Tensor], empty: Mapping[str, Tensor], file: Path) -> None:
+    """One file, made without its data and then filled a tensor at a time through a mapping."""
+    with torch.serialization.skip_data():
+        torch.save({name: torch.empty_like(value, device="cpu") for name, value in empty.items()}, file)
+    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+        mapped = _load_pt(file)
+    for name, value in mapped.items():
+        value.copy_(weights[name])
+
+
+def _save_shards(weights: Mapping[str, Tensor], empty: dict[str, Tensor], out: Path) -> None:
+    plan = split_torch_state_dict_into_shards(empty, max_shard_size=_SHARD_SIZE)
     for file, names in plan.filename_to_tensors.items():
-        save_file({name: weights[name].contiguous() for name in names}, out / file, metadata={"format": "pt"})
+        save_file({name: weights[name] for name in names}, out / file, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (out / _INDEX_NAMES[0]).write_text(json.dumps(index, indent=2) + "\n")

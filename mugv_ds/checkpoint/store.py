@@ -1,163 +1,360 @@
-"""Saving and resuming a run through DeepSpeed.
+"""The checkpoints of one run: saving in the background, and resuming from the newest sound one, on any layout.
 
-A run's folder holds `global_step<n>/` for each checkpoint and `latest`, which names the newest. The state of the data
-is the number of steps taken: order and randomness are functions of it.
+Every rank writes what it owns; all agree that everything is on the disk; rank 0 writes the manifest and renames the
+folder. A checkpoint is there as a whole or not at all.
 """
 
-import contextlib
-import os
-from collections.abc import Iterator
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.pipe.engine import PipelineEngine
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
-from pydantic import ValidationError
+from torch import Tensor
 
-from mugv_ds.config.errors import InputError, TrainingError
+import mugv_ds
+from mugv_ds.checkpoint import files
+from mugv_ds.checkpoint.fragments import Fragment, fragments, read_counters, refresh_weights, set_counters
+from mugv_ds.checkpoint.manifest import (
+    WEIGHT,
+    BrokenCheckpointError,
+    DataIdentity,
+    Manifest,
+    Parameter,
+    Piece,
+    SavedLayout,
+    digest,
+)
+from mugv_ds.checkpoint.ranks import Ranks
+from mugv_ds.checkpoint.reader import CheckpointReader
+from mugv_ds.checkpoint.snapshot import HostMemory, first_non_finite
+from mugv_ds.config.errors import CheckpointError, PeerError
 from mugv_ds.config.schema import TrainConfig
+from mugv_ds.models.dit import DiT
 
-CONFIG_NAME = "run_config.json"
-_LATEST = "latest"
-
-
-class CheckpointError(InputError):
-    """A checkpoint that cannot be used. The message names the file or folder and what to do."""
+_PACKAGES = ("mugv_ds", "torch", "deepspeed", "safetensors")
 
 
-def newest(run_dir: Path) -> Path | None:
-    """The folder of the newest checkpoint in `run_dir`, or None if the run has none.
+class Process(Protocol):
+    """What the store asks of the process: a layout that is a dataclass of data, sequence and pipeline."""
 
-    Raises:
-        CheckpointError: `latest` is missing beside checkpoints, or does not name one of them.
-    """
-    saved = sorted(path.name for path in run_dir.glob("global_step*"))
-    latest = run_dir / _LATEST
-    if not latest.is_file():
-        if saved:
-            raise CheckpointError(f"{latest}: missing, but there are {', '.join(saved)}; write the one to use into it")
-        return None
-    tag = latest.read_text().strip()
-    if tag not in saved:
-        raise CheckpointError(f"{latest}: names {tag!r}, which is not one of {', '.join(saved) or 'no checkpoints'}")
-    return run_dir / tag
+    layout: Any
 
 
 class Store:
-    """The checkpoints of one run.
+    """The checkpoints of one run. All ranks make it together, and call each method together.
+
+    Where a method raises CheckpointError it does so on rank 0, with the ranks that failed and why; the others raise
+    PeerError.
 
     Args:
-        config: of the run; it is kept beside each checkpoint, so that a checkpoint can be read without the run.
-        engine: whose state is saved and loaded.
-    """
+        config: the run. process: this process. engine: holds what is saved.
+        data_sha256: hash of the training manifest.
 
-    def __init__(self, config: TrainConfig, engine: PipelineEngine) -> None:
-        self._config, self._engine = config, engine
-        self.dir = Path(config.checkpoint.dir)
-        self.state: dict[str, Any] = {}  # what was saved with the checkpoint that was loaded
-
-    def poll(self) -> None:
-        """Nothing is saved in the background."""
-
-    wait = poll
-
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        """Saves the state after `step` steps, and `state`, of plain values, with it. All ranks call it."""
-        tag = f"global_step{step}"
-        client_state = {"step": step, "loop": state}
-        self._engine.save_checkpoint(str(self.dir), tag=tag, client_state=client_state, save_latest=False)
-        if dist.get_rank() == 0:
-            (self.dir / tag / CONFIG_NAME).write_text(self._config.model_dump_json(indent=2))
-        dist.barrier()  # `latest` moves only when every rank has written
-        if dist.get_rank() == 0:
-            beside = self.dir / f"{_LATEST}.tmp"
-            beside.write_text(tag)
-            beside.replace(self.dir / _LATEST)
-
-    def resume(self) -> int:
-        """Loads the newest checkpoint as `checkpoint.resume` says; returns the steps it has taken, 0 for a fresh start.
-
-        Raises:
-            CheckpointError: a checkpoint is wanted and there is none, there is one and none may be, or another layout
-                saved it.
-        """
-        mode, found = self._config.checkpoint.resume, newest(self.dir)
-        if found is None:
-            if mode == "must":
-                raise CheckpointError(f"{self.dir}: no checkpoint, and checkpoint.resume is 'must'")
-            return 0
-        if mode == "never":
-            raise CheckpointError(
-                f"{self.dir}: holds {found.name}, and checkpoint.resume is 'never'; use another folder"
-            )
-        return self._load(found)
-
-    def restore(self, before: int) -> int:
-        """Loads the newest checkpoint of fewer than `before` steps; returns the steps it has taken.
-
-        Raises:
-            TrainingError: there is none.
-        """
-        steps = (int(path.name.removeprefix("global_step")) for path in self.dir.glob("global_step*"))
-        newest = max((step for step in steps if step < before), default=None)
-        if newest is None:
-            raise TrainingError(f"{self.dir}: has no checkpoint of before step {before} to go back to")
-        return self._load(self.dir / f"global_step{newest}")
-
-    def _load(self, found: Path) -> int:
-        _check_layout(found, self._engine)
-        with _trusting_no_pickle():
-            path, state = self._engine.load_checkpoint(str(self.dir), tag=found.name)
-        if path is None:
-            raise CheckpointError(f"{found}: DeepSpeed could not load it")
-        self.state = state["loop"]
-        return int(state["step"])
-
-
-def _check_layout(checkpoint: Path, engine: PipelineEngine) -> None:
-    """DeepSpeed loads optimizer shards on as many ranks and stages as saved them."""
-    saved_replicas = len(list(checkpoint.glob("*zero_pp_rank_*_mp_rank_00_optim_states.pt")))
-    saved_stages = len(list(checkpoint.glob("mp_rank_*_model_states.pt")))
-    if (saved_replicas, saved_stages) != (engine.dp_world_size, engine.num_stages):
-        raise CheckpointError(
-            f"{checkpoint}: was saved by {saved_replicas} data × sequence ranks and {saved_stages} pipeline stages, "
-            f"this run has {engine.dp_world_size} and {engine.num_stages}; start it as it was, or convert the weights "
-            "and start another run from them with checkpoint.init_from"
-        )
-
-
-@contextlib.contextmanager
-def _trusting_no_pickle() -> Iterator[None]:
-    """torch.load inside DeepSpeed takes tensors, plain values and the three classes its shards hold; nothing else."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        with torch.serialization.safe_globals([fragment_address, LossScaler, ZeroStageEnum]):
-            yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-def read_run_config(checkpoint: Path) -> TrainConfig:
-    """The config kept beside a checkpoint.
+    Attributes:
+        fragments: what this rank owns.
+        extra_kinds: more tensors to save: kind → a tensor [numel] for each of `fragments`, in their order. Set it
+            before `restore`, which fills them; all ranks have the same kinds.
+        state: what was given to `save` with the checkpoint that was restored; empty after a fresh start.
 
     Raises:
-        CheckpointError: the folder is no checkpoint of ours.
+        CheckpointError: another run uses the folder, or it cannot be written.
     """
-    path = checkpoint / CONFIG_NAME
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing; {checkpoint} is not a checkpoint of a training run")
+
+    def __init__(self, config: TrainConfig, process: Process, engine: PipelineEngine, data_sha256: str) -> None:
+        self.dir = Path(config.checkpoint.dir)
+        self.fragments: list[Fragment] = fragments(engine)
+        self.extra_kinds: dict[str, Sequence[Tensor]] = {}
+        self.state: dict[str, Any] = {}
+        self._config, self._engine = config.checkpoint, engine
+        self._ranks = Ranks()
+        self._memory = HostMemory()
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future | None = None
+        self._newest: int | None = None
+        self._lock: files.Lock | None = None
+        self._data = DataIdentity(
+            manifest_sha256=data_sha256, seed=config.data.seed, global_batch_size=config.data.global_batch_size
+        )
+        with torch.device("meta"):
+            self._shapes = {name: tuple(value.shape) for name, value in DiT(config.model.dit()).named_parameters()}
+        run_config = config.model_dump(mode="json")
+        self._constant = {
+            "data": self._data,
+            "layout": SavedLayout(**asdict(process.layout)),
+            "config": run_config,
+            "config_sha256": digest(run_config),
+        }
+        self._ranks.first(self._open)
+
+    def _open(self) -> None:
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self._lock = files.Lock(self.dir)
+        files.sweep(self.dir)
+        self._constant["versions"] = {name: version(name) for name in _PACKAGES}
+        self._constant["git_commit"] = _git_commit()
+
+    # ---- saving
+
+    def save(self, step: int, state: Mapping[str, Any] | None = None) -> None:
+        """Saves what there is after `step` steps; in the background if the config says so, once it is copied.
+
+        Waits for an earlier save first. Does nothing if the newest checkpoint is of this step.
+
+        Args:
+            state: more to keep, as JSON can hold it; that of rank 0 is kept.
+
+        Raises:
+            CheckpointError: this save or, in the background, an earlier one failed: a rank could not write, there is
+                no space, or a tensor is not finite. No rank has committed it, and `latest` is as before.
+        """
+        self.wait()
+        if step == self._newest:
+            return
+        kept = json.loads(json.dumps(dict(state or {}), allow_nan=False))  # the caller may go on to change it
+        tensors = self._tensors()
+        bad = first_non_finite(tensors)
+        copies = self._memory.copy(tensors)
+        counters = read_counters(self._engine)
+        arguments = (step, copies, bad, {"counters": counters, "state": kept, **self._constant})
+        if self._config.background:
+            self._pending = self._thread.submit(self._write, *arguments)
+        else:
+            self._write(*arguments)
+
+    def poll(self) -> None:
+        """Raises the failure of a background save, if it has come to its end on all ranks. Cheap; for every step.
+
+        Raises:
+            CheckpointError: as `save`.
+        """
+        if self._pending is not None and self._ranks.all_true(self._pending.done()):
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for the background save, if there is one.
+
+        Raises:
+            CheckpointError: as `save`.
+        """
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def close(self) -> None:
+        """Waits for the background save, whose failure is printed, and gives the folder free."""
+        self._thread.shutdown()
+        if self._pending is not None and (failure := self._pending.exception()) is not None:
+            self._say(f"error: {failure}")
+        self._pending = None
+        self._memory.release()
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What this rank saves, by key in its file."""
+        return {
+            f"{fragment.name}/{kind}": tensor
+            for i, fragment in enumerate(self.fragments)
+            if fragment.saved
+            for kind, tensor in self._kinds(i).items()
+        }
+
+    def _kinds(self, i: int) -> dict[str, Tensor]:
+        """Kind → tensor of the i-th fragment."""
+        return self.fragments[i].tensors | {kind: tensors[i] for kind, tensors in self.extra_kinds.items()}
+
+    def _write(self, step: int, tensors: dict[str, Tensor], bad: str | None, about: dict[str, Any]) -> None:
+        """Writes a checkpoint from copies: all ranks, in the same order, none goes on before all are done."""
+        sizes = self._ranks.agree(lambda: _size(tensors, bad))
+        try:
+            self._ranks.first(lambda: files.start_folder(self.dir, step, sum(sizes)))
+            name = f"rank-{self._ranks.rank}.safetensors"
+            saved = self._ranks.agree(lambda: self._write_file(files.unfinished_folder(self.dir, step) / name, tensors))
+            self._ranks.first(lambda: self._commit(step, saved, about))
+        except BaseException:
+            if self._ranks.rank == 0:
+                files.discard(self.dir, step)
+            raise
+        self._newest = step
+
+    def _write_file(self, path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        entry = files.write_tensors(path, tensors)
+        held = [(fragment.name, fragment.start, fragment.numel) for fragment in self.fragments if fragment.saved]
+        return {"entry": entry.model_dump(), "held": held, "kinds": sorted({key.rpartition("/")[2] for key in tensors})}
+
+    def _commit(self, step: int, saved: list[dict[str, Any]], about: dict[str, Any]) -> None:
+        pieces: dict[str, list[Piece]] = {name: [] for name in self._shapes}
+        for rank, report in enumerate(saved):
+            for name, start, numel in report["held"]:
+                pieces[name].append(Piece(file=f"rank-{rank}.safetensors", start=start, numel=numel))
+        manifest = Manifest(
+            step=step,
+            kinds=tuple(sorted({kind for report in saved for kind in report["kinds"]})),
+            files={f"rank-{rank}.safetensors": report["entry"] for rank, report in enumerate(saved)},
+            parameters={
+                name: Parameter(shape=shape, pieces=tuple(sorted(pieces[name], key=lambda piece: piece.start)))
+                for name, shape in self._shapes.items()
+            },
+            **about,
+        )
+        files.commit(self.dir, step, manifest)
+        files.point_latest(self.dir, step)
+        steps = files.saved_steps(self.dir)
+        for old in files.expired(steps, step, self._config.keep_last, self._config.keep_every):
+            try:
+                files.remove(self.dir, old)
+            except OSError as error:  # what was saved is saved
+                self._say(f"warning: {files.step_folder(self.dir, old)}: could not be removed: {error}")
+
+    # ---- loading
+
+    def restore(self, before: int | None = None) -> int:
+        """Loads the newest sound checkpoint, as `checkpoint.resume` says; broken ones are named and passed over.
+
+        Args:
+            before: go back inside a run, to a checkpoint of fewer steps than this. Those from this step on belong to
+                the branch that is given up, and are removed.
+
+        Returns:
+            The steps it has taken; 0 for a fresh start.
+
+        Raises:
+            CheckpointError: there are checkpoints but none is sound; one is wanted and there is none, or the other
+                way round; or it is of another model, other data, or a newer format.
+        """
+        self.wait()
+        steps, note = self._ranks.first(lambda: files.candidates(self.dir))
+        mode = "must" if before is not None else self._config.resume
+        wanted = steps if before is None else [step for step in steps if step < before]
+        if mode == "never" and steps:
+            raise self._refusal(f"{self.dir}: holds step {steps[0]}, and checkpoint.resume is 'never'; use another dir")
+        if note is not None:
+            self._say(note)
+        if before is None:
+            self._warn_of_space()
+        if not wanted and mode != "must":
+            return 0
+        manifest = next(filter(None, map(self._sound, wanted)), None)
+        if manifest is None:
+            what = "none of its checkpoints is sound" if wanted else "no checkpoint"
+            limit = "checkpoint.resume is 'must'" if before is None else f"one before step {before} is wanted"
+            why = f"{what}; remove them to start afresh, or use another dir" if wanted else f"{what}, and {limit}"
+            raise self._refusal(f"{self.dir}: {why}")
+        self._ranks.agree(lambda: self._load(manifest))
+        refresh_weights(self._engine)
+        set_counters(self._engine, manifest.counters)
+        self.state, self._newest = manifest.state, manifest.step
+        if before is not None:
+            self._ranks.first(lambda: self._give_up([step for step in steps if step >= before]))
+        return manifest.step
+
+    def _sound(self, step: int) -> Manifest | None:
+        """The manifest of a checkpoint that is as it was written; each rank reads its share of the files."""
+        folder, found = files.step_folder(self.dir, step), []
+
+        def check() -> str | None:
+            try:
+                manifest = files.read_manifest(folder)
+                for name in sorted(manifest.files)[self._ranks.rank :: self._ranks.size]:
+                    files.verify(folder / name, manifest.files[name])
+            except BrokenCheckpointError as error:
+                return str(error)
+            found.append(manifest)
+            return None
+
+        problems = dict.fromkeys(filter(None, self._ranks.agree(check)))
+        for problem in problems:
+            self._say(f"passed over: {problem}")
+        return None if problems else found[0]
+
+    def _load(self, manifest: Manifest) -> None:
+        """Checks that the checkpoint fits this run, and fills the tensors that this rank owns."""
+        folder = files.step_folder(self.dir, manifest.step)
+        self._check_model(manifest, folder)
+        if not self._config.accept_changed_data:
+            self._check_data(manifest, folder)
+        missing = sorted(self.extra_kinds.keys() - set(manifest.kinds))
+        if missing:
+            self._say(f"{folder}: holds no {', '.join(missing)}; taken from the weights")
+        unused = sorted(set(manifest.kinds) - self._kinds(0).keys()) if self.fragments else []
+        if unused:
+            self._say(f"{folder}: holds {', '.join(unused)}, which this run does not keep; left out")
+        with CheckpointReader(folder, manifest) as saved:
+            for i, fragment in enumerate(self.fragments):
+                for kind, tensor in self._kinds(i).items():
+                    saved.read_into(tensor, fragment.name, WEIGHT if kind in missing else kind, fragment.start)
+
+    def _check_model(self, manifest: Manifest, folder: Path) -> None:
+        saved = {name: parameter.shape for name, parameter in manifest.parameters.items()}
+        for name in chain(self._shapes, saved):
+            here, there = self._shapes.get(name), saved.get(name)
+            if here != there:
+                raise CheckpointError(
+                    f"{folder}: is of another model: {name} is {_shape(there)} there and {_shape(here)} here; set the "
+                    "model as it was, or use another checkpoint.dir"
+                )
+
+    def _check_data(self, manifest: Manifest, folder: Path) -> None:
+        for key, there in manifest.data:
+            here = getattr(self._data, key)
+            if here != there:
+                raise CheckpointError(
+                    f"{folder}: was trained with data.{key} {there}, this run has {here}: samples would be repeated "
+                    "and left out; set it as it was, or checkpoint.accept_changed_data to go on with a new order"
+                )
+
+    def _give_up(self, steps: list[int]) -> None:
+        for step in steps:
+            self._say(f"{files.step_folder(self.dir, step)}: given up")
+            files.remove(self.dir, step)
+        files.point_latest(self.dir, self._newest)
+
+    def _warn_of_space(self) -> None:
+        needed = sum(self._ranks.gather(_size(self._tensors(), None)))
+        free = files.free_bytes(self.dir)
+        if free < 2 * needed:
+            room = f"{files.gib(free)} are free, less than two checkpoints of {files.gib(needed)}"
+            self._say(f"warning: {self.dir}: {room}")
+
+    def _say(self, line: str) -> None:
+        if self._ranks.rank == 0:
+            print(line, flush=True)
+
+    def _refusal(self, text: str) -> Exception:
+        """The error of what all ranks know: it is printed once."""
+        return CheckpointError(text) if self._ranks.rank == 0 else PeerError(text)
+
+
+def _size(tensors: Mapping[str, Tensor], bad: str | None) -> int:
+    """Bytes of the tensors.
+
+    Raises:
+        CheckpointError: `bad` names one that is not finite.
+    """
+    if bad is not None:
+        raise CheckpointError(f"{bad} holds a NaN or an infinity; nothing was saved")
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else str(list(shape))
+
+
+def _git_commit() -> str | None:
+    """The commit of the repository that this code runs from, if it does."""
+    folder = Path(mugv_ds.__file__).parent
     try:
-        return TrainConfig.model_validate_json(path.read_text())
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"{path}: {key}: {first['msg']}; it was not written by this version") from None
+        done = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -9,6 +9,10 @@ class ConfigError(InputError):
     """A configuration that cannot be run. The message names the key, what is wrong and what would do."""
 
 
+class CheckpointError(InputError):
+    """A checkpoint that cannot be used, or cannot be written. The message names the file or folder and what to do."""
+
+
 class PeerError(RuntimeError):
     """Another rank met an error, which it reports; this one only stops."""
 

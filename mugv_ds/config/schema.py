@@ -114,6 +114,16 @@ class CheckpointSection(Section):
         description="auto: go on from the newest checkpoint in dir, or start if dir has none; must: fail without one; "
         "never: fail if dir has one.",
     )
+    background: bool = Field(
+        True, description="Write while training goes on; a step then waits only for the copy to host memory."
+    )
+    keep_last: Positive = Field(3, description="Newest checkpoints that are kept.")
+    keep_every: Annotated[int, Field(ge=0)] = Field(
+        0, description="Checkpoints of steps divisible by this are kept too, for ever; 0: none."
+    )
+    accept_changed_data: bool = Field(
+        False, description="Resume although the data's manifest, data.seed or data.global_batch_size have changed."
+    )
     init_from: str | None = Field(
         None, description="Published-format weights to start from (.pt, .safetensors or folder)."
     )

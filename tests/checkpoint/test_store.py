@@ -1,39 +1,155 @@
-"""What DeepSpeed may load from a checkpoint."""
+"""Saving and resuming through real engines, in one layout and across them."""
 
-import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.zero.config import ZeroStageEnum
+import torch.distributed as dist
 
-from mugv_ds.checkpoint.store import _trusting_no_pickle
+from mugv_ds.checkpoint.hf import export
+from mugv_ds.checkpoint.reader import open_checkpoint
+from mugv_ds.checkpoint.store import Store
+from mugv_ds.config import TrainConfig
+from mugv_ds.engine.build import Process, build_engine, start_process
+from mugv_ds.engine.feed import Batch, Feed
+from tests.distributed import run_ranks
+from tests.parallel.test_layouts import CHANNELS, GLOBAL_BATCH, SHAPE, global_batch, perturb
+from tests.parallel.test_layouts import config as layout_config
 
+DATA = "0" * 64  # hash of the data
+HALF, STEPS = 3, 6
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
-class Payload:
-    def __init__(self, sentinel: Path) -> None:
-        self.sentinel = sentinel
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.sentinel}",)
-
-
-def load(path: Path) -> dict:
-    """As DeepSpeed does it, which asks torch.load for anything a pickle can hold."""
-    with _trusting_no_pickle():
-        return TorchCheckpointEngine().load(str(path), map_location="cpu")
-
-
-def test_a_payload_in_a_shard_does_not_run(tmp_path):
-    torch.save({"optimizer_state_dict": Payload(tmp_path / "sentinel")}, tmp_path / "shard.pt")
-    with pytest.raises(Exception, match=r"[Ww]eights.only"):
-        load(tmp_path / "shard.pt")
-    assert not (tmp_path / "sentinel").exists()
-    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+# Each is another optimizer of DeepSpeed's.
+VARIANTS = {
+    "fp32": {},
+    "fp32-stage0": {"deepspeed": {"zero_optimization": {"stage": 0}}},
+    "bf16": {"model": {"precision": "bf16"}},
+    "bf16-grads": {"model": {"precision": "bf16"}, "deepspeed": {"data_types": {"grad_accum_dtype": "bf16"}}},
+}
 
 
-def test_what_shards_hold_is_loaded(tmp_path):
-    torch.save({"zero_stage": ZeroStageEnum.optimizer_states, "weight": torch.ones(2)}, tmp_path / "shard.pt")
-    shard = load(tmp_path / "shard.pt")
-    assert shard["zero_stage"] == ZeroStageEnum.optimizer_states and shard["weight"].sum() == 2
+def settings(folder: Path, layout: tuple[int, int, int], variant: str = "fp32", **checkpoint) -> TrainConfig:
+    values = layout_config(layout).model_dump()
+    for name, section in (VARIANTS[variant] | {"checkpoint": {"dir": str(folder), **checkpoint}}).items():
+        values[name] |= section
+    return TrainConfig.model_validate(values)
+
+
+class Run:
+    """An engine that trains on the global batches, and its store."""
+
+    def __init__(self, config: TrainConfig, process: Process, data: str = DATA) -> None:
+        self.process, self.engine = process, build_engine(config, process, SHAPE, weights=perturb)
+        self.store = Store(config, process, self.engine, data)
+        self.feed, self.micro = Feed(self.engine.module, process, config.data, CHANNELS), config.data.micro_batch_size
+        self.losses: list[float] = []
+
+    def train(self, start: int, stop: int) -> None:
+        module = self.engine.module
+        for step in range(start, stop):
+            begin = self.process.place.data * (GLOBAL_BATCH // self.process.layout.data)
+            whole = global_batch(step)
+            parts = [Batch(*(t[i : i + self.micro] for t in whole)) for i in (begin, begin + self.micro)]
+            if module.set_shape(SHAPE, self.process.device):
+                self.engine.reset_activation_shape()
+            self.losses.append(self.engine.train_batch(self.feed.stage(parts, SHAPE, len(parts))).item())
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What the model of this stage computes with."""
+        layers = self.engine.module.named_layers()
+        return {prefix + name: p.detach() for prefix, layer in layers for name, p in layer.named_parameters()}
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the newest checkpoint in a folder, whole."""
+    with open_checkpoint(folder) as saved:
+        assert set(saved.manifest.kinds) == set(KINDS)
+        return {f"{name}/{kind}": saved.read(name, kind) for name in saved.names() for kind in KINDS}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def save_and_go_on(root: Path) -> None:
+    """(2, 1, 1): a straight run; one that saves half-way, in the background; one that goes on from there."""
+    for variant in VARIANTS:
+        process = start_process(settings(root, (2, 1, 1), variant))
+        straight = Run(settings(root / f"{variant}-straight", (2, 1, 1), variant), process)
+        assert straight.store.restore() == 0
+        straight.train(0, STEPS)
+        straight.store.save(STEPS)
+        straight.store.close()
+
+        first = Run(settings(root / variant, (2, 1, 1), variant), process)
+        assert first.store.restore() == 0
+        first.train(0, HALF)
+        first.store.save(HALF, {"seen": [1, 2]})
+        first.train(HALF, HALF + 1)  # while it is being written
+        first.store.close()
+
+        second = Run(settings(root / variant, (2, 1, 1), variant), process)
+        assert second.store.restore() == HALF and second.store.state == {"seen": [1, 2]}
+        second.store.close()
+        resumed = Store(settings(root / f"{variant}-resumed", (2, 1, 1), variant), process, second.engine, DATA)
+        second.train(HALF, STEPS)
+        resumed.save(STEPS)
+        resumed.close()
+        assert straight.losses[HALF:] == second.losses
+        torch.save(straight.losses, root / f"{variant}-losses.pt")
+
+
+def carry_over(root: Path, out: Path, layout: tuple[int, int, int]) -> None:
+    """Restores at another layout, saves the same step again elsewhere, and trains on."""
+    for variant in ("fp32", "bf16"):
+        process = start_process(settings(root, layout, variant))
+        run = Run(settings(root / variant, layout, variant), process)
+        assert run.store.restore() == HALF
+        run.store.close()
+        again = Store(settings(out / variant, layout, variant, background=False), process, run.engine, DATA)
+        again.save(HALF)
+        again.close()
+        torch.save(run.weights(), out / f"{variant}-weights-{process.rank}.pt")
+        run.train(HALF, STEPS)
+        if process.rank == 0:
+            torch.save(run.losses, out / f"{variant}-losses.pt")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Checkpoints that ranks (2, 1, 1) saved; then (1, 2, 2) from those; then (1, 1, 1) from these."""
+    root = tmp_path_factory.mktemp("store")
+    (root / "four").mkdir()
+    (root / "one").mkdir()
+    run_ranks(2, save_and_go_on, root)
+    run_ranks(4, carry_over, root, root / "four", (1, 2, 2))
+    run_ranks(1, carry_over, root / "four", root / "one", (1, 1, 1))
+    return root
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_resumed_run_is_the_straight_one_bitwise(root, variant):
+    straight, resumed = (tensors(root / f"{variant}-{end}") for end in ("straight", "resumed"))
+    assert same(straight, resumed)
+    assert not same(straight, tensors(root / variant)), "the steps after the checkpoint must change something"
+
+
+@pytest.mark.parametrize("variant", ["fp32", "bf16"])
+@pytest.mark.parametrize("place", ["four", "one"])
+def test_another_layout_has_the_same_state_and_goes_on(root, place, variant):
+    assert same(tensors(root / variant), tensors(root / place / variant))
+    expected = torch.load(root / f"{variant}-losses.pt", weights_only=True)[HALF:]
+    found = torch.load(root / place / f"{variant}-losses.pt", weights_only=True)
+    assert found == pytest.approx(expected, rel=1e-5 if variant == "fp32" else 2e-2)
+
+
+@pytest.mark.parametrize("variant", ["fp32", "bf16"])
+def test_exported_weights_are_those_of_the_engine_bitwise(root, tmp_path, variant):
+    engine = {}
+    for rank in range(4):
+        engine |= torch.load(root / "four" / f"{variant}-weights-{rank}.pt", weights_only=True)
+    exported = torch.load(export(root / "four" / variant, tmp_path, layout="pt"), weights_only=True)
+    assert same(exported, engine)
+    assert {value.dtype for value in exported.values()} == {torch.float32 if variant == "fp32" else torch.bfloat16}

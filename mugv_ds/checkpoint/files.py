@@ -1,0 +1,264 @@
+"""A run's folder of checkpoints: names, durable writing, verifying, removal. Nothing here knows of ranks.
+
+<run>/step-00000006/      complete: it was renamed from .tmp after everything in it was on disk
+<run>/step-00000009.tmp/  being written, or left over from a run that died
+<run>/latest              the name of the newest
+<run>/lock                held by the run that uses the folder
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mugv_ds.checkpoint.manifest import MANIFEST_NAME, BrokenCheckpointError, FileEntry, Manifest, parse
+from mugv_ds.config.errors import CheckpointError
+
+LATEST = "latest"
+LOCK = "lock"
+_STEP = re.compile(r"step-([0-9]{8,12})")
+_LEFT_OVER = re.compile(r"step-[0-9]{8,12}(\.removed)?\.tmp")
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+_CHUNK = 1 << 24  # bytes that are written and hashed at once
+_MAX_MANIFEST_BYTES = 1 << 28
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps is."""
+    return run / f"step-{step:08d}"
+
+
+def unfinished_folder(run: Path, step: int) -> Path:
+    """Where it is written."""
+    return run / f"step-{step:08d}.tmp"
+
+
+def saved_steps(run: Path) -> list[int]:
+    """The steps with a checkpoint, newest first; whether it is sound is another question."""
+    matches = (_STEP.fullmatch(path.name) for path in run.glob("step-*") if path.is_dir() and not path.is_symlink())
+    steps = {int(match[1]) for match in matches if match}
+    return sorted((step for step in steps if step_folder(run, step).is_dir()), reverse=True)
+
+
+def candidates(run: Path) -> tuple[list[int], str | None]:
+    """The steps with a checkpoint, newest first, and what is odd about `latest`, if anything.
+
+    `latest` is for readers and other tools. The checkpoints themselves decide: one newer than `latest` is from a run
+    that was killed before it could say so.
+
+    Raises:
+        CheckpointError: `latest` does not name a checkpoint, or names one where there are none.
+    """
+    latest, steps = run / LATEST, saved_steps(run)
+    try:
+        with latest.open(encoding="utf-8", errors="replace") as file:
+            name = file.read(256).strip()
+    except FileNotFoundError:
+        return steps, f"{latest}: missing; the folder is scanned" if steps else None
+    if not name:
+        return steps, f"{latest}: empty; the folder is scanned" if steps else None
+    if not _STEP.fullmatch(name):
+        raise CheckpointError(f"{latest}: names {name!r}, which is not a checkpoint; write step-<n> into it")
+    if not steps:
+        raise CheckpointError(f"{latest}: names {name}, but {run} holds no checkpoint; remove {latest} to start afresh")
+    if not (run / name).is_dir():
+        return steps, f"{latest}: names {name}, which is not there; the folder is scanned"
+    return steps, None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
+    """Writes contiguous CPU tensors as a safetensors file, and waits until it is on the disk.
+
+    It is hashed as it is written, and nothing is copied: the library's own writer would hold the file in memory.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    header, offset = {}, 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the data aligned
+    hashed = hashlib.sha256()
+    with path.open("xb", buffering=0) as file:
+        for part in (len(text).to_bytes(8, "little") + text, *(t.view(torch.uint8).numpy() for t in tensors.values())):
+            data = memoryview(part)
+            for begin in range(0, len(data), _CHUNK):
+                chunk = data[begin : begin + _CHUNK]
+                hashed.update(chunk)
+                while chunk:
+                    chunk = chunk[file.write(chunk) :]
+        os.fsync(file.fileno())
+    return FileEntry(bytes=8 + len(text) + offset, sha256=hashed.hexdigest())
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Writes a small file, and waits until it is on the disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Waits until the names in a folder are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def start_folder(run: Path, step: int, needed: int) -> None:
+    """Makes the folder that a checkpoint of `needed` bytes is written into.
+
+    Raises:
+        CheckpointError: there is not enough space. OSError: the file system fails.
+    """
+    discard(run, step)
+    free = free_bytes(run)
+    if needed > free:
+        raise CheckpointError(
+            f"{run}: a checkpoint takes {gib(needed)} and {gib(free)} are free; free some, or lower "
+            "checkpoint.keep_last"
+        )
+    unfinished_folder(run, step).mkdir()
+
+
+def commit(run: Path, step: int, manifest: Manifest) -> None:
+    """Completes a checkpoint whose other files are on the disk; from the rename on it is valid."""
+    unfinished = unfinished_folder(run, step)
+    write_durably(unfinished / MANIFEST_NAME, manifest.dump())
+    sync_folder(unfinished)
+    remove(run, step)  # one that was found broken, or from before the run went back
+    publish(run, step)
+
+
+def publish(run: Path, step: int) -> None:
+    """The rename that makes a checkpoint valid."""
+    unfinished_folder(run, step).rename(step_folder(run, step))
+    sync_folder(run)
+
+
+def point_latest(run: Path, step: int) -> None:
+    """Replaces `latest`."""
+    beside = run / f"{LATEST}.tmp"
+    write_durably(beside, f"{step_folder(run, step).name}\n".encode())
+    beside.replace(run / LATEST)
+    sync_folder(run)
+
+
+def discard(run: Path, step: int) -> None:
+    """Removes what was written of a checkpoint that is not complete."""
+    if unfinished_folder(run, step).exists():
+        shutil.rmtree(unfinished_folder(run, step))
+
+
+def remove(run: Path, step: int) -> None:
+    """Removes a complete checkpoint, if it is there; renamed first, so that a half-removed one is never taken."""
+    doomed = run / f"step-{step:08d}.removed.tmp"
+    if step_folder(run, step).exists():
+        if doomed.exists():
+            shutil.rmtree(doomed)
+        step_folder(run, step).rename(doomed)
+        sync_folder(run)
+        shutil.rmtree(doomed)
+
+
+def sweep(run: Path) -> None:
+    """Removes what runs that died have left over in the folder."""
+    for path in run.glob("step-*.tmp"):
+        if _LEFT_OVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+    (run / f"{LATEST}.tmp").unlink(missing_ok=True)
+
+
+def expired(steps: list[int], newest: int, keep_last: int, keep_every: int) -> list[int]:
+    """Those of `steps` up to `newest` that are neither among its last nor divisible by `keep_every`, if that is not 0."""
+    older = sorted((step for step in steps if step <= newest), reverse=True)
+    return [step for step in older[keep_last:] if keep_every == 0 or step % keep_every]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint's folder.
+
+    Raises:
+        BrokenCheckpointError: it is missing or not as it was written. CheckpointError: a newer version wrote it.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        if path.stat().st_size > _MAX_MANIFEST_BYTES:
+            raise BrokenCheckpointError(f"{path}: larger than {gib(_MAX_MANIFEST_BYTES)}")
+        text = path.read_bytes()
+    except OSError as error:
+        raise BrokenCheckpointError(f"{path}: {error.strerror}") from None
+    manifest = parse(text, str(path))
+    if _STEP.fullmatch(folder.name) and folder.name != step_folder(folder.parent, manifest.step).name:
+        raise BrokenCheckpointError(f"{path}: is of step {manifest.step}")
+    return manifest
+
+
+def verify(path: Path, entry: FileEntry) -> None:
+    """Compares a file with what the manifest says of it.
+
+    Raises:
+        BrokenCheckpointError: it is missing, or differs in size or content.
+    """
+    try:
+        if path.is_symlink() or not path.is_file():
+            raise BrokenCheckpointError(f"{path}: missing")
+        if (size := path.stat().st_size) != entry.bytes:
+            raise BrokenCheckpointError(f"{path}: {size} bytes, the manifest says {entry.bytes}")
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise BrokenCheckpointError(f"{path}: {error.strerror}") from None
+    if found != entry.sha256:
+        raise BrokenCheckpointError(f"{path}: its SHA-256 differs from the manifest's")
+
+
+class Lock:
+    """Keeps other runs out of a folder until it is released or the process ends, however it ends.
+
+    Raises:
+        CheckpointError: another run has it.
+    """
+
+    def __init__(self, run: Path) -> None:
+        path = run / LOCK
+        self._file = path.open("a+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read(256).strip()
+            self._file.close()
+            raise CheckpointError(
+                f"{path}: another run uses this folder ({holder}); end it or set checkpoint.dir to another"
+            ) from None
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()
+
+    def release(self) -> None:
+        self._file.close()
+
+
+def free_bytes(run: Path) -> int:
+    """Free space of the file system that a run's folder is on."""
+    return shutil.disk_usage(run).free
+
+
+def gib(size: int) -> str:
+    """A number of bytes, for people."""
+    return f"{size / 2**30:.2f} GiB"

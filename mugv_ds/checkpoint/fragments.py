@@ -1,0 +1,104 @@
+"""The pieces of the parameters, and of the optimizer's state, that this rank owns, by published name.
+
+With ZeRO-1 a rank owns a slice of the flat fp32 masters of its stage, which begins and ends anywhere in a parameter;
+DeepSpeed links the slice and the parameters (`_hp_mapping`). Without ZeRO every replica has everything.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import Tensor
+
+from mugv_ds.checkpoint.manifest import WEIGHT, Counters
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # of torch.optim.AdamW
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements `start` … `start + numel - 1` of one flattened parameter, and what belongs to them.
+
+    Attributes:
+        name: of the parameter, as published.
+        start: first element. numel: their number.
+        tensors: kind ("weight", "exp_avg", "exp_avg_sq") → fp32 [numel], views into what the optimizer works on.
+        saved: whether this rank saves it; False where another one that has it does.
+    """
+
+    name: str
+    start: int
+    numel: int
+    tensors: dict[str, Tensor]
+    saved: bool
+
+
+def fragments(engine: PipelineEngine) -> list[Fragment]:
+    """All fragments of this rank, in the order of the model. Moments that do not exist yet are made, as zeros."""
+    return list(_fragments(engine))
+
+
+def _fragments(engine: PipelineEngine) -> Iterator[Fragment]:
+    optimizer, first_replica = engine.basic_optimizer, dist.get_rank(engine.seq_data_parallel_group) == 0
+    for prefix, layer in engine.module.named_layers():
+        for name, parameter in layer.named_parameters():
+            if not engine.zero_optimization():
+                group, held = optimizer.param_groups[0], parameter
+                start, offset, numel, saved = 0, 0, parameter.numel(), first_replica
+            elif (linked := parameter._hp_mapping) is not None:
+                group = optimizer.param_groups[linked.param_group_index]
+                (held,) = group["params"]
+                start, offset = linked.lp_fragment_address.start, linked.hp_fragment_address.start
+                numel, saved = linked.hp_fragment_address.numel, True
+            else:  # this rank's slice holds nothing of it
+                continue
+            whole = {WEIGHT: held} | _moments(optimizer, group, held)
+            tensors = {kind: t.detach().view(-1).narrow(0, offset, numel) for kind, t in whole.items()}
+            yield Fragment(prefix + name, start, numel, tensors, saved)
+
+
+def _moments(optimizer: torch.optim.AdamW, group: dict, parameter: Tensor) -> dict[str, Tensor]:
+    state = optimizer.state[parameter]
+    if not state:  # as AdamW makes it in its first step
+        on_device = group["fused"] or group["capturable"]
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
+        state.update({kind: torch.zeros_like(parameter, requires_grad=False) for kind in _MOMENTS})
+    return {kind: state[kind] for kind in _MOMENTS}
+
+
+def read_counters(engine: PipelineEngine) -> Counters:
+    """What the engine, its schedule and its optimizer have counted."""
+    states = engine.basic_optimizer.state.values()
+    return Counters(
+        global_steps=engine.global_steps,
+        skipped_steps=engine.skipped_steps,
+        schedule_steps=engine.lr_scheduler.last_epoch,
+        optimizer_steps=max((int(state["step"]) for state in states), default=0),
+    )
+
+
+def set_counters(engine: PipelineEngine, counters: Counters) -> None:
+    """Sets what `read_counters` reads, and the learning rate that follows from the config's schedule.
+
+    DeepSpeed counts a sample once for each of the ranks that share its sequence, so its number of samples is that of
+    this layout.
+    """
+    optimizer, scheduler, taken = engine.basic_optimizer, engine.lr_scheduler, counters.schedule_steps
+    engine.global_steps, engine.skipped_steps = counters.global_steps, counters.skipped_steps
+    engine.global_samples = counters.global_steps * engine.train_batch_size()
+    for state in optimizer.state.values():
+        state["step"].fill_(counters.optimizer_steps)
+    rates = [base * factor(taken) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    scheduler.load_state_dict(
+        scheduler.state_dict() | {"last_epoch": taken, "_step_count": taken + 1, "_last_lr": rates}
+    )
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def refresh_weights(engine: PipelineEngine) -> None:
+    """Rounds the masters to the weights that the model computes with, on all ranks. All ranks call it."""
+    if engine.zero_optimization():
+        engine.optimizer.update_lp_params()

@@ -1,0 +1,125 @@
+"""Reads tensors of a checkpoint by name, whatever layout saved them."""
+
+import json
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mugv_ds.checkpoint import files
+from mugv_ds.checkpoint.manifest import WEIGHT, BrokenCheckpointError, Manifest
+from mugv_ds.config.errors import CheckpointError
+from mugv_ds.config.schema import TrainConfig
+
+
+class CheckpointReader:
+    """The tensors of one checkpoint; its files are mapped, and only what is asked for is read.
+
+    Args:
+        folder: of the checkpoint. manifest: its manifest, whose files have been verified.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        self._open = ExitStack()
+        self._files: dict[str, safe_open] = {}
+
+    def __enter__(self) -> "CheckpointReader":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._open.close()
+        self._files.clear()
+
+    def run_config(self) -> TrainConfig:
+        """The config of the run that saved it.
+
+        Raises:
+            CheckpointError: this version does not know a key, or takes another value.
+        """
+        try:
+            return TrainConfig.model_validate_json(json.dumps(self.manifest.config))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(map(str, first["loc"]))
+            raise CheckpointError(
+                f"{self.folder}: its config: {key}: {first['msg']}; read it with mugv_ds "
+                f"{self.manifest.versions.get('mugv_ds')}, which wrote it"
+            ) from None
+
+    def names(self) -> list[str]:
+        """Published names of all parameters."""
+        return list(self.manifest.parameters)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter."""
+        return self.manifest.parameters[name].shape
+
+    def read(self, name: str, kind: str = WEIGHT) -> Tensor:
+        """The whole tensor of a parameter and a kind, fp32.
+
+        Raises:
+            CheckpointError: see `read_into`.
+        """
+        whole = torch.empty(self.shape(name))
+        self.read_into(whole.view(-1), name, kind, 0)
+        return whole
+
+    def read_into(self, out: Tensor, name: str, kind: str, start: int) -> None:
+        """Fills `out` [n] with elements `start` … `start + n - 1` of a flattened parameter.
+
+        Raises:
+            CheckpointError: the checkpoint does not hold this kind. BrokenCheckpointError: a file cannot be read.
+        """
+        if kind not in self.manifest.kinds:
+            raise CheckpointError(f"{self.folder}: holds no {kind}; it has {', '.join(self.manifest.kinds)}")
+        stop = start + out.numel()
+        for piece in self.manifest.parameters[name].pieces:
+            first, last = max(start, piece.start), min(stop, piece.start + piece.numel)
+            if first < last:
+                try:
+                    saved = self._file(piece.file).get_slice(f"{name}/{kind}")[first - piece.start : last - piece.start]
+                except (SafetensorError, OSError) as error:
+                    raise BrokenCheckpointError(f"{self.folder / piece.file}: {error}") from None
+                out[first - start : last - start].copy_(saved)
+
+    def _file(self, name: str) -> safe_open:
+        if name not in self._files:
+            self._files[name] = self._open.enter_context(safe_open(self.folder / name, "pt"))
+        return self._files[name]
+
+
+def open_checkpoint(path: Path) -> CheckpointReader:
+    """The checkpoint in `path`, every file of it verified: a `step-<n>` folder, or a run's folder, whose newest sound
+    one is taken; the broken ones are named.
+
+    Raises:
+        CheckpointError: there is none, or none is sound.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder")
+    if not is_run(path):
+        return _verified(path)
+    steps, _ = files.candidates(path)
+    for step in steps:
+        try:
+            return _verified(files.step_folder(path, step))
+        except BrokenCheckpointError as error:
+            print(f"passed over: {error}", file=sys.stderr, flush=True)
+    raise CheckpointError(f"{path}: holds no {'sound ' if steps else ''}checkpoint")
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is that of a run's checkpoints, rather than one checkpoint."""
+    return not (path / files.MANIFEST_NAME).exists() and not path.name.startswith("step-")
+
+
+def _verified(folder: Path) -> CheckpointReader:
+    manifest = files.read_manifest(folder)
+    for name, entry in manifest.files.items():
+        files.verify(folder / name, entry)
+    return CheckpointReader(folder, manifest)
