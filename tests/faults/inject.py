@@ -1,7 +1,9 @@
 """Faults, each a function that is called in a rank before it trains. Bind the arguments with functools.partial."""
 
+import errno
 import gc
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -10,6 +12,7 @@ import psutil
 import torch
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from mugv_ds.checkpoint import files
 from mugv_ds.checkpoint.store import Store
 from mugv_ds.engine.feed import Feed
 from mugv_ds.engine.loop import Trainer
@@ -136,3 +139,44 @@ def measure_resources(rank: int, *, every: int) -> None:
         return taken
 
     Trainer._train_step = stepping
+
+
+def killed_in_save(rank: int, *, function: str, step: int) -> None:
+    """`kill -9` of this process when a save of `step` comes to one of the functions of `checkpoint.files`."""
+    original = getattr(files, function)
+
+    def killing(*args):
+        unfinished = args[0].parent.name if function == "write_tensors" else f"step-{args[1]:08d}.tmp"
+        if unfinished == f"step-{step:08d}.tmp":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args)
+
+    setattr(files, function, killing)
+
+
+def failing_write(rank: int, *, step: int) -> None:
+    """The disk fails under this rank's part of a checkpoint."""
+    original = files.write_tensors
+
+    def failing(path, tensors):
+        if path.parent.name == f"step-{step:08d}.tmp":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return original(path, tensors)
+
+    files.write_tensors = failing
+
+
+def limit_files(trainer: Trainer) -> None:
+    """From now on this process may write no file of more than 64 KiB."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+
+
+def spoil_weight(trainer: Trainer) -> None:
+    """One master weight of this rank is infinite."""
+    trainer.store.fragments[0].tensors["weight"].flatten()[0] = torch.inf
+
+
+def hide(trainer: Trainer, folder: Path) -> None:
+    """A folder is gone."""
+    folder.rename(folder.with_name("hidden"))

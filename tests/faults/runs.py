@@ -115,9 +115,9 @@ class Run:
         file = self.folder / f"steps-{rank}.jsonl"
         return file.read_bytes().count(b"\n") if file.exists() else 0
 
-    def finish(self, stopped: Sequence[int] = ()) -> Done:
-        """Waits for the ranks; those in `stopped` are killed once the others have ended."""
-        deadline = time.monotonic() + PATIENCE
+    def finish(self, stopped: Sequence[int] = (), patience: float = PATIENCE) -> Done:
+        """Waits for the ranks, at most `patience` seconds; those in `stopped` are killed once the others have ended."""
+        deadline = time.monotonic() + patience
         for number, rank in enumerate(self.ranks):
             if number not in stopped:
                 rank.join(max(deadline - time.monotonic(), 0))

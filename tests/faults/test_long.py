@@ -7,7 +7,7 @@ import pytest
 
 from tests.faults.conftest import configure
 from tests.faults.inject import measure_resources
-from tests.faults.runs import run
+from tests.faults.runs import Run
 
 STEPS = 2000
 
@@ -22,7 +22,7 @@ def test_memory_and_open_files_stay_flat(tmp_path, manifest, report):
         logging={"every": 50},
         data={"num_workers": 1},
     )
-    done = run(config, 2, faults={0: partial(measure_resources, every=20)})
+    done = Run(config, 2, faults={0: partial(measure_resources, every=20)}).finish(patience=900)
     assert done.codes == [0, 0], done.output
     taken, resident, files = np.loadtxt(tmp_path / "resources").T
     later = taken > STEPS / 4  # buffers have grown to their size by then
