@@ -184,7 +184,7 @@ def sweep(run: Path) -> None:
 
 
 def expired(steps: list[int], newest: int, keep_last: int, keep_every: int) -> list[int]:
-    """Those of `steps` up to `newest` that are neither among its last nor divisible by `keep_every`, if that is not 0."""
+    """Those of `steps` up to `newest` that are neither among the last nor kept for ever; 0 keeps none for ever."""
     older = sorted((step for step in steps if step <= newest), reverse=True)
     return [step for step in older[keep_last:] if keep_every == 0 or step % keep_every]
 

@@ -11,10 +11,11 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from mugv_ds.checkpoint.hf import PublishedWeights, export, load_dit, load_into
-from mugv_ds.checkpoint.store import CheckpointError
+from mugv_ds.config import CheckpointError
 from mugv_ds.models import DiT, DiTConfig
 from mugv_ds.models.dit import init_weights
 from mugv_ds.models.layers import Block
+from tests.checkpoint.saved import write_checkpoint
 
 CONFIG = DiTConfig(144, 2, 2, caption_channels=16)
 
@@ -134,29 +135,49 @@ def test_bad_weights_are_refused(tmp_path, state, damage, complaint):
     assert not (tmp_path / "sentinel").exists()
 
 
-def test_a_checkpoint_whose_config_cannot_be_read_is_named(tmp_path):
-    run = tmp_path / "global_step2"
-    run.mkdir()
-    with pytest.raises(CheckpointError, match=r"run_config\.json: missing"):
-        export(run, tmp_path / "out", layout="pt")
-    (run / "run_config.json").write_text('{"model": {"preset": "mugdit_9b"}}')
-    with pytest.raises(CheckpointError, match=r"run_config\.json: model\.preset"):
-        export(run, tmp_path / "out", layout="pt")
+@pytest.fixture
+def run(tmp_path, state) -> Path:
+    """A run's folder with checkpoints after steps 2 and 4; the weights of the second are twice those of the first."""
+    write_checkpoint(tmp_path / "run", 2, state.items())
+    write_checkpoint(tmp_path / "run", 4, ((name, 2 * value) for name, value in state.items()), ranks=3)
+    return tmp_path / "run"
 
 
-@pytest.mark.parametrize(
-    ("latest", "complaint"),
-    [
-        (None, "latest: missing"),
-        ("", "names ''"),
-        ("../elsewhere", "names '../elsewhere'"),
-        ("global_step9", "names 'global_step9'"),
-    ],
-)
-def test_latest_must_name_a_checkpoint_of_the_run(tmp_path, latest, complaint):
-    (tmp_path / "run/global_step2").mkdir(parents=True)
-    if latest is not None:
-        (tmp_path / "run/latest").write_text(latest)
-    with pytest.raises(CheckpointError, match=complaint):
+@pytest.mark.parametrize("form", ["pt", "safetensors"])
+def test_a_checkpoint_becomes_a_model(run, tmp_path, state, form):
+    export(run, tmp_path / "newest", layout=form)
+    export(run / "step-00000002", tmp_path / "named", layout=form)
+    newest, named = (load_dit(tmp_path / name).state_dict() for name in ("newest", "named"))
+    for name, value in state.items():
+        assert torch.equal(newest[name], 2 * value) and torch.equal(named[name], value), name
+
+
+def test_a_checkpoint_of_a_bf16_run_is_rounded(tmp_path, state):
+    write_checkpoint(tmp_path / "run", 2, state.items(), model={"precision": "bf16"})
+    weights = torch.load(export(tmp_path / "run", tmp_path / "out", layout="pt"), weights_only=True)
+    assert all(torch.equal(weights[name], value.bfloat16()) for name, value in state.items())
+
+
+def test_a_broken_checkpoint_is_passed_over_or_refused(run, tmp_path, state, capsys):
+    shard = run / "step-00000004/rank-1.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    export(run, tmp_path / "out", layout="pt")
+    assert torch.equal(load_dit(tmp_path / "out").start_token, state["start_token"])
+    assert f"passed over: {shard}" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match=r"rank-1\.safetensors: .* bytes, the manifest says"):
+        export(run / "step-00000004", tmp_path / "other", layout="pt")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_checkpoint_of_other_sizes_than_its_config_is_refused(tmp_path, state):
+    write_checkpoint(tmp_path / "run", 2, ((name, value) for name, value in state.items() if name != "start_token"))
+    with pytest.raises(CheckpointError, match="1 tensors differ, the first is start_token"):
         export(tmp_path / "run", tmp_path / "out", layout="pt")
+
+
+@pytest.mark.parametrize("latest", ["../elsewhere", "/etc", "global_step2", "step-00000002/../../elsewhere"])
+def test_a_latest_that_leads_out_is_refused(run, tmp_path, latest):
+    (run / "latest").write_text(latest)
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+        export(run, tmp_path / "out", layout="pt")
     assert not (tmp_path / "out").exists()

@@ -1,11 +1,9 @@
 """Saving and resuming through real engines, in one layout and across them."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from mugv_ds.checkpoint.hf import export
 from mugv_ds.checkpoint.reader import open_checkpoint
