@@ -107,7 +107,9 @@ class ScheduleSection(Section):
 class CheckpointSection(Section):
     dir: str = Field(description="Folder of the run's checkpoints.")
     save_every: Annotated[int, Field(ge=0)] = Field(
-        100, description="Steps between checkpoints; the last step is saved too. 0: none at all, for measurements."
+        100,
+        description="Steps between checkpoints; the last step is saved too, and that at which a run is told to stop. "
+        "0: none at all, for measurements.",
     )
     resume: Literal["auto", "must", "never"] = Field(
         "auto",

@@ -66,7 +66,7 @@ class Guard:
     ) -> None:
         self.history = History()
         self._section, self._process, self._engine, self._explain = config.guard, process, engine, explain
-        self._batch = config.data.global_batch_size
+        self._batch, self._replaced = config.data.global_batch_size, 0  # samples of a step; those of the coming one
         self._signals = StopSignals()
         name = f"rank {process.rank} (host {socket.gethostname()}, pid {os.getpid()})"
         self._watchdog = Watchdog(process.rank, process.agreement.values(name), config.guard.timeout_s)
@@ -119,16 +119,17 @@ class Guard:
         self._watchdog.reached(step)
         signals, failed, losses, applied, bad, seconds = rows.T.tolist()
         self._process.agreement.raise_if(failed, ahead.failure)
-        if any(bad):
-            self._note_bad(step, ahead.quarantined)
         if taken is not None:
+            self._count_samples()
             self._judge(step, losses[0], all(applied))
             self._name_stragglers(step, seconds)
             self._check_replicas(step)
-        self.history.seen += self._batch
+        self._replaced = int(sum(bad))
+        if self._replaced:
+            self._name_replaced(step, ahead.quarantined)
         if any(signals):
             rank, number = next((rank, int(number)) for rank, number in enumerate(signals) if number)
-            self._say(f"step {step}: rank {rank} got {Signals(number).name}; saving and stopping")
+            self._say(f"step {step}: rank {rank} got {Signals(number).name}; stopping")
             self._incidents.write("stop", step, rank=rank, signal=Signals(number).name)
         return any(signals)
 
@@ -149,17 +150,20 @@ class Guard:
             key = ".".join(map(str, first["loc"]))
             raise InputError(f"the checkpoint's guard state: {key}: {first['msg']}; use another checkpoint") from None
 
-    def _note_bad(self, step: int, own: Sequence[Quarantined]) -> None:
-        """Records the samples that were replaced, of all ranks; ends the run if they are too many."""
-        found = [Quarantined(*fields) for of in self._process.agreement.values(own) for fields in of]
-        for bad in found:
+    def _name_replaced(self, step: int, own: Sequence[Quarantined]) -> None:
+        """Records the samples that were replaced in the coming step, of all ranks."""
+        for bad in (Quarantined(*fields) for found in self._process.agreement.values(own) for fields in found):
             self._say(f"step {step}: sample {bad.sample_id} is set aside, {bad.replaced_by} taken instead: {bad.why}")
             self._incidents.write("quarantine", step, **bad._asdict())
-        self.history.bad += len(found)
-        seen = self.history.seen + self._batch
-        if seen >= self._section.bad_share_after and self.history.bad > self._section.max_bad_share * seen:
+
+    def _count_samples(self) -> None:
+        """Takes up the samples of the step that was taken; ends the run if too many of all were replaced."""
+        self.history.seen += self._batch
+        self.history.bad += self._replaced
+        seen, bad = self.history.seen, self.history.bad
+        if seen >= self._section.bad_share_after and bad > self._section.max_bad_share * seen:
             self._fail(
-                f"{self.history.bad} of {seen} samples could not be read, more than guard.max_bad_share = "
+                f"{bad} of {seen} samples could not be read, more than guard.max_bad_share = "
                 f"{self._section.max_bad_share:g}; repair the files that {self._incidents.path} names"
             )
 

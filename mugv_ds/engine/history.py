@@ -19,7 +19,7 @@ class History(BaseModel):
         rollbacks: how often the run went back.
         skips: steps without an update. skips_in_a_row: those since the last update.
         losses: the last finite ones, at most `guard.spike_window`.
-        seen: samples read. bad: how many of them were replaced.
+        seen: samples of the steps taken. bad: how many of them were replaced.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)

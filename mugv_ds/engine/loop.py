@@ -114,7 +114,8 @@ class Trainer:
                 batches, ahead = self._read(readings if step < steps else None)
                 stop = self.guard.boundary(step, taken, ahead)
                 self.store.poll()
-                if taken and (stop or self._due(step, self.config.checkpoint.save_every)):
+                save_every = self.config.checkpoint.save_every
+                if taken and (self._due(step, save_every) or (stop and save_every)):
                     with recorder.excluded():
                         self.store.save(step, self.guard.state())
                 if stop and step < steps:

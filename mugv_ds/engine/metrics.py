@@ -98,10 +98,13 @@ class Recorder:
         return (step + 1) % self._every == 0 or step + 1 == self._steps
 
     def step(self, loss: Tensor, terms: dict[str, Tensor], *, samples: int, tokens: int, flops: float) -> None:
-        """Notes a finished step: loss and quartile sums as tensors; samples, tokens and model FLOPs of all ranks."""
+        """Notes a finished step: loss and quartile sums as tensors; samples, tokens and model FLOPs of all ranks.
+
+        Losses that are NaN count in no mean.
+        """
         self._losses.append(loss.detach())
         for name, value in terms.items():
-            self._quartiles[name] = self._quartiles.get(name, 0) + value
+            self._quartiles[name] = self._quartiles.get(name, 0) + torch.where(loss.isfinite(), value, 0.0)
         for name, value in (("steps", 1), ("samples", samples), ("tokens", tokens), ("flops", flops)):
             self._window[name] += value
         self._bar.update()
@@ -115,7 +118,7 @@ class Recorder:
             probe: armed for the last step.
             waited: seconds this rank spent waiting for data since the last record; the longest of all ranks is written.
         """
-        loss = torch.stack(self._losses).mean().item()  # waits for the device
+        loss = torch.stack(self._losses).nanmean().item()  # waits for the device
         seconds = time.perf_counter() - self._begin
         device = self._losses[0].device
         memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0

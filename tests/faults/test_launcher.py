@@ -26,7 +26,7 @@ def wait_for_checkpoint(folder: Path, run: subprocess.Popen) -> None:
 
 
 def stopped_at(output: str) -> int:
-    (found,) = re.findall(r"step (\d+): rank \d got SIGTERM; saving and stopping", output)
+    (found,) = re.findall(r"step (\d+): rank \d got SIGTERM; stopping", output)
     return int(found)
 
 
