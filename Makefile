@@ -12,10 +12,11 @@ LAUNCH = $(BIN)/python tools/check_hostfile.py $(HOSTFILE) && $(BIN)/deepspeed -
 	--node_rank 0 --master_addr 127.0.0.1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart demo-data train dry-run convert-hf import-hf widen sample test lint clean
+.PHONY: help install quickstart demo-data train dry-run convert-hf import-hf widen sample test test-long reliability-report lint \
+	clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/installed  ## Create .venv and install the package with its test tools
 
@@ -62,6 +63,12 @@ sample: install  ## Sample the demo prompts from the weights WEIGHTS to OUT
 
 test: install lint  ## Run the linter and all tests
 	$(BIN)/python -m pytest
+
+test-long: install  ## Also what shows only over thousands of steps
+	$(BIN)/python -m pytest tests/faults -m long
+
+reliability-report: install  ## Inject every fault and write what came of it to docs/reliability.md
+	$(BIN)/python -m pytest tests/faults -m "long or not long" --reliability-report docs/reliability.md
 
 lint: install  ## Check style and formatting
 	$(BIN)/ruff check .

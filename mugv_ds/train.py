@@ -9,15 +9,19 @@ import os
 import sys
 from functools import partial
 
-from mugv_ds.config import InputError, PeerError, TrainConfig, load_config
+from mugv_ds.config import InputError, PeerError, TrainConfig, TrainingError, load_config
 from mugv_ds.config.hostfile import check_launcher
 
 
-def train(config: TrainConfig) -> None:
+def train(config: TrainConfig) -> int:
     """Runs the training that `config` describes, as one of the processes of the launch.
 
+    Returns:
+        The exit status: 0 at the end of the run, 75 when it was asked to stop and saved before.
+
     Raises:
-        InputError: config, data, weights or checkpoint cannot be used. PeerError: another rank met an error.
+        InputError: config, data, weights or checkpoint cannot be used. TrainingError: the run cannot go on.
+        PeerError: another rank met an error.
     """
     # Imported here, so that a wrong command line or config answers at once.
     import torch.distributed as dist
@@ -27,6 +31,7 @@ def train(config: TrainConfig) -> None:
     from mugv_ds.data.manifest import open_index
     from mugv_ds.engine.build import build_engine, start_process
     from mugv_ds.engine.loop import Trainer
+    from mugv_ds.engine.signals import STOPPED
 
     process = start_process(config)
     training, validation = (
@@ -46,14 +51,18 @@ def train(config: TrainConfig) -> None:
         if process.rank == 0:
             fresh = f"starting fresh, from {init or 'initial weights'}"
             print(f"going on after step {start}" if start else fresh, flush=True)
-        Trainer(config, process, engine, train=training, validation=validation, store=store).run(start)
+        stopped = Trainer(config, process, engine, train=training, validation=validation, store=store).run(start)
     finally:
         store.close()
     dist.destroy_process_group()  # without it some processes abort at exit
+    return STOPPED if stopped else 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parses the command line; returns the exit status: 0, or 2 with one line that says what to change."""
+    """Parses the command line; returns the exit status.
+
+    0: done. 1: the run cannot go on. 2: one line says what to change. 75: saved or hung, start again.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="JSON file of ds_configs/")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a value")
@@ -71,10 +80,13 @@ def main(argv: list[str] | None = None) -> int:
             parser.error("started without the deepspeed launcher; see the command above, or use --dry-run")
         else:
             check_launcher(world_size)
-            train(config)
+            return train(config)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except PeerError:
         return 1
     return 0

@@ -17,10 +17,13 @@ def run_ranks(world_size: int, function: Callable, *args) -> None:
     Raises:
         torch.multiprocessing.ProcessRaisedException: one of them failed; the message holds its traceback.
     """
+    mp.start_processes(_start, (world_size, free_port(), function, args), nprocs=world_size, start_method="spawn")
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.start_processes(_start, (world_size, port, function, args), nprocs=world_size, start_method="spawn")
+        return probe.getsockname()[1]
 
 
 def _start(rank: int, world_size: int, port: int, function: Callable, args: tuple) -> None:

@@ -1,6 +1,6 @@
 """Configuration: the schema, its loading, and what is checked before anything is allocated."""
 
-from mugv_ds.config.errors import CheckpointError, ConfigError, InputError, PeerError
+from mugv_ds.config.errors import CheckpointError, ConfigError, InputError, PeerError, TrainingError
 from mugv_ds.config.load import load_config
 from mugv_ds.config.model import PRESETS, DiTConfig
 from mugv_ds.config.schema import TrainConfig
@@ -13,5 +13,6 @@ __all__ = [
     "InputError",
     "PeerError",
     "TrainConfig",
+    "TrainingError",
     "load_config",
 ]

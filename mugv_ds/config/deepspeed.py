@@ -200,8 +200,8 @@ def _check_zero(config: TrainConfig) -> None:
             "and checkpoints would be of no use; leave it out"
         )
     stage = section.get("stage", 1)
-    key = f"deepspeed.zero_optimization.stage = {stage!r}"
-    if type(stage) is not int or stage not in (0, 1):
-        raise ConfigError(f"{key}: the pipeline engine, which runs every layout, takes 0 or 1")
-    if stage == 0 and config.model.dtype == "bf16":
-        raise ConfigError(f"{key}: DeepSpeed accumulates bf16 gradients in fp32 with stage 1 only; use 1")
+    if stage != 1 or type(stage) is not int:
+        raise ConfigError(
+            f"deepspeed.zero_optimization.stage = {stage!r}: must be 1; the pipeline engine takes no more, and without "
+            "ZeRO DeepSpeed would apply gradients that are not finite"
+        )

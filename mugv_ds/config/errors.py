@@ -15,3 +15,7 @@ class CheckpointError(InputError):
 
 class PeerError(RuntimeError):
     """Another rank met an error, which it reports; this one only stops."""
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on, though the user did nothing wrong. Commands print the message and exit with status 1."""

@@ -118,7 +118,9 @@ class ScheduleSection(Section):
 class CheckpointSection(Section):
     dir: str = Field(description="Folder of the run's checkpoints.")
     save_every: Annotated[int, Field(ge=0)] = Field(
-        100, description="Steps between checkpoints; the last step is saved too. 0: none at all, for measurements."
+        100,
+        description="Steps between checkpoints; the last step is saved too, and that at which a run is told to stop. "
+        "0: none at all, for measurements.",
     )
     resume: Literal["auto", "must", "never"] = Field(
         "auto",
@@ -154,6 +156,43 @@ class LoggingSection(Section):
     )
 
 
+class GuardSection(Section):
+    """What keeps a run alive and what ends it. All values are ours: the source gives none."""
+
+    max_skips: Positive = Field(
+        5,
+        description="Steps in a row without an update, because loss or gradient were not finite, after which the run "
+        "goes back to the last checkpoint before them.",
+    )
+    spike_factor: float = Field(
+        10.0,
+        ge=0,
+        description="A loss above this many times the median of the last losses also sends the run back; 0: never. "
+        "The steps from that checkpoint to the bad one are not played again (as in PaLM, Chowdhery et al. 2022).",
+    )
+    spike_window: Positive = Field(100, description="Losses that the median is taken of; until then none is a spike.")
+    max_rollbacks: Annotated[int, Field(ge=0)] = Field(
+        3, description="How many times a run may go back; the next time ends it."
+    )
+    max_bad_share: Share = Field(
+        0.01, description="Share of the samples seen that may be unreadable and replaced; above it the run ends."
+    )
+    bad_share_after: Positive = Field(1000, description="Samples seen before their bad share is judged.")
+    timeout_s: float = Field(
+        1800.0,
+        gt=0,
+        description="Seconds between two step boundaries, validation and checkpoints included, after which the run is "
+        "taken to hang: the ranks that hold it up are named and all exit with status 75.",
+    )
+    straggler_factor: float = Field(
+        2.0, ge=1, description="A rank that computes this many times as long as the median rank is named in a line."
+    )
+    straggler_window: Positive = Field(50, description="Steps over which ranks are compared.")
+    check_replicas_every: Annotated[int, Field(ge=0)] = Field(
+        100, description="Steps between checks that ranks which must hold the same weights do; 0: never."
+    )
+
+
 class TrainConfig(Section):
     """One training run. JSON files hold these sections; `extends` names a file whose values come first."""
 
@@ -165,6 +204,7 @@ class TrainConfig(Section):
     schedule: ScheduleSection
     checkpoint: CheckpointSection
     logging: LoggingSection
+    guard: GuardSection = GuardSection()
     deepspeed: dict[str, Any] = Field(
         default_factory=dict, description="Passed on to DeepSpeed after its keys are checked."
     )

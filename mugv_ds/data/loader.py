@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -19,7 +20,7 @@ from mugv_ds.data.buckets import Order, Step, Visit, micro_batches
 
 Batch = TypeVar("Batch")
 
-_MAX_RESTARTS = 3  # in a row without a step in between
+_MAX_RESTARTS = 1  # in a row without a step in between
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +34,13 @@ def loader(
     data_ranks: int,
     micro: int,
     make: Callable[[list[Visit]], Batch],
+    sample_id: Callable[[int], str],
     num_workers: int,
 ) -> Iterator[tuple[Step, list[Batch]]]:
     """Yields (step, this data rank's micro-batches) for each step of [start_step, stop_step).
 
     The same step gives the same batches whatever `start_step` and `num_workers` are; ambient random state is neither
-    read nor advanced. When a worker is killed, the rows of the step it was to deliver are logged and read again.
+    read nor advanced. When a worker is killed, the samples of the step it was to deliver are logged and read again.
 
     Args:
         order: what the steps hold.
@@ -47,11 +49,12 @@ def loader(
         micro: samples in a micro-batch.
         make: turns the [(row, visit), …] of one micro-batch into tensors; must pickle, as workers are not forked from
             this process (which may hold a CUDA context).
+        sample_id: names a row, for messages.
         num_workers: processes, of one thread each; 0 reads in this one.
 
     Raises:
         ValueError: a step cannot be split evenly.
-        RuntimeError: workers were killed time and again.
+        RuntimeError: workers were killed again, before the step was read.
         Exception: what `make` raised, as it was; in a worker, with its traceback as a note.
     """
     ahead = copy(order)  # what is read next is in another epoch than the caller at times; an Order caches one
@@ -75,12 +78,12 @@ def loader(
             if num_workers == 0 or not _worker_died(error) or restarts == _MAX_RESTARTS:
                 raise
             restarts += 1
-            rows = [row for visits in micro_batches_of(order, step) for row, _ in visits]
+            samples = [sample_id(row) for visits in micro_batches_of(order, step) for row, _ in visits]
             logger.warning(
-                "a loader worker was killed (%r); step %d, rows %s: read again, %d of %d",
+                "a loader worker was killed (%r); step %d, samples %s: read again, %d of %d",
                 error,
                 step,
-                rows,
+                samples,
                 restarts,
                 _MAX_RESTARTS,
             )
@@ -149,8 +152,9 @@ def _workers_context() -> multiprocessing.context.BaseContext:
 
 
 def _end_with_parent(_worker: int) -> None:
-    """Ends this worker when the training process is gone, however it went.
+    """Ends this worker when the training process is gone, however it went, and not before.
 
+    Signals that ask the whole job to stop are for the training process, which goes on reading until its step is done.
     DataLoader's worker watches its own parent, which here is the server; and the server lives as long as its workers.
     """
 
@@ -158,6 +162,8 @@ def _end_with_parent(_worker: int) -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
+    for stop in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(stop, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()
 
 

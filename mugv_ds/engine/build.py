@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import TypeVar
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from mugv_ds.config.deepspeed import deepspeed_config
 from mugv_ds.config.errors import PeerError
 from mugv_ds.config.schema import OptimizerSection, TrainConfig
+from mugv_ds.engine.agreement import Agreement, check_same_config
 from mugv_ds.engine.schedule import rate_factor
 from mugv_ds.models.attention import (
     BACKENDS,
@@ -36,6 +38,7 @@ from mugv_ds.parallel.ulysses import Ulysses
 
 QUARTILE_TERMS = [f"{kind}_q{q}" for q in range(4) for kind in ("loss", "count")]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_AFTER_WATCHDOG = timedelta(minutes=5)
 MAX_BUCKETS = 64  # shapes that a compiled segment may be compiled for
 
 T = TypeVar("T")
@@ -43,13 +46,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Process:
-    """This process among all: its global rank, the layout, its place in it, its device, its sequence group."""
+    """This process among all.
+
+    Attributes:
+        rank: global. layout, place: of all ranks, and of this one in it. device: that it computes on.
+        group: the ranks that share a sequence; None where it is not shared.
+        agreement: what all ranks exchange on the host.
+    """
 
     rank: int
     layout: Layout
     place: Place
     device: torch.device
     group: dist.ProcessGroup | None
+    agreement: Agreement
 
     @property
     def sequence_source(self) -> int:
@@ -100,11 +110,11 @@ def start_process(config: TrainConfig) -> Process:
     """Joins the process group that the launcher describes in the environment.
 
     Raises:
-        ConfigError: the layout does not fit the number of processes.
+        ConfigError: the layout does not fit the number of processes, or the ranks' configs differ.
+        PeerError: another rank's config differs.
     """
     # DeepSpeed 0.19 calls a collective that torch 2.13 has renamed, and every rank would say so.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
-    layout = Layout.fit(config.parallel, int(os.environ["WORLD_SIZE"]))
     local_rank = int(os.environ["LOCAL_RANK"])
     accelerator = get_accelerator()
     device = torch.device(accelerator.device_name(local_rank))
@@ -115,9 +125,14 @@ def start_process(config: TrainConfig) -> Process:
         torch.set_num_threads(max((os.cpu_count() or 1) // local_processes, 1))
     else:
         accelerator.set_device(local_rank)
-    deepspeed.init_distributed("gloo" if device.type == "cpu" else "nccl", verbose=False)
+    # Later than the watchdog, which can say who holds the run up.
+    timeout = timedelta(seconds=config.guard.timeout_s) + _AFTER_WATCHDOG
+    deepspeed.init_distributed("gloo" if device.type == "cpu" else "nccl", verbose=False, timeout=timeout)
+    agreement = Agreement(dist.new_group(backend="gloo", timeout=timeout))
+    check_same_config(config, agreement)
+    layout = Layout.fit(config.parallel, int(os.environ["WORLD_SIZE"]))
     rank = dist.get_rank()
-    return Process(rank, layout, layout.place(rank), device, sequence_group(layout, rank))
+    return Process(rank, layout, layout.place(rank), device, sequence_group(layout, rank), agreement)
 
 
 def build_engine(

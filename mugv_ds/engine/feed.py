@@ -4,7 +4,6 @@ Of the ranks that share a sequence one reads; the others receive what it read. T
 pipeline stage read the same sample with the same randomness, which is a function of (seed, sample id, visit) alone.
 """
 
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,12 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mugv_ds.config.errors import PeerError
+from mugv_ds.config.errors import ConfigError, PeerError
 from mugv_ds.config.model import LATENT_CHANNELS
 from mugv_ds.config.schema import DataSection, FlowSection
 from mugv_ds.data import noise
-from mugv_ds.data.manifest import Index
-from mugv_ds.data.sample import read_row, read_text
+from mugv_ds.data.manifest import Index, Row
+from mugv_ds.data.retry import retried
+from mugv_ds.data.sample import SampleError, read_row, read_text
 from mugv_ds.engine.build import Process
 from mugv_ds.objectives import flow
 from mugv_ds.parallel.pipeline import DiTPipeline, Inputs, labels
@@ -35,6 +35,11 @@ class Batch(NamedTuple):
     x_mask: Tensor  # bool [B, T]
     fps: Tensor  # fp32 [B]
     weight: Tensor  # fp32 [B], 0 for a filler that counts nowhere
+
+
+def stack(samples: Iterable[Batch]) -> Batch:
+    """The batch of samples that were read one by one, without the first dimension."""
+    return Batch(*map(torch.stack, zip(*samples, strict=True)))
 
 
 def empty_batch(size: int, shape: tuple[int, int, int], text_tokens: int, channels: int, device) -> Batch:
@@ -75,18 +80,31 @@ class FlowSamples:
         Raises:
             SampleError: a file that cannot be used; the message names it.
         """
-        return Batch(*map(torch.stack, zip(*(self._sample(row, visit) for row, visit in picks), strict=True)))
+        return stack(self.read(row, visit) for row, visit in picks)
 
-    def _sample(self, row_number: int, visit: int | None) -> Batch:
+    def time(self, row_number: int, visit: int) -> float:
+        """The timestep in [0, 1000] of a (row, visit), without reading it."""
+        row = self.index.row(row_number)
+        return float(self._time(row, (self.data.seed, row.sample_id, visit)))
+
+    def read(self, row_number: int, visit: int | None) -> Batch:
+        """One sample, as a `Batch` without the first dimension; see `__call__`.
+
+        Raises:
+            SampleError: a file of the sample cannot be used.
+            ConfigError: nor can `data.null_text_path`. TrainingError: the file system failed time and again.
+        """
         tokens = self.data.max_text_tokens
         row = self.index.row(row_number)
         key = (self.data.seed, row.sample_id, visit or 0)
         drop = noise.caption_uniform(*key) < self.flow.caption_drop
-        sample = read_row(self.index, row_number, channels=self.channels, max_text_tokens=tokens, with_text=not drop)
+        sample = retried(
+            lambda: read_row(self.index, row_number, channels=self.channels, max_text_tokens=tokens, with_text=not drop)
+        )
         x0, frames = sample.latent, sample.latent.shape[1]
-        text, text_mask = self._null_text() if drop else (sample.text, sample.text_mask)
+        text, text_mask = retried(self._null_text) if drop else (sample.text, sample.text_mask)
 
-        t = flow.draw_time(torch.tensor(noise.time_normal(*key)), self._shift(row.height, row.width, frames))
+        t = self._time(row, key)
         epsilon = noise.gaussian(*key, tuple(x0.shape))
         x_mask = torch.ones(frames, dtype=torch.bool)
         if frames > 1 and noise.first_frame_uniform(*key) < self.flow.first_frame_share:
@@ -104,6 +122,10 @@ class FlowSamples:
             weight=torch.tensor(0.0 if visit is None else 1.0),
         )
 
+    def _time(self, row: Row, key: tuple[int, str, int]) -> Tensor:
+        shift = self._shift(row.height, row.width, row.latent_shape[0])
+        return flow.draw_time(torch.tensor(noise.time_normal(*key)), shift)
+
     def _shift(self, height: int, width: int, frames: int) -> float:
         if self.flow.shift == "resolution":
             return flow.resolution_shift(height, width, frames)
@@ -111,7 +133,10 @@ class FlowSamples:
 
     def _null_text(self) -> tuple[Tensor, Tensor]:
         path = self.index.resolve(self.data.null_text_path)
-        return read_text(path, self.channels, self.data.max_text_tokens)
+        try:
+            return read_text(path, self.channels, self.data.max_text_tokens)
+        except SampleError as error:  # no sample is at fault, so none is to be replaced
+            raise ConfigError(f"data.null_text_path: {error}") from error
 
 
 class Feed:
@@ -125,7 +150,6 @@ class Feed:
 
     def __init__(self, module: DiTPipeline, process: Process, data: DataSection, channels: int) -> None:
         self.module, self.process, self.data, self.channels = module, process, data, channels
-        self.waited = 0.0  # seconds spent waiting for data, since the caller last set it to 0
 
     @property
     def reads(self) -> bool:
@@ -155,13 +179,11 @@ class Feed:
         device, group, source = self.process.device, self.process.group, self.process.sequence_source
         failure = None
         if batches is not None:
-            begin = time.perf_counter()
             try:
                 batch = next(batches)
             except Exception as error:
                 failure = error
             else:
-                self.waited += time.perf_counter() - begin
                 batch = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
         else:
             batch = empty_batch(self.data.micro_batch_size, shape, self.data.max_text_tokens, self.channels, device)

@@ -1,7 +1,9 @@
 """The training loop, one for every layout."""
 
+import time
 from collections.abc import Iterator
-from typing import Protocol
+from contextlib import closing
+from typing import Any, Protocol
 
 import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -14,20 +16,27 @@ from mugv_ds.data.manifest import Index
 from mugv_ds.engine.build import Process
 from mugv_ds.engine.evaluate import sweep
 from mugv_ds.engine.feed import Batch, Feed, FlowSamples
+from mugv_ds.engine.guard import Ahead, GoBack, Guard, Taken
 from mugv_ds.engine.metrics import OptimizerProbe, Recorder, peak_tflops
-from mugv_ds.engine.schedule import rate_factor
+from mugv_ds.engine.quarantine import Reading, Replacing
 from mugv_ds.models.flops import train_flops
 from mugv_ds.models.rope import patch_grid
+
+State = dict[str, Any]
 
 
 class Checkpoints(Protocol):
     """Where the loop saves; see `checkpoint.store.Store`. All ranks call each method together."""
 
-    def save(self, step: int) -> None: ...
+    state: State  # what was saved with the checkpoint that was restored; empty after a fresh start
+
+    def save(self, step: int, state: State) -> None: ...
 
     def poll(self) -> None: ...
 
     def wait(self) -> None: ...
+
+    def restore(self, before: int) -> int: ...
 
 
 class Trainer:
@@ -36,7 +45,7 @@ class Trainer:
     Args:
         config: the run. process: this process. engine: see `build_engine`.
         train: the training manifest. validation: the held-out one, or None.
-        store: saves when a checkpoint is due.
+        store: saves when a checkpoint is due, and holds the state that the run goes on from.
     """
 
     def __init__(
@@ -53,18 +62,42 @@ class Trainer:
         self.dit = config.model.dit()
         self.accumulation = gradient_accumulation(config, process.layout.data)
         self.order = Order(train.shapes(), config.data.global_batch_size, config.data.seed)
-        self.validation = validation
+        self.train, self.validation = train, validation
         self.feed = Feed(engine.module, process, config.data, self.dit.caption_channels)
         self.samples = FlowSamples(train, config.data, config.flow, self.dit.caption_channels)
         parameters = sum(p.numel() for p in engine.module.parameters())
         self.probe = OptimizerProbe(engine.basic_optimizer, parameters, process.layout.replicas)
+        self.guard = Guard(config, process, engine, self._explain)
+        self.waited = 0.0  # seconds spent waiting for data since the last record
 
-    def run(self, start: int) -> None:
+    def run(self, start: int) -> bool:
         """Trains from step `start` to the config's last, with records, validations and checkpoints as it says.
 
+        Args:
+            start: steps taken.
+
+        Returns:
+            Whether the run was asked to stop, and saved, before its last step.
+
         Raises:
-            SampleError: a sample cannot be used. CheckpointError: a checkpoint could not be saved.
+            InputError: a sample and all that would replace it cannot be used, or a checkpoint could not be saved.
+            TrainingError: the run cannot go on. PeerError: another rank says why.
         """
+        self.guard.start(self.store.state)
+        while True:
+            try:
+                stopped = self._run_from(start)
+            except GoBack as cause:
+                # One that is saved on schedule, so that a run that was stopped in between goes back as far.
+                every = max(self.config.checkpoint.save_every, 1)
+                start = self.store.restore(before=cause.before // every * every + 1)
+                self.guard.gone_back(cause, start, self.store.state)
+            else:
+                self.store.wait()
+                self.guard.close()
+                return stopped
+
+    def _run_from(self, start: int) -> bool:
         logging, steps = self.config.logging, self.config.schedule.steps
         recorder = Recorder(
             logging,
@@ -74,45 +107,69 @@ class Trainer:
             steps=steps,
             peak=peak_tflops(logging, self.process.device),
         )
-        batches = self._batches(start, steps)
-        if start < steps:
-            self._validate(recorder, start)
-        for step in range(start, steps):
-            self._train_step(step, batches, recorder)
-            self.store.poll()
-            done = step + 1
-            if self._due(done, self.config.checkpoint.save_every):
-                with recorder.excluded():
-                    self.store.save(done)
-            if self._due(done, logging.eval_every or steps):
-                self._validate(recorder, done)
-        self.store.wait()
-        recorder.close()
+        position = self.guard.history.position(start)
+        with closing(recorder), closing(self._readings(position, position + steps - start)) as readings:
+            step, taken = start, None
+            while True:
+                batches, ahead = self._read(readings if step < steps else None)
+                stop = self.guard.boundary(step, taken, ahead)
+                self.store.poll()
+                save_every = self.config.checkpoint.save_every
+                if taken and (self._due(step, save_every) or (stop and save_every)):
+                    with recorder.excluded():
+                        self.store.save(step, self.guard.state())
+                if stop and step < steps:
+                    return True
+                if self._due(step, logging.eval_every or steps) if taken else step < steps:
+                    self._validate(recorder, step)
+                if step >= steps:
+                    return False
+                taken = self._train_step(step, batches, recorder)
+                step += 1
 
     def _due(self, done: int, every: int) -> bool:
         """Whether what happens every so many steps, and after the last, happens after `done`; 0 is never."""
         return every > 0 and (done % every == 0 or done == self.config.schedule.steps)
 
-    def _batches(self, start: int, stop: int) -> Iterator[Batch] | None:
-        """The micro-batches that this rank reads, in order, from step `start` to `stop`; None where it reads none."""
+    def _readings(self, first: int, stop: int) -> Iterator[list[Reading]]:
+        """What this rank reads for each data step of [first, stop): its micro-batches; none where it reads nothing."""
         if not self.feed.reads:
-            return None
+            return
         steps = loader(
             self.order,
-            start_step=start,
+            start_step=first,
             stop_step=stop,
             data_rank=self.process.place.data,
             data_ranks=self.process.layout.data,
             micro=self.config.data.micro_batch_size,
-            make=self.samples,
+            make=Replacing(self.samples),
+            sample_id=lambda row: self.train.row(row).sample_id,
             num_workers=self.config.data.num_workers,
         )
-        return (batch for _, micro_batches in steps for batch in micro_batches)
+        with closing(steps):
+            for _, readings in steps:
+                yield readings
 
-    def _train_step(self, step: int, batches: Iterator[Batch] | None, recorder: Recorder) -> None:
-        shape = self.order.step(step).shape  # known to every rank before anything is sent
+    def _read(self, readings: Iterator[list[Reading]] | None) -> tuple[list[Batch] | None, Ahead]:
+        """The next step's micro-batches, as far as this rank reads, and what the guard has to know of them."""
+        if readings is None or not self.feed.reads:
+            return None, Ahead()
+        begin = time.perf_counter()
+        try:
+            read = next(readings)
+        except Exception as failure:
+            return None, Ahead(failure=failure)
+        self.waited += time.perf_counter() - begin
+        # The last stage reads the same samples as the first.
+        reports = self.feed.module.is_first
+        return [batch for batch, _ in read], Ahead([bad for _, found in read if reports for bad in found])
+
+    def _train_step(self, step: int, batches: list[Batch] | None, recorder: Recorder) -> Taken:
+        # Known to every rank before anything is sent.
+        shape = self.order.step(self.guard.history.position(step)).shape
         self._set_shape(shape)
         self.probe.armed = recorder.due(step)
+        rate = self.engine.get_lr()[0]
         loss = self.engine.train_batch(self.feed.stage(batches, shape, self.accumulation))
         tokens, samples = patch_grid(*shape).tokens, self.config.data.global_batch_size
         sizes = self.dit, tokens, self.config.data.max_text_tokens
@@ -127,13 +184,25 @@ class Trainer:
         if recorder.due(step):
             recorder.record(
                 step + 1,
-                rate=self.config.optimizer.lr * rate_factor(self.config.schedule, step),
+                rate=rate,
                 norm=float(self.engine.get_global_grad_norm()),
                 probe=self.probe,
-                waited=self.feed.waited,
+                waited=self.waited,
             )
-            self.feed.waited = 0.0
+            counters = ("skips", "rollbacks", "bad")
+            recorder.write(step + 1, [(f"guard/{name}", getattr(self.guard.history, name)) for name in counters])
+            self.waited = 0.0
             self.engine.timers("train_batch").reset()  # DeepSpeed appends to it every step and never clears it
+        return Taken(float(loss), self.engine.was_step_applied())
+
+    def _explain(self, position: int) -> State:
+        """The samples of a data step and their timesteps, for the record of what went wrong."""
+        step = self.order.step(position)
+        picks = list(zip(step.rows, step.visits, strict=True))
+        return {
+            "samples": [self.train.row(row).sample_id for row, _ in picks],
+            "timesteps": [round(self.samples.time(row, visit), 3) for row, visit in picks],
+        }
 
     def _set_shape(self, shape: tuple[int, int, int]) -> None:
         if self.engine.module.set_shape(shape, self.process.device):
@@ -143,14 +212,12 @@ class Trainer:
         """Writes the mean flow loss of the held-out samples, each with its own fixed timestep and noise."""
         if self.validation is None:
             return
-        waited = self.feed.waited
         with recorder.excluded():
-            loss = self.validation_loss(self.validation)
-        self.feed.waited = waited
+            loss = self.validation_loss(self.validation, step)
         recorder.write(step, [("validation/loss", loss)])
         recorder.say(f"step {step}: validation loss {loss:.5f}")
 
-    def validation_loss(self, index: Index) -> float:
+    def validation_loss(self, index: Index, step: int) -> float:
         """Mean flow loss over all samples of a manifest: no caption dropped, no frame given clean, noise of visit 0.
 
         It does not depend on the layout: fillers that complete a micro-batch have weight zero.
@@ -160,6 +227,7 @@ class Trainer:
         micro, layout = self.config.data.micro_batch_size, self.process.layout
         total = torch.zeros((), dtype=torch.float64)
         for shape, picks in sweep(index.shapes(), micro * layout.data):
+            self.guard.alive(step)
             self._set_shape(shape)
             begin = self.process.place.data * micro
             batches = (samples(chunk[begin : begin + micro]) for chunk in picks)

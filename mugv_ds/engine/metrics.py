@@ -59,7 +59,7 @@ class OptimizerProbe:
     def read(self) -> dict[str, float]:
         """Parameter norm and share of zeros in the gradient at the last step. All ranks call it.
 
-        Nothing where DeepSpeed skipped the step because the gradient was not finite, which it does on all ranks.
+        Nothing where DeepSpeed made no update because the gradient was not finite, which it does on all ranks.
         """
         if self._sums is None:
             return {}
@@ -109,12 +109,14 @@ class Recorder:
     ) -> None:
         """Notes a finished step: loss and quartile sums as tensors; the rest of all ranks together.
 
+        Losses that are NaN count in no mean.
+
         Args:
             model_flops, hardware_flops: without and with what is recomputed, see `models.flops`.
         """
         self._losses.append(loss.detach())
         for name, value in terms.items():
-            self._quartiles[name] = self._quartiles.get(name, 0) + value
+            self._quartiles[name] = self._quartiles.get(name, 0) + torch.where(loss.isfinite(), value, 0.0)
         done = {"samples": samples, "tokens": tokens, "model_flops": model_flops, "hardware_flops": hardware_flops}
         for name, value in {"steps": 1, **done}.items():
             self._window[name] += value
@@ -129,7 +131,7 @@ class Recorder:
             probe: armed for the last step.
             waited: seconds this rank spent waiting for data since the last record; the longest of all ranks is written.
         """
-        loss = torch.stack(self._losses).mean().item()  # waits for the device
+        loss = torch.stack(self._losses).nanmean().item()  # waits for the device
         seconds = time.perf_counter() - self._begin
         device = self._losses[0].device
         memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0

@@ -209,7 +209,9 @@ class DiTPipeline(PipelineModule):
     def _record_loss(self, output: Tensor, given: tuple[Tensor, ...]) -> Tensor:
         channels = self.config.in_channels
         loss, self.terms = self.loss(output.unflatten(-1, (-1, 2 * channels))[..., :channels], Labels(*given))
-        return loss
+        # A loss that is not finite may have gradients that are. Made NaN too, they keep DeepSpeed from the update on
+        # all ranks.
+        return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
     def get_additional_losses(self) -> dict[str, Tensor | None]:
         """DeepSpeed's hook: scalars of the last micro-batch, which it averages over replicas and accumulation.

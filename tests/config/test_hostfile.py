@@ -2,8 +2,10 @@
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -225,7 +227,7 @@ def test_slurm_hostfile_fails(tmp_path, slurm, env, expected):
 
 def test_slurm_script_starts_one_launcher_a_host(tmp_path, slurm):
     binaries = tmp_path / "bin"
-    executable(binaries / "srun", '#!/bin/bash\nshift\nfor i in 0 1; do SLURM_PROCID=$i "$@" || exit; done\n')
+    executable(binaries / "srun", '#!/bin/bash\nshift 2\nfor i in 0 1; do SLURM_PROCID=$i "$@" || exit; done\n')
     executable(binaries / "deepspeed", '#!/bin/bash\ncat "$2"\nprintf "<%s>" "$@"; echo\n')
     (tmp_path / "tools").symlink_to(ROOT / "tools")
     (tmp_path / "hostfiles").mkdir()
@@ -242,4 +244,27 @@ def test_slurm_script_starts_one_launcher_a_host(tmp_path, slurm):
     rest = "<--master_addr><n1><mugv_ds/train.py><--config><a b.json>"
     hosts = ["n1 slots=8", "n2 slots=8"]
     assert done.stdout.splitlines()[1:] == [*hosts, f"{start}<0>{rest}", *hosts, f"{start}<1>{rest}"]
+    assert not (tmp_path / "hostfiles" / "slurm_7").exists()
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(75, True), (1, False), (0, False)])
+def test_slurm_script_passes_the_signal_on_and_requeues_what_was_saved(tmp_path, slurm, status, requeued):
+    binaries, told = tmp_path / "bin", tmp_path / "told"
+    waiting = f"touch {tmp_path}/running; until [ -e {told} ]; do sleep 0.05; done; sleep 0.3; exit {status}"
+    executable(binaries / "srun", f'#!/bin/bash\ncase "$*" in *pkill*) echo "$@" >{told};; *) {waiting};; esac\n')
+    hosts = (binaries / "scontrol").read_text()
+    requeue = f'#!/bin/sh\n[ "$1" = requeue ] && echo "$2" >{tmp_path}/requeued && exit\n'
+    executable(binaries / "scontrol", requeue + hosts)
+    (tmp_path / "tools").symlink_to(ROOT / "tools")
+    (tmp_path / "hostfiles").mkdir()
+    environment = {**os.environ, **slurm}
+    with subprocess.Popen(["bash", "tools/train.slurm"], cwd=tmp_path, env=environment, text=True) as job:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "running").exists():
+            assert job.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(timeout=60) == status
+    assert "--nodelist=n1 pkill -USR1 -f mugv_ds/train.py --local_rank=0" in told.read_text()
+    assert (tmp_path / "requeued").exists() == requeued
     assert not (tmp_path / "hostfiles" / "slurm_7").exists()

@@ -16,7 +16,7 @@ from tests.distributed import run_ranks
 
 
 def record_two_steps(folder: Path) -> None:
-    """One process: two steps and a long validation between them, then what the optimizer holds."""
+    """One process: two steps, one without an update, long validations between them; then what the optimizer holds."""
     dist.init_process_group("gloo")
     weights = torch.nn.Parameter(torch.arange(10.0))
     optimizer = torch.optim.AdamW([weights], lr=0.1)
@@ -24,7 +24,7 @@ def record_two_steps(folder: Path) -> None:
     probe = OptimizerProbe(optimizer, parameters=8, replicas=1)  # two of the ten are padding
     section = LoggingSection(dir=str(folder), every=2, progress=False, peak_tflops=1.0)
     recorder = Recorder(section, rank=0, world_size=1, start=0, steps=2, peak=peak_tflops(section, torch.device("cpu")))
-    for loss, t in ((1.0, 100.0), (3.0, 900.0)):
+    for loss, t in ((1.0, 100.0), (float("nan"), 100.0), (3.0, 900.0)):
         terms = loss_by_quartile(torch.tensor([loss]), torch.tensor([t]))
         recorder.step(torch.tensor(loss), terms, samples=4, tokens=40, model_flops=1e9, hardware_flops=1.25e9)
         with recorder.excluded():

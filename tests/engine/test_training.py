@@ -1,7 +1,6 @@
 """Whole runs through the launcher: what they write, and what is left of them after a kill."""
 
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -21,30 +20,11 @@ from mugv_ds.engine.feed import FlowSamples
 from mugv_ds.models import DiT
 from mugv_ds.objectives.flow import flow_loss
 from tests.dataset import CHANNELS, write_config, write_dataset
+from tests.distributed import free_port
+from tests.launcher import ROOT, finish, launch
 
-ROOT = Path(__file__).parent.parent.parent
 SHAPES = [(2, 4, 6), (1, 4, 4)] * 5 + [(2, 4, 6)]
 FOUR_RANKS = {"data": 1, "sequence": 2, "pipeline": 2}
-
-
-def launch(config: Path, slots: int, *arguments: str) -> subprocess.Popen:
-    hostfile = config.parent / "hostfile"
-    hostfile.write_text(f"localhost slots={slots}\n")
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), "--no_ssh"]
-    command += ["--node_rank", "0", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-    command += ["mugv_ds/train.py", "--config", str(config), *arguments]
-    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def finish(run: subprocess.Popen, seconds: float = 150) -> tuple[int, str]:
-    output, _ = run.communicate(timeout=seconds)
-    return run.returncode, output
 
 
 def scalars(folder: Path, tag: str) -> dict[int, float]:
@@ -190,20 +170,6 @@ def test_a_killed_run_goes_on_bitwise(tmp_path, dataset, straight):
         assert torch.equal(resumed[name], value), name
     for tag in ("train/loss", "validation/loss"):
         assert scalars(tmp_path, tag)[10] == scalars(straight, tag)[10]
-
-
-def test_a_bad_sample_stops_all_ranks_and_is_named(tmp_path):
-    """One rank reads for the sequence group; the other must not wait for a sample that never comes."""
-    manifest = write_dataset(tmp_path / "data", [(1, 4, 4)] * 4)
-    latent = tmp_path / "data/latents/train-2.pt"
-    torch.save(torch.full((24, 1, 4, 4), torch.nan), latent)
-    config = write_config(tmp_path / "run", manifest, parallel={"sequence": 2})
-    begin = time.monotonic()
-    status, output = finish(launch(config, 2))
-    assert status != 0
-    errors = [line for line in output.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1 and str(latent) in errors[0] and "NaN" in errors[0]
-    assert "Traceback" not in output and time.monotonic() - begin < 100
 
 
 def test_a_missing_hostfile_is_refused(tmp_path, dataset):

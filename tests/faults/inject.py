@@ -1,0 +1,182 @@
+"""Faults, each a function that is called in a rank before it trains. Bind the arguments with functools.partial."""
+
+import errno
+import gc
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+from mugv_ds.checkpoint import files
+from mugv_ds.checkpoint.store import Store
+from mugv_ds.engine.feed import Feed
+from mugv_ds.engine.loop import Trainer
+from mugv_ds.models.layers import Mlp
+from mugv_ds.parallel.pipeline import DiTPipeline
+
+
+def signal_in_step(rank: int, *, step: int, number: signal.Signals, again: bool = False) -> None:
+    """A signal between two micro-batches of a step and, if `again`, more before and after the state is saved."""
+    share, train_step, save = Feed._share, Trainer._train_step, Store.save
+    now = {"step": -1, "shared": 0}
+
+    def stepping(self, at, *args):
+        now.update(step=at, shared=0)
+        return train_step(self, at, *args)
+
+    def sharing(self, *args):
+        now["shared"] += 1
+        if now["step"] == step and now["shared"] == 2:
+            os.kill(os.getpid(), number)
+        return share(self, *args)
+
+    def saving(self, *args):
+        if again:
+            os.kill(os.getpid(), number)
+        save(self, *args)
+        if again:
+            os.kill(os.getpid(), number)
+
+    Trainer._train_step, Feed._share, Store.save = stepping, sharing, saving
+
+
+def scaled_loss(rank: int, *, factors: dict[int, float]) -> None:
+    """The loss of this rank is multiplied at these data steps."""
+    train_step, record = Trainer._train_step, DiTPipeline._record_loss
+    now = {}
+
+    def stepping(self, step, *args):
+        now["factor"] = factors.get(self.guard.history.position(step), 1.0)
+        return train_step(self, step, *args)
+
+    def recording(self, output, given):
+        loss = self.loss
+
+        def scaled(*args):
+            value, terms = loss(*args)
+            return value * now.get("factor", 1.0), terms
+
+        self.loss = scaled
+        try:
+            return record(self, output, given)
+        finally:
+            self.loss = loss
+
+    Trainer._train_step, DiTPipeline._record_loss = stepping, recording
+
+
+def at_step(rank: int, *, step: int, act) -> None:
+    """`act` is called with the trainer right after a step."""
+    train_step = Trainer._train_step
+
+    def stepping(self, at, *args):
+        taken = train_step(self, at, *args)
+        if at == step:
+            act(self)
+        return taken
+
+    Trainer._train_step = stepping
+
+
+def freeze(trainer: Trainer) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def doze(trainer: Trainer) -> None:
+    time.sleep(1000)
+
+
+def perturb(trainer: Trainer) -> None:
+    """One bit of one weight."""
+    weight = trainer.engine.module.blocks[0].mlp.fc1.weight.data.view(torch.int32)
+    weight[3, 5] ^= 1
+
+
+def kill_worker(trainer: Trainer) -> None:
+    """One of the loader's processes is killed."""
+    (loading,) = (o for o in gc.get_objects() if type(o) is _MultiProcessingDataLoaderIter)
+    os.kill(loading._workers[0].pid, signal.SIGKILL)
+
+
+def slow(rank: int, *, seconds: float) -> None:
+    """Everything with a feed-forward layer in it takes longer."""
+    forward = Mlp.forward
+
+    def sleeping(self, x):
+        time.sleep(seconds)
+        return forward(self, x)
+
+    Mlp.forward = sleeping
+
+
+def slow_and_perturbed(rank: int, *, seconds: float, step: int) -> None:
+    """`slow`, and one bit of the weights differs after a step."""
+    slow(rank, seconds=seconds)
+    at_step(rank, step=step, act=perturb)
+
+
+def troubled_and_stopped(rank: int, *, factors: dict[int, float], step: int) -> None:
+    """`scaled_loss`, and a signal in a step."""
+    scaled_loss(rank, factors=factors)
+    signal_in_step(rank, step=step, number=signal.SIGTERM)
+
+
+def measure_resources(rank: int, *, every: int) -> None:
+    """Steps taken, resident bytes and open files go to `resources` in the run's folder."""
+    process, train_step = psutil.Process(), Trainer._train_step
+
+    def stepping(self, step, *args):
+        taken = train_step(self, step, *args)
+        if step % every == 0:
+            gc.collect()
+            with (Path(self.config.checkpoint.dir).parent / "resources").open("a") as file:
+                file.write(f"{step} {process.memory_info().rss} {process.num_fds()}\n")
+        return taken
+
+    Trainer._train_step = stepping
+
+
+def killed_in_save(rank: int, *, function: str, step: int) -> None:
+    """`kill -9` of this process when a save of `step` comes to one of the functions of `checkpoint.files`."""
+    original = getattr(files, function)
+
+    def killing(*args):
+        unfinished = args[0].parent.name if function == "write_tensors" else f"step-{args[1]:08d}.tmp"
+        if unfinished == f"step-{step:08d}.tmp":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args)
+
+    setattr(files, function, killing)
+
+
+def failing_write(rank: int, *, step: int) -> None:
+    """The disk fails under this rank's part of a checkpoint."""
+    original = files.write_tensors
+
+    def failing(path, tensors):
+        if path.parent.name == f"step-{step:08d}.tmp":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return original(path, tensors)
+
+    files.write_tensors = failing
+
+
+def limit_files(trainer: Trainer) -> None:
+    """From now on this process may write no file of more than 64 KiB."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+
+
+def spoil_weight(trainer: Trainer) -> None:
+    """One master weight of this rank is infinite."""
+    trainer.store.fragments[0].tensors["weight"].flatten()[0] = torch.inf
+
+
+def hide(trainer: Trainer, folder: Path) -> None:
+    """A folder is gone."""
+    folder.rename(folder.with_name("hidden"))

@@ -1,0 +1,208 @@
+"""Faults while a checkpoint is written, and checkpoints that are damaged afterwards."""
+
+import re
+import shutil
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.dataset import write_dataset
+from tests.faults import inject
+from tests.faults.conftest import configure, equal
+from tests.faults.runs import SHAPES, Done, Run, run
+
+
+def latest(folder: Path) -> str:
+    return (folder / "checkpoints/latest").read_text().strip()
+
+
+def test_a_run_killed_while_it_saves_loses_no_checkpoint(tmp_path, manifest, reference, report):
+    """Killed four times, each time at another point of a save, in one folder."""
+    config = configure(tmp_path, manifest)
+    cases = [
+        (2, "killed between shards and manifest", 0, "commit", 8, 4),
+        (4, "killed before the rename", 0, "publish", 8, 4),
+        (3, "killed between rename and `latest`", 0, "point_latest", 8, 8),
+        (1, "kill -9 of a rank while it writes in the background", 1, "write_tensors", 10, 8),
+    ]
+    faults = [
+        {rank: partial(inject.killed_in_save, function=function, step=at)} for _, _, rank, function, at, _ in cases
+    ]
+    left_over = tmp_path / "checkpoints/step-00000006.tmp"
+    done = run(config, 2, faults=faults[0])
+    for (number, name, rank, function, at, found), fault in zip(cases, [*faults[1:], None], strict=True):
+        assert done.codes[rank] == -signal.SIGKILL and 0 not in done.codes, done.output
+        # Where rank 0 lives, it removes what was not finished.
+        assert (tmp_path / f"checkpoints/step-{at:08d}.tmp").exists() == (function in ("commit", "publish"))
+        left_over.mkdir()
+        done = run(config, 2, faults=fault)
+        assert f"going on after step {found}\n" in done.output and not left_over.exists(), done.output
+        outcome = "the new one is found" if found == at else "the one before is resumed"
+        report(number, name, f"{outcome}; bitwise", done.restarted_in())
+    assert done.codes == [0, 0] and equal(done, reference), done.output
+
+
+def truncate(run_dir: Path) -> None:
+    shard = run_dir / "step-00000010/rank-1.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1000])
+
+
+def flip_and_delete(run_dir: Path) -> None:
+    shard = run_dir / "step-00000010/rank-0.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    (run_dir / "step-00000008/rank-1.safetensors").unlink()
+
+
+def empty_latest(run_dir: Path) -> None:
+    (run_dir / "latest").write_text("")
+
+
+def missing_latest(run_dir: Path) -> None:
+    (run_dir / "latest").unlink()
+    truncate(run_dir)
+
+
+@pytest.mark.parametrize(
+    ("damage", "numbers", "name", "found", "told"),
+    [
+        (truncate, [7], "a truncated shard", 8, ["step-00000010/rank-1"]),
+        (
+            flip_and_delete,
+            [8, 9],
+            "one flipped bit; a deleted shard",
+            4,
+            ["step-00000010/rank-0", "step-00000008/rank-1"],
+        ),
+        (empty_latest, [11], "`latest` empty", 10, ["latest: empty"]),
+        (
+            missing_latest,
+            [11],
+            "`latest` missing, and a truncated shard",
+            8,
+            ["latest: missing", "step-00000010/rank-1"],
+        ),
+    ],
+)
+def test_what_is_damaged_is_named_and_passed_over(
+    tmp_path, manifest, reference, report, damage, numbers, name, found, told
+):
+    done = damaged(tmp_path, manifest, reference, damage)
+    assert done.codes == [0, 0] and f"going on after step {found}\n" in done.output, done.output
+    assert all(part in done.output for part in told)
+    assert equal(done, reference)
+    for number in numbers:
+        report(number, name, "named, passed over; bitwise from the one before", done.seconds)
+
+
+def damaged(folder: Path, manifest: Path, reference: Done, damage) -> Done:
+    """A run that goes on from a damaged copy of the reference's checkpoints."""
+    config = configure(folder, manifest)
+    for name in ("checkpoints", "steps-0.jsonl", "steps-1.jsonl"):
+        source = reference.folder / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
+    damage(folder / "checkpoints")
+    return run(config, 2)
+
+
+def all_bad(run_dir: Path) -> None:
+    for shard in run_dir.glob("step-*/rank-0.safetensors"):
+        shard.write_bytes(shard.read_bytes()[:-1])
+
+
+def leading_out(run_dir: Path) -> None:
+    (run_dir / "latest").write_text("../../elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("damage", "number", "name", "error"),
+    [
+        (all_bad, 10, "every checkpoint is bad", "none of its checkpoints is sound"),
+        (leading_out, 11, "`latest` leads out of the folder", "latest: names '../../elsewhere', which is not"),
+    ],
+)
+def test_a_run_is_never_started_over_in_silence(tmp_path, manifest, reference, report, damage, number, name, error):
+    done = damaged(tmp_path, manifest, reference, damage)
+    assert done.codes == [2, 1]
+    (line,) = [line for line in done.output.splitlines() if line.startswith("error:")]
+    assert error in line and "Traceback" not in done.output
+    report(number, name, "fatal, in one line", done.seconds)
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "fault", "error"),
+    [
+        (
+            5,
+            "RLIMIT_FSIZE on one rank",
+            partial(inject.at_step, step=5, act=inject.limit_files),
+            r"rank 1: .*too large",
+        ),
+        (29, "the background writer fails on one rank", partial(inject.failing_write, step=8), r"rank 1: .*error"),
+        (
+            23,
+            "an infinity in a parameter",
+            partial(inject.at_step, step=7, act=inject.spoil_weight),
+            "NaN or an infinity",
+        ),
+    ],
+)
+def test_a_save_that_fails_on_one_rank_is_committed_by_none(
+    tmp_path, manifest, reference, report, number, name, fault, error
+):
+    config = configure(tmp_path, manifest)
+    done = run(config, 2, faults={1: fault})
+    assert done.codes == [2, 1], done.output
+    (line,) = [line for line in done.output.splitlines() if line.startswith("error:")]
+    assert re.search(error, line) and latest(tmp_path) == "step-00000004"
+    assert not list((tmp_path / "checkpoints").glob("*.tmp"))
+    report(number, name, "no rank commits, `latest` is as before, all end", done.seconds)
+    if number == 5:
+        resumed = run(config, 2)
+        assert resumed.codes == [0, 0] and equal(resumed, reference), resumed.output
+
+
+def test_a_second_run_is_refused_the_folder(tmp_path, manifest, report):
+    config = configure(tmp_path, manifest)
+    first = Run(config, 2, faults={0: partial(inject.at_step, step=1, act=inject.doze)})
+    first.wait_for(lambda: first.taken() >= 2)
+    second = run(config, 2)
+    assert second.codes == [2, 1]
+    (line,) = [line for line in second.output.splitlines() if line.startswith("error:")]
+    assert "checkpoints/lock: another run uses this folder" in line
+    for rank in first.ranks:
+        rank.kill()
+    first.finish()
+    third = run(config, 2, "schedule.steps=1")
+    assert third.codes == [0, 0], third.output
+    report(31, "a second run in one folder", "refused by the lock, which a killed run gives free", second.seconds)
+
+
+def test_fewer_and_more_data_ranks_play_the_same_samples(tmp_path, manifest, reference, report):
+    config = configure(tmp_path, manifest)
+    stop = partial(inject.signal_in_step, number=signal.SIGTERM)
+    assert run(config, 2, faults={0: partial(stop, step=3)}).codes == [75, 75]
+    one = run(config, 1, "parallel.data=1", faults={0: partial(stop, step=6)})
+    assert one.codes == [75], one.output
+    done = run(config, 2)
+    assert done.codes == [0, 0] and "going on after step 7\n" in done.output, done.output
+    assert [position for position, _ in done.losses()] == [position for position, _ in reference.losses()]
+    losses = [[float.fromhex(loss) for _, loss in of.losses()] for of in (done, reference)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    report(18, "2, then 1, then 2 data ranks", "the same samples; losses within 1e-5", done.restarted_in())
+
+
+def test_data_that_vanishes_ends_the_run_which_resumes_when_it_is_back(tmp_path, reference, report):
+    data = tmp_path / "data"
+    config = configure(tmp_path / "run", write_dataset(data, SHAPES))
+    done = run(config, 2, faults={0: partial(inject.at_step, step=5, act=partial(inject.hide, folder=data))})
+    assert done.codes == [1, 1] and "failed 3 times" in done.output, done.output
+    data.with_name("hidden").rename(data)
+    resumed = run(config, 2)
+    assert resumed.codes == [0, 0] and equal(resumed, reference), resumed.output
+    report(
+        34, "the data's file system vanishes", "tried three times, then status 1; bitwise when resumed", done.seconds
+    )
