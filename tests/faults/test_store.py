@@ -3,6 +3,8 @@
 import re
 import shutil
 import signal
+import subprocess
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -94,8 +96,9 @@ def test_what_is_damaged_is_named_and_passed_over(
     assert done.codes == [0, 0] and f"going on after step {found}\n" in done.output, done.output
     assert all(part in done.output for part in told)
     assert equal(done, reference)
+    outcome = "the folder is scanned; bitwise" if found == 10 else "named, passed over; bitwise from the one before"
     for number in numbers:
-        report(number, name, "named, passed over; bitwise from the one before", done.seconds)
+        report(number, name, outcome, done.seconds)
 
 
 def damaged(folder: Path, manifest: Path, reference: Done, damage) -> Done:
@@ -163,6 +166,30 @@ def test_a_save_that_fails_on_one_rank_is_committed_by_none(
     if number == 5:
         resumed = run(config, 2)
         assert resumed.codes == [0, 0] and equal(resumed, reference), resumed.output
+
+
+@pytest.fixture
+def small_disk(tmp_path, reference) -> Iterator[Path]:
+    """A file system on which one checkpoint fits, and not a second."""
+    needed = sum(file.stat().st_size for file in (reference.folder / "checkpoints/step-00000004").iterdir())
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={needed * 3 // 2}", "tmpfs", str(disk)]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("this user may not mount a file system")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_up_is_foreseen(tmp_path, manifest, report, small_disk):
+    config = configure(tmp_path, manifest, checkpoint={"dir": str(small_disk / "checkpoints")})
+    done = run(config, 2)
+    assert done.codes == [2, 1], done.output
+    assert "warning:" in done.output and "less than two checkpoints" in done.output
+    (line,) = [line for line in done.output.splitlines() if line.startswith("error:")]
+    assert "a checkpoint takes" in line and "are free" in line
+    assert (small_disk / "checkpoints/latest").read_text().strip() == "step-00000004"
+    report(6, "a full disk", "warned of at the start; no rank commits, `latest` is as before", done.seconds)
 
 
 def test_a_second_run_is_refused_the_folder(tmp_path, manifest, report):
