@@ -26,6 +26,7 @@ def train(config: TrainConfig) -> None:
     from mugv_ds.checkpoint.store import Store
     from mugv_ds.data.manifest import open_index
     from mugv_ds.engine.build import build_engine, start_process
+    from mugv_ds.engine.ema import PowerEma, owned_weights
     from mugv_ds.engine.loop import Trainer
 
     process = start_process(config)
@@ -44,7 +45,16 @@ def train(config: TrainConfig) -> None:
     start = store.resume(engine)
     if process.rank == 0:
         print(f"going on after step {start}" if start else f"starting from {init or 'fresh weights'}", flush=True)
-    Trainer(config, process, engine, train=training, validation=validation, save=partial(store.save, engine)).run(start)
+    trainer = Trainer(
+        config,
+        process,
+        engine,
+        train=training,
+        validation=validation,
+        ema=PowerEma(owned_weights(engine), config.ema.sigma_rel),
+        save=partial(store.save, engine),
+    )
+    trainer.run(start)
     dist.destroy_process_group()  # without it some processes abort at exit
 
 

@@ -11,6 +11,7 @@ from mugv_ds.data.buckets import Order
 from mugv_ds.data.loader import loader
 from mugv_ds.data.manifest import Index
 from mugv_ds.engine.build import Process
+from mugv_ds.engine.ema import PowerEma
 from mugv_ds.engine.evaluate import sweep
 from mugv_ds.engine.feed import Batch, Feed, FlowSamples
 from mugv_ds.engine.metrics import OptimizerProbe, Recorder, peak_tflops
@@ -25,6 +26,7 @@ class Trainer:
     Args:
         config: the run. process: this process. engine: see `build_engine`.
         train: the training manifest. validation: the held-out one, or None.
+        ema: averages of the weights, which take in those of every step.
         save: called with the number of steps taken when a checkpoint is due. All ranks call it.
     """
 
@@ -36,9 +38,10 @@ class Trainer:
         *,
         train: Index,
         validation: Index | None,
+        ema: PowerEma,
         save: Callable[[int], None],
     ) -> None:
-        self.config, self.process, self.engine, self.save = config, process, engine, save
+        self.config, self.process, self.engine, self.ema, self.save = config, process, engine, ema, save
         self.dit = config.model.dit()
         self.accumulation = gradient_accumulation(config, process.layout.data)
         self.order = Order(train.shapes(), config.data.global_batch_size, config.data.seed)
@@ -101,6 +104,8 @@ class Trainer:
         self._set_shape(shape)
         self.probe.armed = recorder.due(step)
         loss = self.engine.train_batch(self.feed.stage(batches, shape, self.accumulation))
+        if self.engine.was_step_applied():
+            self.ema.update(step + 1)
         tokens, samples = patch_grid(*shape).tokens, self.config.data.global_batch_size
         recorder.step(
             loss,
