@@ -13,7 +13,8 @@ from torch import Tensor
 from mugv_ds.checkpoint.coefficients import Fit, decay_coefficients, fit_profile
 from mugv_ds.checkpoint.store import CheckpointError
 from mugv_ds.checkpoint.weights import Weights
-from mugv_ds.config.power_profile import kind_sigma_rel
+from mugv_ds.config import InputError
+from mugv_ds.config.power_profile import MAX_SIGMA_REL, kind_sigma_rel
 
 
 class Source(Protocol):
@@ -92,10 +93,10 @@ def ensemble(checkpoints: Sequence[Source], gamma: float, dtype: torch.dtype) ->
     """Σ γ^(N−i) θ_i / Σ γ^(N−i) over the weights of checkpoints, which are ordered by their steps.
 
     Raises:
-        CheckpointError: γ is not in (0, 1], a step comes twice, or the checkpoints are not all of one model.
+        InputError: γ is not in (0, 1]. CheckpointError: a step comes twice, or the models are not all the same.
     """
     if not 0 < gamma <= 1:
-        raise CheckpointError(f"γ = {gamma}: must be above 0 and at most 1; 1 weighs all checkpoints equally")
+        raise InputError(f"γ = {gamma}: must be above 0 and at most 1; 1 weighs all checkpoints equally")
     ordered = _by_step(checkpoints)
     coefficients = decay_coefficients(len(ordered), gamma)
     terms = [Term(source, "weight", c) for source, c in zip(ordered, coefficients, strict=True)]
@@ -106,9 +107,11 @@ def reconstruct(checkpoints: Sequence[Source], sigma_rel: float, dtype: torch.dt
     """The power-function average of width σ_rel at the last of the checkpoints, from the averages that they hold.
 
     Raises:
-        CheckpointError: no checkpoint holds averages, the last one holds none, a step comes twice, or the checkpoints
-            are not all of one model.
+        InputError: σ_rel is not in (0, 12^-½). CheckpointError: the last checkpoint holds no averages, a step comes
+            twice, or the models are not all the same.
     """
+    if not 0 < sigma_rel < MAX_SIGMA_REL:
+        raise InputError(f"σ_rel = {sigma_rel}: must be above 0 and below {MAX_SIGMA_REL:.4f}, the mean of all steps")
     ordered = _by_step(checkpoints)
     stored = [
         (source, kind, sigma)

@@ -9,7 +9,7 @@ import torch
 
 from mugv_ds.checkpoint.average import Average, Term, ensemble, reconstruct
 from mugv_ds.checkpoint.coefficients import decay_coefficients, fit_profile
-from mugv_ds.checkpoint.store import CheckpointError
+from mugv_ds.config import InputError
 from mugv_ds.config.power_profile import exponent, kind_name
 from mugv_ds.engine.ema import PowerEma
 
@@ -139,11 +139,12 @@ def plain(step: int, **tensors: torch.Tensor) -> Memory:
          r"step-00000002: w is missing, in run/step-00000001 it is \[2\]"),
         (lambda: ensemble([plain(1, w=torch.ones(2)), plain(1, w=torch.ones(2))], 0.9, torch.float32), "of step 1, as"),
         (lambda: ensemble([plain(1, w=torch.ones(2))], 1.5, torch.float32), "at most 1"),
+        (lambda: reconstruct([plain(1, w=torch.ones(2))], 0.3, torch.float32), "below 0.2887"),
         (lambda: reconstruct([plain(1, w=torch.ones(2))], 0.08, torch.float32), "step-00000001: holds no averages"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_averaged_is_named(make, complaint):
-    with pytest.raises(CheckpointError, match=complaint):
+    with pytest.raises(InputError, match=complaint):
         make()
 
 
