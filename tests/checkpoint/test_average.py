@@ -64,6 +64,19 @@ def test_the_fit_is_the_least_squares_one(sigma_rel):
     assert fit.error == pytest.approx(np.linalg.norm(columns @ solution - wanted) / np.linalg.norm(wanted), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("stored", "sigma_rel", "error"),
+    [
+        *((grid(100_000, 16), sigma, 0.01) for sigma in (0.04, 0.08, 0.12, 0.15)),
+        *((grid(100_000, 8), sigma, 0.03) for sigma in (0.04, 0.08, 0.12, 0.15)),
+        ([(step, sigma) for step in (99_800, 99_900, 100_000) for sigma in SIGMAS], 0.08, 0.05),
+        ([(step, sigma) for step in (99_800, 99_900, 100_000) for sigma in SIGMAS], 0.15, 0.25),
+    ],
+)
+def test_errors_are_those_that_the_readme_gives(stored, sigma_rel, error):
+    assert fit_profile(stored, 100_000, sigma_rel).error <= 1.15 * error
+
+
 def test_what_fp32_cannot_show_is_not_read():
     coefficients = fit_profile(grid(100_000, 40), 100_000, 0.07).coefficients
     assert sum(coefficients) == pytest.approx(1, abs=1e-12)
