@@ -9,9 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mugv_ds.checkpoint.average import Average, ensemble, reconstruct
+from mugv_ds.checkpoint.average import Average, Source, ensemble, reconstruct
 from mugv_ds.checkpoint.save import save_weights
-from mugv_ds.checkpoint.trained import TrainedCheckpoint, checkpoints_of
+from mugv_ds.checkpoint.store import read_run_config
+from mugv_ds.checkpoint.trained import open_checkpoint, open_run
 from mugv_ds.checkpoint.weights import check_weights
 from mugv_ds.config import InputError
 from mugv_ds.config.schema import ModelSection
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write_reconstruction(args: argparse.Namespace) -> Path:
-    checkpoints = checkpoints_of(args.checkpoints)
+    checkpoints = open_run(args.checkpoints)
     model = newest_model(checkpoints)
     average, fit = reconstruct(checkpoints, args.sigma_rel, DTYPES[model.precision])
     print(f"fit of the profile: relative error {fit.error:.3g}")
@@ -57,13 +58,14 @@ def write_reconstruction(args: argparse.Namespace) -> Path:
 
 
 def write_ensemble(args: argparse.Namespace) -> Path:
-    checkpoints = [TrainedCheckpoint(path) for path in args.checkpoints]
+    checkpoints = [open_checkpoint(path) for path in args.checkpoints]
     model = newest_model(checkpoints)
     return write(ensemble(checkpoints, args.gamma, DTYPES[model.precision]), model, args.out, gamma=str(args.gamma))
 
 
-def newest_model(checkpoints: Sequence[TrainedCheckpoint]) -> ModelSection:
-    return max(checkpoints, key=lambda checkpoint: checkpoint.step).model
+def newest_model(checkpoints: Sequence[Source]) -> ModelSection:
+    newest = max(checkpoints, key=lambda checkpoint: checkpoint.manifest.step)
+    return read_run_config(newest.folder).model
 
 
 def write(average: Average, model: ModelSection, out: Path, **facts: str) -> Path:

@@ -17,16 +17,18 @@ from mugv_ds.config import InputError
 from mugv_ds.config.power_profile import MAX_SIGMA_REL, kind_sigma_rel
 
 
-class Source(Protocol):
-    """The full tensors of one training checkpoint by published name.
+class Summary(Protocol):
+    """Steps taken until a checkpoint, and what it holds of each parameter, such as "weight" and "ema_0.050"."""
 
-    Attributes:
-        path: its folder. step: optimizer steps taken. kinds: what is there of each tensor, such as "weight".
-    """
-
-    path: Path
     step: int
     kinds: Collection[str]
+
+
+class Source(Protocol):
+    """A training checkpoint in `folder`: its full tensors by published name."""
+
+    folder: Path
+    manifest: Summary
 
     def names(self) -> Iterable[str]: ...
 
@@ -56,7 +58,7 @@ class Average(Weights):
     """
 
     def __init__(self, terms: Sequence[Term], dtype: torch.dtype) -> None:
-        self.path = terms[-1].source.path
+        self.path = terms[-1].source.folder
         self._terms, self._dtype = terms, dtype
         self._shapes = _common_shapes([term.source for term in terms])
 
@@ -79,8 +81,8 @@ class Average(Weights):
         """What the average is made from, as JSON."""
         terms = [
             {
-                "checkpoint": str(term.source.path),
-                "step": term.source.step,
+                "checkpoint": str(term.source.folder),
+                "step": term.source.manifest.step,
                 "kind": term.kind,
                 "coefficient": term.coefficient,
             }
@@ -116,24 +118,26 @@ def reconstruct(checkpoints: Sequence[Source], sigma_rel: float, dtype: torch.dt
     stored = [
         (source, kind, sigma)
         for source in ordered
-        for kind in sorted(source.kinds)
+        for kind in sorted(source.manifest.kinds)
         if (sigma := kind_sigma_rel(kind)) is not None
     ]
     last = ordered[-1]
     if not stored or stored[-1][0] is not last:
         raise CheckpointError(
-            f"{last.path}: holds no averages of the weights; it was saved with an empty ema.sigma_rel"
+            f"{last.folder}: holds no averages of the weights; it was saved with an empty ema.sigma_rel"
         )
-    fit = fit_profile([(source.step, sigma) for source, _, sigma in stored], last.step, sigma_rel)
+    fit = fit_profile([(source.manifest.step, sigma) for source, _, sigma in stored], last.manifest.step, sigma_rel)
     terms = [Term(source, kind, c) for (source, kind, _), c in zip(stored, fit.coefficients, strict=True) if c != 0]
     return Average(terms, dtype), fit
 
 
 def _by_step(checkpoints: Sequence[Source]) -> list[Source]:
-    ordered = sorted(checkpoints, key=lambda source: source.step)
+    ordered = sorted(checkpoints, key=lambda source: source.manifest.step)
     for before, after in pairwise(ordered):
-        if before.step == after.step:
-            raise CheckpointError(f"{after.path}: is of step {after.step}, as {before.path} is; name only one of them")
+        if before.manifest.step == after.manifest.step:
+            raise CheckpointError(
+                f"{after.folder}: is of step {after.manifest.step}, as {before.folder} is; name only one of them"
+            )
     return ordered
 
 
@@ -143,7 +147,7 @@ def _common_shapes(sources: Sequence[Source]) -> dict[str, tuple[int, ...]]:
         for name in [*first, *shapes]:
             if first.get(name) != shapes.get(name):
                 raise CheckpointError(
-                    f"{source.path}: {name} is {_shown(shapes, name)}, in {sources[0].path} it is "
+                    f"{source.folder}: {name} is {_shown(shapes, name)}, in {sources[0].folder} it is "
                     f"{_shown(first, name)}; average checkpoints of one model"
                 )
     return first

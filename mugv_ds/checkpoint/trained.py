@@ -1,5 +1,6 @@
 """The checkpoints of a run as sources of averages."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,21 +12,20 @@ from mugv_ds.checkpoint.store import CheckpointError, read_run_config
 _PREFIX = "global_step"
 
 
+@dataclass(frozen=True)
+class Contents:
+    """See `average.Summary`."""
+
+    step: int
+    kinds: tuple[str, ...] = ("weight",)
+
+
 class TrainedCheckpoint:
-    """The weights of one training checkpoint; see `average.Source`.
+    """The weights of one training checkpoint; see `average.Source`."""
 
-    Raises:
-        CheckpointError: the folder is no checkpoint of ours.
-    """
-
-    kinds = ("weight",)
-
-    def __init__(self, path: Path) -> None:
-        number = path.name.removeprefix(_PREFIX)
-        if not path.is_dir() or not number.isdecimal():
-            raise CheckpointError(f"{path}: is no checkpoint; name folders of the form {_PREFIX}<n>")
-        self.path, self.step, self.model = path, int(number), read_run_config(path).model
-        self._layers = TrainedLayers(path, self.model.dit().depth)
+    def __init__(self, folder: Path, step: int) -> None:
+        self.folder, self.manifest = folder, Contents(step)
+        self._layers = TrainedLayers(folder, read_run_config(folder).model.dit().depth)
 
     def names(self) -> list[str]:
         return list(self._layers)
@@ -37,13 +37,25 @@ class TrainedCheckpoint:
         return self._layers[name].to(torch.float32)
 
 
-def checkpoints_of(run: Path) -> list[TrainedCheckpoint]:
+def open_checkpoint(folder: Path) -> TrainedCheckpoint:
+    """The checkpoint in a `global_step<n>` folder.
+
+    Raises:
+        CheckpointError: it is none, or not complete.
+    """
+    number = folder.name.removeprefix(_PREFIX)
+    if not folder.is_dir() or not number.isdecimal():
+        raise CheckpointError(f"{folder}: is no checkpoint; name folders of the form {_PREFIX}<n>")
+    return TrainedCheckpoint(folder, int(number))
+
+
+def open_run(run: Path) -> list[TrainedCheckpoint]:
     """All checkpoints in a run's folder.
 
     Raises:
-        CheckpointError: there are none.
+        CheckpointError: there are none, or one is not complete.
     """
-    found = [TrainedCheckpoint(path) for path in sorted(run.glob(f"{_PREFIX}*"))]
+    found = [open_checkpoint(path) for path in sorted(run.glob(f"{_PREFIX}*"))]
     if not found:
         raise CheckpointError(f"{run}: holds no checkpoint")
     return found

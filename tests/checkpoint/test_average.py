@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,16 +21,17 @@ class Memory:
     """A checkpoint in memory."""
 
     def __init__(self, step: int, kinds: dict[str, dict[str, torch.Tensor]]) -> None:
-        self.path, self.step, self.kinds = Path(f"run/step-{step:08d}"), step, kinds
+        self.folder, self.manifest = Path(f"run/step-{step:08d}"), SimpleNamespace(step=step, kinds=list(kinds))
+        self._tensors = kinds
 
     def names(self):
-        return next(iter(self.kinds.values())).keys()
+        return self._tensors["weight"].keys()
 
     def shape(self, name):
-        return self.kinds["weight"][name].shape
+        return self._tensors["weight"][name].shape
 
     def read(self, name, kind):
-        return self.kinds[kind][name]
+        return self._tensors[kind][name]
 
 
 def grid(steps: int, count: int) -> list[tuple[int, float]]:

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from mugv_ds.checkpoint.hf import load_dit
 from mugv_ds.checkpoint.store import CONFIG_NAME
-from mugv_ds.checkpoint.trained import TrainedCheckpoint
+from mugv_ds.checkpoint.trained import Contents, TrainedCheckpoint
 from mugv_ds.config import load_config
 from mugv_ds.config.model import DiTConfig
 from mugv_ds.models.dit import Embedders
@@ -34,7 +34,9 @@ def write_checkpoint(run: Path, step: int, value: float, **model: int) -> Path:
 class Averaged(TrainedCheckpoint):
     """A checkpoint that also holds averages, smaller than its weights by their widths."""
 
-    kinds = ("weight", "ema_0.050", "ema_0.100")
+    def __init__(self, folder: Path, step: int) -> None:
+        super().__init__(folder, step)
+        self.manifest = Contents(step, ("weight", "ema_0.050", "ema_0.100"))
 
     def read(self, name: str, kind: str) -> torch.Tensor:
         return super().read(name, kind) - float(kind.removeprefix("ema_"))
