@@ -1,10 +1,11 @@
-"""Measures time and peak memory of converting a checkpoint of a published size; needs twice the weights' disk space.
+"""Measures time and peak memory of exporting a checkpoint of a published size, of which it writes the weights.
 
 python -m tests.checkpoint.measure_export --preset mugdit_10b --format safetensors --folder /tmp/measure
+
+The checkpoint is fp32, what is written bf16: together 1.5 times the fp32 weights on disk.
 """
 
 import argparse
-import json
 import resource
 import shutil
 import subprocess
@@ -14,27 +15,22 @@ from pathlib import Path
 
 import torch
 
-from mugv_ds.checkpoint.store import CONFIG_NAME
-from mugv_ds.models import PRESETS, DiTConfig
-from mugv_ds.models.dit import Embedders
-from mugv_ds.models.layers import Block, FinalLayer
-from tests.dataset import write_config
+from mugv_ds.checkpoint.weights import meta_state
+from mugv_ds.models import PRESETS
+from tests.checkpoint.saved import write_checkpoint
 
 
-def write_checkpoint(folder: Path, preset: str, config: DiTConfig) -> int:
-    """A pipeline checkpoint's layer files with random bf16 weights; returns their bytes."""
-    folder.mkdir(parents=True)
-    run = json.loads(write_config(folder, Path("unused")).read_text())
-    run["model"] = {"preset": preset}
-    (folder / CONFIG_NAME).write_text(json.dumps(run))
-    written = 0
-    for layer, part in enumerate([Embedders, *[Block] * config.depth, FinalLayer]):
-        with torch.device("meta"):
-            shapes = {name: value.shape for name, value in part(config).state_dict().items()}
-        state = {name: torch.empty(shape, dtype=torch.bfloat16).uniform_() for name, shape in shapes.items()}
-        torch.save(state, folder / f"layer_{layer:02d}-model_states.pt")
-        written += sum(2 * value.numel() for value in state.values())
-    return written
+def write_run(run: Path, preset: str) -> int:
+    """A checkpoint of the fp32 masters of a bf16 run, saved by eight ranks; returns the weights' bytes.
+
+    Their random values are those of one buffer, to be made in little memory.
+    """
+    shapes = {name: value.shape for name, value in meta_state(PRESETS[preset]).items()}
+    buffer = torch.empty(max(shape.numel() for shape in shapes.values())).uniform_(-0.02, 0.02)
+    model = {"preset": preset, "precision": "bf16"} | dict.fromkeys(("hidden_size", "num_heads", "caption_channels"))
+    tensors = ((name, buffer[: shape.numel()].view(shape)) for name, shape in shapes.items())
+    write_checkpoint(run, 1, tensors, ranks=8, model=model)
+    return sum(4 * shape.numel() for shape in shapes.values())
 
 
 def main() -> None:
@@ -43,11 +39,11 @@ def main() -> None:
     parser.add_argument("--format", choices=["pt", "safetensors"], required=True)
     parser.add_argument("--folder", type=Path, required=True, help="scratch folder, made and removed")
     args = parser.parse_args()
-    checkpoint, out = args.folder / "global_step1", args.folder / "out"
+    run, out = args.folder / "run", args.folder / "out"
     try:
-        size = write_checkpoint(checkpoint, args.preset, PRESETS[args.preset])
+        size = write_run(run, args.preset)
         begin = time.perf_counter()
-        command = ["tools/convert_hf.py", "--ckpt", str(checkpoint), "--out", str(out), "--format", args.format]
+        command = ["tools/convert_hf.py", "--ckpt", str(run), "--out", str(out), "--format", args.format]
         subprocess.run([sys.executable, *command], check=True)
         seconds = time.perf_counter() - begin
         written = sum(file.stat().st_size for file in out.iterdir())
@@ -55,8 +51,8 @@ def main() -> None:
         shutil.rmtree(args.folder, ignore_errors=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     print(
-        f"{args.preset} to {args.format}: weights {size / 2**30:.1f} GiB, written {written / 2**30:.1f} GiB, "
-        f"{seconds:.0f} s, peak resident {peak / 2**30:.1f} GiB (mapped pages of the checkpoint included)"
+        f"{args.preset} to {args.format}: weights {size / 2**30:.1f} GiB of fp32, written {written / 2**30:.1f} GiB of "
+        f"bf16, {seconds:.0f} s, peak resident {peak / 2**30:.1f} GiB (mapped pages of the checkpoint included)"
     )
 
 

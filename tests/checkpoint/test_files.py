@@ -1,4 +1,4 @@
-"""A run's folder without ranks: the files' format, what a manifest may say, which checkpoint is taken, what is removed."""
+"""A run's folder without ranks: the files' format, what a manifest may say, which one is taken, what is removed."""
 
 import json
 import struct
@@ -47,7 +47,7 @@ def test_pieces_make_the_whole_and_any_part(tmp_path, ranks):
             part = torch.empty((35 - start + 1) // 2)
             saved.read_into(part, "a.weight", "weight", start)
             assert torch.equal(part, TENSORS["a.weight"].view(-1)[start : start + len(part)])
-        with pytest.raises(CheckpointError, match="holds no ema_0.1; it has weight"):
+        with pytest.raises(CheckpointError, match=r"holds no ema_0\.1; it has weight"):
             saved.read("b", "ema_0.1")
 
 
