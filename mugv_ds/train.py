@@ -30,6 +30,7 @@ def train(config: TrainConfig) -> int:
     from mugv_ds.checkpoint.store import Store
     from mugv_ds.data.manifest import open_index
     from mugv_ds.engine.build import build_engine, start_process
+    from mugv_ds.engine.ema import PowerEma
     from mugv_ds.engine.loop import Trainer
     from mugv_ds.engine.signals import STOPPED
 
@@ -46,12 +47,15 @@ def train(config: TrainConfig) -> int:
         weights=init and partial(load_into, init, config.model.dit()),
     )
     store = Store(config, process, engine, training.digest)
+    ema = PowerEma([fragment.tensors["weight"] for fragment in store.fragments], config.ema.sigma_rel)
+    store.extra_kinds = ema.averages
     try:
         start = store.restore()
         if process.rank == 0:
             fresh = f"starting fresh, from {init or 'initial weights'}"
             print(f"going on after step {start}" if start else fresh, flush=True)
-        stopped = Trainer(config, process, engine, train=training, validation=validation, store=store).run(start)
+        trainer = Trainer(config, process, engine, train=training, validation=validation, ema=ema, store=store)
+        stopped = trainer.run(start)
     finally:
         store.close()
     dist.destroy_process_group()  # without it some processes abort at exit

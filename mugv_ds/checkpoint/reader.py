@@ -113,6 +113,18 @@ def open_checkpoint(path: Path) -> CheckpointReader:
     raise CheckpointError(f"{path}: holds no {'sound ' if steps else ''}checkpoint")
 
 
+def open_run(run: Path) -> list[CheckpointReader]:
+    """All checkpoints in a run's folder, newest first, every file of them verified.
+
+    Raises:
+        CheckpointError: there are none, or one is broken.
+    """
+    opened = [_verified(files.step_folder(run, step)) for step in files.saved_steps(run)]
+    if not opened:
+        raise CheckpointError(f"{run}: holds no checkpoint")
+    return opened
+
+
 def is_run(path: Path) -> bool:
     """Whether a folder is that of a run's checkpoints, rather than one checkpoint."""
     return not (path / files.MANIFEST_NAME).exists() and not path.name.startswith("step-")

@@ -33,6 +33,7 @@ def save_weights(
     layout: Layout,
     *,
     dtype: torch.dtype | None = None,
+    metadata: dict[str, str] | None = None,
     shard_size: str = SHARD_SIZE,
 ) -> Path:
     """Writes weights with their sizes (`config.json`) to a folder, which appears when it is complete.
@@ -45,6 +46,7 @@ def save_weights(
         out: folder to make; there may be an empty one.
         layout: "pt" for one file; "bin" or "safetensors" for shards with an index, or one file if one shard will do.
         dtype: of what is written; None keeps each tensor's.
+        metadata: kept in every .safetensors file.
         shard_size: largest shard, such as "5GB".
     Returns:
         What to open: the .pt, or the folder.
@@ -66,7 +68,7 @@ def save_weights(
         if layout == "pt":
             _save_pt(weights, planned, partial / PT_NAME)
         else:
-            _save_shards(weights, planned, partial, layout, shard_size)
+            _save_shards(weights, planned, partial, layout, metadata or {}, shard_size)
         (partial / CONFIG_NAME).write_text(json.dumps(asdict(config), indent=2) + "\n")
         partial.rename(out)
     finally:
@@ -84,12 +86,14 @@ def _save_pt(weights: Weights, planned: dict[str, Tensor], file: Path) -> None:
         value.copy_(_read_one(weights, name, value.dtype))
 
 
-def _save_shards(weights: Weights, planned: dict[str, Tensor], out: Path, layout: Layout, shard_size: str) -> None:
+def _save_shards(
+    weights: Weights, planned: dict[str, Tensor], out: Path, layout: Layout, metadata: dict[str, str], shard_size: str
+) -> None:
     plan = split_torch_state_dict_into_shards(planned, filename_pattern=_SHARDS[layout], max_shard_size=shard_size)
     for file, names in plan.filename_to_tensors.items():
         shard = _read(weights, {name: planned[name] for name in names})
         if layout == "safetensors":
-            save_file(shard, out / file, metadata={"format": "pt"})
+            save_file(shard, out / file, metadata={"format": "pt"} | metadata)
         else:
             torch.save(shard, out / file)
         del shard  # not beside the next one

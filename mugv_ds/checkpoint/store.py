@@ -71,7 +71,7 @@ class Store:
     def __init__(self, config: TrainConfig, process: Process, engine: PipelineEngine, data_sha256: str) -> None:
         self.dir = Path(config.checkpoint.dir)
         self.fragments: list[Fragment] = fragments(engine)
-        self.extra_kinds: dict[str, Sequence[Tensor]] = {}
+        self.extra_kinds: Mapping[str, Sequence[Tensor]] = {}
         self.state: dict[str, Any] = {}
         self._config, self._engine = config.checkpoint, engine
         self._ranks = Ranks()

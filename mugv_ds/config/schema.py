@@ -3,9 +3,10 @@
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mugv_ds.config.model import PRESETS, DiTConfig
+from mugv_ds.config.power_profile import MAX_SIGMA_REL
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -115,6 +116,25 @@ class ScheduleSection(Section):
     final_lr_ratio: Share = Field(0.0, description="Rate at the end of cosine and linear, as a share of the peak.")
 
 
+class EmaSection(Section):
+    sigma_rel: tuple[Annotated[float, Field(gt=0, lt=MAX_SIGMA_REL)], ...] = Field(
+        (0.05, 0.10),
+        description="Relative widths σ_rel of the power-function averages of the weights that are kept and saved, in "
+        "steps of 0.001; empty: none. The defaults are those of Karras et al. 2024 (EDM2); tools/ema.py reconstructs "
+        "other widths from them. Each takes 4 bytes a parameter, shared out over the data × sequence ranks.",
+    )
+
+    @field_validator("sigma_rel")
+    @classmethod
+    def _can_be_named(cls, widths: tuple[float, ...]) -> tuple[float, ...]:
+        if any(round(width, 3) != width for width in widths) or len(set(widths)) < len(widths):
+            raise ValueError(
+                f"ema.sigma_rel = {list(widths)}: must be different multiples of 0.001, by which checkpoints name the "
+                "averages"
+            )
+        return widths
+
+
 class CheckpointSection(Section):
     dir: str = Field(description="Folder of the run's checkpoints.")
     save_every: Annotated[int, Field(ge=0)] = Field(
@@ -202,6 +222,7 @@ class TrainConfig(Section):
     parallel: ParallelSection = ParallelSection()
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection
+    ema: EmaSection = EmaSection()
     checkpoint: CheckpointSection
     logging: LoggingSection
     guard: GuardSection = GuardSection()

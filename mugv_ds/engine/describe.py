@@ -64,6 +64,7 @@ def describe(config: TrainConfig, world_size: int | None) -> str:
                 in_flight=min(layout.pipeline - stage, accumulation),
                 recompute=parallel.activation_checkpointing,
                 fp32_accumulation=engine["data_types"]["grad_accum_dtype"] == "fp32",
+                averages=len(config.ema.sigma_rel),
             )
             line += f", about {memory.peak / GIB:.1f} GiB a device at the largest shape"
         lines.append(line)

@@ -14,6 +14,7 @@ from mugv_ds.data.buckets import Order
 from mugv_ds.data.loader import loader
 from mugv_ds.data.manifest import Index
 from mugv_ds.engine.build import Process
+from mugv_ds.engine.ema import PowerEma
 from mugv_ds.engine.evaluate import sweep
 from mugv_ds.engine.feed import Batch, Feed, FlowSamples
 from mugv_ds.engine.guard import Ahead, GoBack, Guard, Taken
@@ -45,6 +46,7 @@ class Trainer:
     Args:
         config: the run. process: this process. engine: see `build_engine`.
         train: the training manifest. validation: the held-out one, or None.
+        ema: averages of the weights, which take in those of every step that was applied.
         store: saves when a checkpoint is due, and holds the state that the run goes on from.
     """
 
@@ -56,9 +58,11 @@ class Trainer:
         *,
         train: Index,
         validation: Index | None,
+        ema: PowerEma,
         store: Checkpoints,
     ) -> None:
-        self.config, self.process, self.engine, self.store = config, process, engine, store
+        self.config, self.process, self.engine = config, process, engine
+        self.ema, self.store = ema, store
         self.dit = config.model.dit()
         self.accumulation = gradient_accumulation(config, process.layout.data)
         self.order = Order(train.shapes(), config.data.global_batch_size, config.data.seed)
@@ -171,6 +175,8 @@ class Trainer:
         self.probe.armed = recorder.due(step)
         rate = self.engine.get_lr()[0]
         loss = self.engine.train_batch(self.feed.stage(batches, shape, self.accumulation))
+        if self.engine.was_step_applied():
+            self.ema.update(step + 1)
         tokens, samples = patch_grid(*shape).tokens, self.config.data.global_batch_size
         sizes = self.dit, tokens, self.config.data.max_text_tokens
         recorder.step(

@@ -45,6 +45,7 @@ def predict_memory(
     in_flight: int,
     recompute: str,
     fp32_accumulation: bool,
+    averages: int,
 ) -> Memory:
     """Memory of a bf16 run with ZeRO-1 and AdamW.
 
@@ -55,10 +56,11 @@ def predict_memory(
         in_flight: micro-batches whose activations a stage holds at once: as many as stages are left, itself included.
         recompute: `parallel.activation_checkpointing`.
         fp32_accumulation: whether gradients are accumulated in fp32 beside the bf16 ones.
+        averages: fp32 averages of the weights that are kept, sharded as the optimizer is.
     """
     tensor = 2.0 * tokens_held * config.hidden_size
     weights = 2.0 * parameters
-    shard = 12.0 * parameters / replicas  # fp32 weights and two moments
+    shard = (12.0 + 4.0 * averages) * parameters / replicas  # fp32 weights and two moments; averages
     accumulated = 4.0 * parameters if fp32_accumulation else 0.0
     resident = weights + shard + accumulated
     activations = (KEPT[recompute] * blocks * in_flight + WORKING) * tensor

@@ -1,7 +1,7 @@
 """Writes a checkpoint as a run would, without one: tensors cut into pieces over the files of some ranks."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,9 +14,19 @@ from tests.dataset import write_config
 
 
 def write_checkpoint(
-    run: Path, step: int, tensors: Iterable[tuple[str, Tensor]], *, ranks: int = 2, model: dict | None = None
+    run: Path,
+    step: int,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    averages: Mapping[str, float] | None = None,
+    ranks: int = 2,
+    model: dict | None = None,
 ) -> Path:
-    """Writes fp32 tensors as the kind "weight", cut into a piece for each rank, and `latest`; returns the folder."""
+    """Writes fp32 tensors as the kind "weight", cut into a piece for each rank, and `latest`; returns the folder.
+
+    Each of the averages is a kind too, whose tensors are the weights times its number.
+    """
+    averages = averages or {}
     run.mkdir(parents=True, exist_ok=True)
     config = load_config(write_config(run / "config", Path("unused"), **({"model": model} if model else {})))
     held: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
@@ -26,7 +36,9 @@ def write_checkpoint(
         pieces = []
         for rank, (start, stop) in enumerate(pairwise(cuts)):
             if start < stop:
-                held[rank][f"{name}/weight"] = tensor.reshape(-1)[start:stop]
+                piece = tensor.reshape(-1)[start:stop]
+                held[rank][f"{name}/weight"] = piece
+                held[rank] |= {f"{name}/{kind}": piece * factor for kind, factor in averages.items()}
                 pieces.append(Piece(file=f"rank-{rank}.safetensors", start=start, numel=stop - start))
         parameters[name] = Parameter(shape=tuple(tensor.shape), pieces=tuple(pieces))
     files.start_folder(run, step, 0)
@@ -35,7 +47,7 @@ def write_checkpoint(
     run_config = json.loads(config.model_dump_json())
     manifest = Manifest(
         step=step,
-        kinds=("weight",),
+        kinds=tuple(sorted(("weight", *averages))),
         files={name: files.write_tensors(folder / name, part) for name, part in written.items()},
         parameters=parameters,
         counters=Counters(global_steps=step, skipped_steps=0, schedule_steps=step, optimizer_steps=step),

@@ -135,6 +135,9 @@ BAD_FILES = {
         text(data={"manifest": "m.csv", "global_batch_size": 1}),
         "run.json: data.null_text_path: required when flow.caption_drop > 0",
     ),
+    "an average's width": (text(ema={"sigma_rel": [0.05, 0.3]}), "run.json: ema.sigma_rel.1 = 0.3: must be less than"),
+    "a width that names nothing": (text(ema={"sigma_rel": [0.0525]}), "run.json: ema.sigma_rel = [0.0525]: must be"),
+    "a width twice": (text(ema={"sigma_rel": [0.1, 0.1]}), "run.json: ema.sigma_rel = [0.1, 0.1]: must be different"),
     "DeepSpeed's key": (text(deepspeed={"zero_optimisation": {}}), "did you mean deepspeed.zero_optimization?"),
 }
 

@@ -1,0 +1,119 @@
+"""Averages kept in training against integrals in closed form, and in real runs against averages of whole tensors."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from deepspeed.utils import safe_get_full_fp32_param
+
+from mugv_ds.checkpoint.fragments import fragments
+from mugv_ds.config import load_config
+from mugv_ds.config.power_profile import exponent
+from mugv_ds.config.schema import TrainConfig
+from mugv_ds.data.manifest import open_index
+from mugv_ds.engine.build import build_engine, start_process
+from mugv_ds.engine.ema import PowerEma
+from mugv_ds.engine.loop import Trainer
+from tests.dataset import write_config, write_dataset
+from tests.distributed import run_ranks
+
+SIGMAS = (0.05, 0.10)
+SHAPE = (1, 4, 4)
+
+
+@pytest.mark.parametrize("sigma_rel", SIGMAS)
+def test_average_of_a_polynomial_is_the_integral_in_closed_form(sigma_rel):
+    """θ(τ) = (τ/T)^k: ∫ θ dp = (γ + 1) / (γ + 1 + k). Steps instead of a curve add less than what θ moves in one."""
+    steps, powers = 3000, torch.arange(4, dtype=torch.float64)
+    weights = torch.zeros(4, dtype=torch.float64)
+    ema = PowerEma([weights], [sigma_rel])
+    for step in range(1, steps + 1):
+        weights.copy_((step / steps) ** powers)
+        ema.update(step)
+    (average,) = ema.averages[f"ema_{sigma_rel:.3f}"]
+    order = exponent(sigma_rel) + 1
+
+    times = torch.arange(steps + 1, dtype=torch.float64)[:, None] / steps
+    exact = ((times[1:] ** order - times[:-1] ** order) * times[1:] ** powers).sum(0)  # of the piecewise constant θ
+    torch.testing.assert_close(average, exact, rtol=1e-11, atol=0)
+    curve = order / (order + powers)
+    assert torch.all((average - curve).abs() <= powers / steps + 1e-11)
+    assert average[0] == pytest.approx(1, abs=1e-12)
+
+
+def test_the_first_step_replaces_the_initial_weights_and_none_is_off():
+    weights = torch.zeros(3)
+    ema = PowerEma([weights], SIGMAS)
+    weights.fill_(2.0)
+    ema.update(1)
+    assert all(torch.equal(average, weights) for (average,) in ema.averages.values())
+    off = PowerEma([weights], ())
+    off.update(1)
+    assert off.averages == {}
+
+
+def train_and_compare(cases: list[Path]) -> None:
+    for path in cases:
+        config = load_config(path)
+        follow_run(config, start_process(config))
+
+
+def follow_run(config: TrainConfig, process) -> None:
+    """Runs the trainer, and beside it the averages of the stage's whole weights, gathered after every step."""
+    engine = build_engine(config, process, SHAPE)
+    names, parameters = zip(
+        *((prefix + name, p) for prefix, layer in engine.module.named_layers() for name, p in layer.named_parameters()),
+        strict=True,
+    )
+    owned = fragments(engine)
+    ema = PowerEma([fragment.tensors["weight"] for fragment in owned], config.ema.sigma_rel)
+    whole = [safe_get_full_fp32_param(p).clone() for p in parameters]
+    expected = PowerEma(whole, config.ema.sigma_rel)
+    poison, taken = [], []
+
+    class Compare:
+        """Compares where a run would save."""
+
+        def poll(self) -> None: ...
+
+        def wait(self) -> None: ...
+
+        def save(self, done: int) -> None:
+            compare(done)
+
+    def compare(done: int) -> None:
+        taken.append(engine.was_step_applied())
+        for mine, full in zip(whole, parameters, strict=True):
+            mine.copy_(safe_get_full_fp32_param(full))
+        if taken[-1]:
+            expected.update(done)
+        for kind, averages in ema.averages.items():
+            named = dict(zip(names, expected.averages[kind], strict=True))
+            for average, piece in zip(averages, owned, strict=True):
+                of_whole = named[piece.name].flatten().narrow(0, piece.start, piece.numel)
+                assert torch.equal(average, of_whole), (kind, piece.name, done)
+        if done == 2:  # the third step's gradient is not finite, and DeepSpeed skips it
+            poison.append(parameters[0].register_hook(lambda gradient: gradient * torch.nan))
+        elif done == 3:
+            poison.pop().remove()
+
+    index = open_index(config.data.manifest, config.data.index_dir)
+    Trainer(config, process, engine, train=index, validation=None, ema=ema, store=Compare()).run(0)
+    assert taken == [True, True, False, True, True]
+    held = sum(a.numel() for a in ema.averages["ema_0.050"])
+    total = sum(p.numel() for p in parameters)
+    assert abs(held - total / process.layout.replicas) < 16, "a rank holds its share, up to alignment"
+    moved = [not torch.equal(a, w.tensors["weight"]) for a, w in zip(ema.averages["ema_0.050"], owned, strict=True)]
+    assert any(moved), "the weights must move, or the comparison shows nothing"
+
+
+def test_sharded_averages_equal_those_of_whole_weights_bitwise(tmp_path):
+    """ZeRO-1 over data ranks in fp32, and in bf16 (fp32 masters); a skipped step leaves them as they are."""
+    manifest = write_dataset(tmp_path / "data", [SHAPE] * 4)
+    checkpoint = {"dir": "unused", "save_every": 1}
+    common = {"schedule": {"steps": 5, "warmup_steps": 0}, "checkpoint": checkpoint, "optimizer": {"lr": 1e-2}}
+    cases = []
+    for precision in ("fp32", "bf16"):
+        model = {"precision": precision, "attention": "sdpa"}
+        cases.append(write_config(tmp_path / precision, manifest, model=model, parallel={"data": 2}, **common))
+    run_ranks(2, train_and_compare, cases)

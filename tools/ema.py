@@ -1,0 +1,76 @@
+"""Averages the weights of a run's checkpoints and writes the result in the published format (safetensors).
+
+tools/ema.py reconstruct --sigma-rel 0.08 --checkpoints runs/base/checkpoints --out exports/ema_0.08
+tools/ema.py ensemble --gamma 0.9 --out exports/ensemble runs/base/checkpoints/step-*
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mugv_ds.checkpoint.average import Average, ensemble, reconstruct
+from mugv_ds.checkpoint.convert import DTYPES
+from mugv_ds.checkpoint.reader import CheckpointReader, open_checkpoint, open_run
+from mugv_ds.checkpoint.save import save_weights
+from mugv_ds.checkpoint.weights import check_weights
+from mugv_ds.config import InputError
+from mugv_ds.config.schema import ModelSection
+
+TOLERANCE = 0.05  # error of the profile's fit from which on it is reported as a bad one
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    power = commands.add_parser("reconstruct", help="a power-function average of any width, from the stored ones")
+    power.add_argument("--sigma-rel", type=float, required=True, help="relative width, above 0 and below 0.2887")
+    power.add_argument("--checkpoints", type=Path, required=True, help="a run's checkpoint folder")
+    power.set_defaults(run=write_reconstruction)
+    decay = commands.add_parser("ensemble", help="an exponentially decaying average of the checkpoints' weights")
+    decay.add_argument("--gamma", type=float, required=True, help="weight of a checkpoint in terms of the next one's")
+    decay.add_argument("checkpoints", type=Path, nargs="+", help="checkpoints, in any order")
+    decay.set_defaults(run=write_ensemble)
+    for command in (power, decay):
+        command.add_argument("--out", type=Path, required=True, help="folder to make")
+    args = parser.parse_args(argv)
+    try:
+        print(args.run(args))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def write_reconstruction(args: argparse.Namespace) -> Path:
+    checkpoints = open_run(args.checkpoints)
+    model = newest_model(checkpoints)
+    average, fit = reconstruct(checkpoints, args.sigma_rel, DTYPES[model.dtype])
+    print(f"fit of the profile: relative error {fit.error:.3g}")
+    if fit.error > TOLERANCE:
+        print(
+            f"warning: the averages in {args.checkpoints} do not represent σ_rel = {args.sigma_rel} well; choose a "
+            "width nearer to theirs, or keep more checkpoints",
+            file=sys.stderr,
+        )
+    return write(average, model, args.out, sigma_rel=str(args.sigma_rel), fit_error=f"{fit.error:.3g}")
+
+
+def write_ensemble(args: argparse.Namespace) -> Path:
+    checkpoints = [open_checkpoint(path) for path in args.checkpoints]
+    model = newest_model(checkpoints)
+    return write(ensemble(checkpoints, args.gamma, DTYPES[model.dtype]), model, args.out, gamma=str(args.gamma))
+
+
+def newest_model(checkpoints: Sequence[CheckpointReader]) -> ModelSection:
+    return max(checkpoints, key=lambda checkpoint: checkpoint.manifest.step).run_config().model
+
+
+def write(average: Average, model: ModelSection, out: Path, **facts: str) -> Path:
+    """Writes the average with what it was made from; returns the folder."""
+    check_weights(average, model.dit())
+    return save_weights(average, model.dit(), out, "safetensors", metadata={"average": average.recipe(), **facts})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
