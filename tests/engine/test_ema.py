@@ -74,11 +74,13 @@ def follow_run(config: TrainConfig, process) -> None:
     class Compare:
         """Compares where a run would save."""
 
+        state = {}
+
         def poll(self) -> None: ...
 
         def wait(self) -> None: ...
 
-        def save(self, done: int) -> None:
+        def save(self, done: int, state: dict) -> None:
             compare(done)
 
     def compare(done: int) -> None:
