@@ -6,6 +6,7 @@
 <run>/lock                held by the run that uses the folder
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -13,9 +14,12 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +33,28 @@ _LEFT_OVER = re.compile(r"step-[0-9]{8,12}(\.removed)?\.tmp")
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 _CHUNK = 1 << 24  # bytes that are written and hashed at once
 _MAX_MANIFEST_BYTES = 1 << 28
+# How a network file system fails that is away for a while, and the seconds to wait before each further try.
+_PASSING = {errno.EIO, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN}
+_WAITS = (1.0, 5.0, 20.0)
+
+T = TypeVar("T")
+
+
+def retried(function: Callable[[], T]) -> T:
+    """Calls `function`, and again after a while if the file system fails as one does that comes back.
+
+    Raises:
+        OSError: it failed otherwise, or has not come back.
+    """
+    for wait in _WAITS:
+        try:
+            return function()
+        except OSError as error:
+            if error.errno not in _PASSING:
+                raise
+            print(f"warning: {error}; trying again in {wait:g} s", flush=True)
+            time.sleep(wait)
+    return function()
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -89,17 +115,26 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format wants the data aligned
-    hashed = hashlib.sha256()
-    with path.open("xb", buffering=0) as file:
-        for part in (len(text).to_bytes(8, "little") + text, *(t.view(torch.uint8).numpy() for t in tensors.values())):
+    parts = [len(text).to_bytes(8, "little") + text, *(t.view(-1).view(torch.uint8).numpy() for t in tensors.values())]
+    try:
+        return retried(lambda: _write_parts(path, parts))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not say which file
+
+
+def _write_parts(path: Path, parts: Iterable[bytes | np.ndarray]) -> FileEntry:
+    hashed, size = hashlib.sha256(), 0
+    with path.open("wb", buffering=0) as file:
+        for part in parts:
             data = memoryview(part)
+            size += len(data)
             for begin in range(0, len(data), _CHUNK):
                 chunk = data[begin : begin + _CHUNK]
                 hashed.update(chunk)
                 while chunk:
                     chunk = chunk[file.write(chunk) :]
         os.fsync(file.fileno())
-    return FileEntry(bytes=8 + len(text) + offset, sha256=hashed.hexdigest())
+    return FileEntry(bytes=size, sha256=hashed.hexdigest())
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -125,7 +160,7 @@ def start_folder(run: Path, step: int, needed: int) -> None:
     Raises:
         CheckpointError: there is not enough space. OSError: the file system fails.
     """
-    discard(run, step)
+    retried(lambda: discard(run, step))
     free = free_bytes(run)
     if needed > free:
         raise CheckpointError(
@@ -138,8 +173,8 @@ def start_folder(run: Path, step: int, needed: int) -> None:
 def commit(run: Path, step: int, manifest: Manifest) -> None:
     """Completes a checkpoint whose other files are on the disk; from the rename on it is valid."""
     unfinished = unfinished_folder(run, step)
-    write_durably(unfinished / MANIFEST_NAME, manifest.dump())
-    sync_folder(unfinished)
+    retried(lambda: write_durably(unfinished / MANIFEST_NAME, manifest.dump()))
+    retried(lambda: sync_folder(unfinished))
     remove(run, step)  # one that was found broken, or from before the run went back
     publish(run, step)
 
@@ -219,12 +254,16 @@ def verify(path: Path, entry: FileEntry) -> None:
             raise BrokenCheckpointError(f"{path}: missing")
         if (size := path.stat().st_size) != entry.bytes:
             raise BrokenCheckpointError(f"{path}: {size} bytes, the manifest says {entry.bytes}")
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = retried(lambda: _sha256(path))
     except OSError as error:
         raise BrokenCheckpointError(f"{path}: {error.strerror}") from None
     if found != entry.sha256:
         raise BrokenCheckpointError(f"{path}: its SHA-256 differs from the manifest's")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Lock:

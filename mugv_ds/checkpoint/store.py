@@ -4,6 +4,7 @@ Every rank writes what it owns; all agree that everything is on the disk; rank 0
 folder. A checkpoint is there as a whole or not at all.
 """
 
+import contextlib
 import json
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -100,8 +101,6 @@ class Store:
         self._constant["versions"] = {name: version(name) for name in _PACKAGES}
         self._constant["git_commit"] = _git_commit()
 
-    # ---- saving
-
     def save(self, step: int, state: Mapping[str, Any] | None = None) -> None:
         """Saves what there is after `step` steps; in the background if the config says so, once it is copied.
 
@@ -118,15 +117,12 @@ class Store:
         if step == self._newest:
             return
         kept = json.loads(json.dumps(dict(state or {}), allow_nan=False))  # the caller may go on to change it
-        tensors = self._tensors()
-        bad = first_non_finite(tensors)
-        copies = self._memory.copy(tensors)
-        counters = read_counters(self._engine)
-        arguments = (step, copies, bad, {"counters": counters, "state": kept, **self._constant})
+        copies, problem = self._copy()
+        about = {"counters": read_counters(self._engine), "state": kept, **self._constant}
         if self._config.background:
-            self._pending = self._thread.submit(self._write, *arguments)
+            self._pending = self._thread.submit(self._write, step, copies, problem, about)
         else:
-            self._write(*arguments)
+            self._write(step, copies, problem, about)
 
     def poll(self) -> None:
         """Raises the failure of a background save, if it has come to its end on all ranks. Cheap; for every step.
@@ -171,9 +167,25 @@ class Store:
         """Kind → tensor of the i-th fragment."""
         return self.fragments[i].tensors | {kind: tensors[i] for kind, tensors in self.extra_kinds.items()}
 
-    def _write(self, step: int, tensors: dict[str, Tensor], bad: str | None, about: dict[str, Any]) -> None:
+    def _copy(self) -> tuple[dict[str, Tensor], Exception | None]:
+        """Copies of what this rank saves, or why there are none, which the ranks have yet to agree on."""
+        tensors = self._tensors()
+        try:
+            if (name := first_non_finite(tensors)) is not None:
+                raise CheckpointError(f"{name} holds a NaN or an infinity; nothing was saved")
+            return self._memory.copy(tensors), None
+        except (CheckpointError, RuntimeError) as error:
+            return {}, error
+
+    def _write(self, step: int, tensors: dict[str, Tensor], problem: Exception | None, about: dict[str, Any]) -> None:
         """Writes a checkpoint from copies: all ranks, in the same order, none goes on before all are done."""
-        sizes = self._ranks.agree(lambda: _size(tensors, bad))
+
+        def size() -> int:
+            if problem is not None:
+                raise problem
+            return _bytes(tensors)
+
+        sizes = self._ranks.agree(size)
         try:
             self._ranks.first(lambda: files.start_folder(self.dir, step, sum(sizes)))
             name = f"rank-{self._ranks.rank}.safetensors"
@@ -181,7 +193,8 @@ class Store:
             self._ranks.first(lambda: self._commit(step, saved, about))
         except BaseException:
             if self._ranks.rank == 0:
-                files.discard(self.dir, step)
+                with contextlib.suppress(OSError):  # the next start sweeps it
+                    files.discard(self.dir, step)
             raise
         self._newest = step
 
@@ -213,8 +226,6 @@ class Store:
                 files.remove(self.dir, old)
             except OSError as error:  # what was saved is saved
                 self._say(f"warning: {files.step_folder(self.dir, old)}: could not be removed: {error}")
-
-    # ---- loading
 
     def restore(self, before: int | None = None) -> int:
         """Loads the newest sound checkpoint, as `checkpoint.resume` says; broken ones are named and passed over.
@@ -318,8 +329,8 @@ class Store:
         files.point_latest(self.dir, self._newest)
 
     def _warn_of_space(self) -> None:
-        needed = sum(self._ranks.gather(_size(self._tensors(), None)))
-        free = files.free_bytes(self.dir)
+        needed = sum(self._ranks.gather(_bytes(self._tensors())))
+        free = self._ranks.first(lambda: files.free_bytes(self.dir))
         if free < 2 * needed:
             room = f"{files.gib(free)} are free, less than two checkpoints of {files.gib(needed)}"
             self._say(f"warning: {self.dir}: {room}")
@@ -333,14 +344,7 @@ class Store:
         return CheckpointError(text) if self._ranks.rank == 0 else PeerError(text)
 
 
-def _size(tensors: Mapping[str, Tensor], bad: str | None) -> int:
-    """Bytes of the tensors.
-
-    Raises:
-        CheckpointError: `bad` names one that is not finite.
-    """
-    if bad is not None:
-        raise CheckpointError(f"{bad} holds a NaN or an infinity; nothing was saved")
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 

@@ -21,7 +21,6 @@ _TYPE_NAMES = {dict: "an object", bool: "true or false", str: "a string", list: 
 ALLOWED: dict[str, Types] = {
     "zero_optimization": dict,
     "zero_force_ds_cpu_optimizer": bool,
-    "checkpoint": dict,
     "data_types": dict,
     "communication_data_type": str,
     "prescale_gradients": bool,
@@ -37,13 +36,6 @@ ALLOWED: dict[str, Types] = {
     "disable_python_gc": bool,
 }
 ALLOWED_INSIDE: dict[str, dict[str, Types]] = {
-    "checkpoint": {
-        "tag_validation": str,
-        "checkpoint_serialization": bool,
-        "load_universal": bool,
-        "use_node_local_storage": bool,
-        "parallel_write": dict,
-    },
     "data_types": {"grad_accum_dtype": str, "buffer_dtype": str, "keep_in_fp32_modules": list},
 }
 
@@ -70,6 +62,7 @@ REFUSED: dict[str, str] = {
     "mesh_param": _LAYOUT,
     "sequence_parallel_size": _LAYOUT,
     "data_parallel_size": _LAYOUT,
+    "checkpoint": "checkpoints are written by us, not by DeepSpeed; see our checkpoint section",
     "pipeline": "set parallel.pipeline for the stages and parallel.activation_checkpointing for recomputation; "
     "pipeline.use_reentrant=false would keep everything that it recomputes",
     "activation_checkpointing": "not read by the pipeline engine; set parallel.activation_checkpointing",
@@ -105,7 +98,6 @@ REFUSED: dict[str, str] = {
     "sparse_gradients": _REMOVED,
 }
 REFUSED_INSIDE: dict[str, dict[str, str]] = {
-    "checkpoint": {"writer": "only DeepSpeed's default writer is sound; leave it out"},
     "data_types": {"param_dtype": _PRECISION},
 }
 
@@ -171,7 +163,7 @@ def check_deepspeed_section(config: TrainConfig) -> None:
     _check_keys(section, "deepspeed", ALLOWED, REFUSED)
     for name, allowed in ALLOWED_INSIDE.items():
         _check_keys(section.get(name, {}), f"deepspeed.{name}", allowed, REFUSED_INSIDE[name])
-    _check_zero_stage(config)
+    _check_zero(config)
 
 
 def _refuse_auto(value: Any, key: str) -> None:
@@ -200,8 +192,14 @@ def _suggest(name: str, prefix: str, known: Iterable[str], allowed: Iterable[str
     return f"did you mean {prefix}.{near[0]}?" if near else f"known here: {', '.join(allowed)}"
 
 
-def _check_zero_stage(config: TrainConfig) -> None:
-    stage = config.deepspeed.get("zero_optimization", {}).get("stage", 1)
+def _check_zero(config: TrainConfig) -> None:
+    section = config.deepspeed.get("zero_optimization", {})
+    if section.get("round_robin_gradients"):
+        raise ConfigError(
+            "deepspeed.zero_optimization.round_robin_gradients: DeepSpeed then links fragments to wrong parameters, "
+            "and checkpoints would be of no use; leave it out"
+        )
+    stage = section.get("stage", 1)
     if stage != 1 or type(stage) is not int:
         raise ConfigError(
             f"deepspeed.zero_optimization.stage = {stage!r}: must be 1; the pipeline engine takes no more, and without "

@@ -1,10 +1,9 @@
-"""Measures time and peak memory of converting a checkpoint of a published size; needs twice the weights' disk space.
+"""Measures time and peak memory of converting a checkpoint of a published size; needs 10 bytes a parameter on the disk.
 
 python -m tests.checkpoint.measure_export --preset mugdit_10b --format safetensors --folder /tmp/measure
 """
 
 import argparse
-import json
 import resource
 import shutil
 import subprocess
@@ -14,27 +13,17 @@ from pathlib import Path
 
 import torch
 
-from mugv_ds.checkpoint.store import CONFIG_NAME
-from mugv_ds.models import PRESETS, DiTConfig
-from mugv_ds.models.dit import Embedders
-from mugv_ds.models.layers import Block, FinalLayer
-from tests.dataset import write_config
+from mugv_ds.models import PRESETS, DiT, DiTConfig
+from tests.checkpoint.saved import write_checkpoint
 
 
-def write_checkpoint(folder: Path, preset: str, config: DiTConfig) -> int:
-    """A pipeline checkpoint's layer files with random bf16 weights; returns their bytes."""
-    folder.mkdir(parents=True)
-    run = json.loads(write_config(folder, Path("unused")).read_text())
-    run["model"] = {"preset": preset}
-    (folder / CONFIG_NAME).write_text(json.dumps(run))
-    written = 0
-    for layer, part in enumerate([Embedders, *[Block] * config.depth, FinalLayer]):
-        with torch.device("meta"):
-            shapes = {name: value.shape for name, value in part(config).state_dict().items()}
-        state = {name: torch.empty(shape, dtype=torch.bfloat16).uniform_() for name, shape in shapes.items()}
-        torch.save(state, folder / f"layer_{layer:02d}-model_states.pt")
-        written += sum(2 * value.numel() for value in state.values())
-    return written
+def random_weights(config: DiTConfig, scratch: Path) -> dict[str, torch.Tensor]:
+    """Random fp32 tensors of a whole DiT, in a mapped file, so that they need no memory."""
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in DiT(config).named_parameters()}
+    flat = torch.from_file(str(scratch), shared=True, size=sum(shape.numel() for shape in shapes.values()))
+    parts = flat.uniform_().split([shape.numel() for shape in shapes.values()])
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
 def main() -> None:
@@ -43,9 +32,14 @@ def main() -> None:
     parser.add_argument("--format", choices=["pt", "safetensors"], required=True)
     parser.add_argument("--folder", type=Path, required=True, help="scratch folder, made and removed")
     args = parser.parse_args()
-    checkpoint, out = args.folder / "global_step1", args.folder / "out"
+    scratch, out = args.folder / "scratch", args.folder / "out"
+    args.folder.mkdir(parents=True)
     try:
-        size = write_checkpoint(checkpoint, args.preset, PRESETS[args.preset])
+        weights = random_weights(PRESETS[args.preset], scratch)
+        model = {"preset": args.preset, "hidden_size": None, "num_heads": None, "caption_channels": None}
+        model["precision"] = "bf16"
+        checkpoint = write_checkpoint(args.folder / "run", 1, weights.items(), ranks=4, model=model)
+        size = sum(value.nbytes for value in weights.values())
         begin = time.perf_counter()
         command = ["tools/convert_hf.py", "--ckpt", str(checkpoint), "--out", str(out), "--format", args.format]
         subprocess.run([sys.executable, *command], check=True)
@@ -55,7 +49,7 @@ def main() -> None:
         shutil.rmtree(args.folder, ignore_errors=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     print(
-        f"{args.preset} to {args.format}: weights {size / 2**30:.1f} GiB, written {written / 2**30:.1f} GiB, "
+        f"{args.preset} to {args.format}: fp32 masters {size / 2**30:.1f} GiB, written {written / 2**30:.1f} GiB, "
         f"{seconds:.0f} s, peak resident {peak / 2**30:.1f} GiB (mapped pages of the checkpoint included)"
     )
 

@@ -1,5 +1,6 @@
-"""A run's folder without ranks: the files' format, what a manifest may say, which checkpoint is taken, what is removed."""
+"""A run's folder without ranks: the files, what a manifest may say, which checkpoint is taken, what is removed."""
 
+import errno
 import json
 import struct
 from pathlib import Path
@@ -38,6 +39,28 @@ def test_files_are_safetensors(tmp_path):
     assert header % 8 == 0
 
 
+@pytest.mark.parametrize(("failures", "code", "ends"), [(3, errno.EIO, True), (4, errno.EROFS, False), (1, 28, False)])
+def test_a_file_system_that_comes_back_is_waited_for(tmp_path, monkeypatch, failures, code, ends):
+    """Not one that is full."""
+    waits, left = [], [failures]
+    monkeypatch.setattr(files.time, "sleep", waits.append)
+    original = files.os.fsync
+
+    def fsync(descriptor: int) -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(code, "away")
+        original(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    if ends:
+        files.verify(tmp_path / "file", files.write_tensors(tmp_path / "file", TENSORS))
+    else:
+        with pytest.raises(OSError, match=rf"\[Errno {code}\] away: '.*file'"):
+            files.write_tensors(tmp_path / "file", TENSORS)
+    assert waits == [1.0, 5.0, 20.0][: 3 if code != 28 else 0]
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_pieces_make_the_whole_and_any_part(tmp_path, ranks):
     with open_checkpoint(write_checkpoint(tmp_path, 3, TENSORS.items(), ranks=ranks)) as saved:
@@ -47,7 +70,7 @@ def test_pieces_make_the_whole_and_any_part(tmp_path, ranks):
             part = torch.empty((35 - start + 1) // 2)
             saved.read_into(part, "a.weight", "weight", start)
             assert torch.equal(part, TENSORS["a.weight"].view(-1)[start : start + len(part)])
-        with pytest.raises(CheckpointError, match="holds no ema_0.1; it has weight"):
+        with pytest.raises(CheckpointError, match=r"holds no ema_0\.1; it has weight"):
             saved.read("b", "ema_0.1")
 
 

@@ -71,7 +71,6 @@ def test_user_values_pass_through_unchanged(as_read):
     section = {
         "zero_optimization": {"reduce_bucket_size": 1000},
         "data_types": {"grad_accum_dtype": "bf16"},
-        "checkpoint": {"load_universal": True},
         "communication_data_type": "fp32",
         "gradient_predivide_factor": 2,
         "comms_logger": {"enabled": False},
@@ -82,7 +81,6 @@ def test_user_values_pass_through_unchanged(as_read):
     assert section == given
     assert (read.zero_optimization_stage, read.zero_config.reduce_bucket_size) == (1, 1000)
     assert read.grad_accum_dtype == "bf16"
-    assert read.load_universal_checkpoint is True
     assert read.gradient_predivide_factor == 2
 
 
@@ -109,10 +107,6 @@ BAD_SECTIONS = {
         {"data_types": {"grad_acum_dtype": "fp32"}},
         "did you mean deepspeed.data_types.grad_accum_dtype?",
     ),
-    "misspelt checkpoint": (
-        {"checkpoint": {"load_univers": True}},
-        "did you mean deepspeed.checkpoint.load_universal?",
-    ),
     "auto": ({"communication_data_type": "auto"}, 'communication_data_type = "auto": '),
     "auto inside": (
         {"zero_optimization": {"reduce_bucket_size": "auto"}},
@@ -121,7 +115,7 @@ BAD_SECTIONS = {
     "string for bool": ({"prescale_gradients": "yes"}, "prescale_gradients = 'yes': must be true or false"),
     "bool for number": ({"gradient_predivide_factor": True}, "gradient_predivide_factor = True: must be a number"),
     "bool for object": ({"zero_optimization": True}, "zero_optimization = True: must be an object"),
-    "list for object": ({"checkpoint": []}, "checkpoint = []: must be an object"),
+    "list for object": ({"data_types": []}, "data_types = []: must be an object"),
     "batch": ({"train_batch_size": 8}, "train_batch_size: derived; set data.global_batch_size"),
     "micro-batch": ({"train_micro_batch_size_per_gpu": 1}, "set data.micro_batch_size"),
     "accumulation": ({"gradient_accumulation_steps": 1}, "set data.global_batch_size and data.micro_batch_size"),
@@ -141,7 +135,8 @@ BAD_SECTIONS = {
     "elasticity": ({"elasticity": {}}, "DeepSpeed has removed it"),
     "curriculum": ({"curriculum_learning": {}}, "DeepSpeed has removed it"),
     "sums": ({"gradient_allreduce_op": "sum"}, "have to be averaged"),
-    "writer": ({"checkpoint": {"writer": {"type": "fast"}}}, "deepspeed.checkpoint.writer: only DeepSpeed's default"),
+    "checkpoint": ({"checkpoint": {"load_universal": True}}, "see our checkpoint section"),
+    "round robin": ({"zero_optimization": {"round_robin_gradients": True}}, "links fragments to wrong parameters"),
     "parameter dtype": (
         {"data_types": {"param_dtype": "fp32"}},
         "deepspeed.data_types.param_dtype: the precision comes",
@@ -187,7 +182,7 @@ class Recorder(dict):
 
 
 def test_tables_are_those_of_the_installed_deepspeed(as_read):
-    inside = {"checkpoint": Recorder(), "data_types": Recorder()}
+    inside = {"data_types": Recorder()}
     values = Recorder(train_micro_batch_size_per_gpu=1, **inside)
     as_read(values, 1)
     known = set(ours.ALLOWED) | set(ours.REFUSED)
