@@ -1,6 +1,7 @@
 """Averages kept in training against integrals in closed form, and in real runs against averages of whole tensors."""
 
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def follow_run(config: TrainConfig, process) -> None:
     class Compare:
         """Compares where a run would save."""
 
-        state = {}
+        state: ClassVar[dict] = {}
 
         def poll(self) -> None: ...
 
