@@ -1,14 +1,13 @@
 """The pieces of the parameters, and of the optimizer's state, that this rank owns, by published name.
 
 With ZeRO-1 a rank owns a slice of the flat fp32 masters of its stage, which begins and ends anywhere in a parameter;
-DeepSpeed links the slice and the parameters (`_hp_mapping`). Without ZeRO every replica has everything.
+DeepSpeed links the slice and the parameters (`_hp_mapping`).
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
@@ -25,14 +24,12 @@ class Fragment:
         name: of the parameter, as published.
         start: first element. numel: their number.
         tensors: kind ("weight", "exp_avg", "exp_avg_sq") → fp32 [numel], views into what the optimizer works on.
-        saved: whether this rank saves it; False where another one that has it does.
     """
 
     name: str
     start: int
     numel: int
     tensors: dict[str, Tensor]
-    saved: bool
 
 
 def fragments(engine: PipelineEngine) -> list[Fragment]:
@@ -41,22 +38,19 @@ def fragments(engine: PipelineEngine) -> list[Fragment]:
 
 
 def _fragments(engine: PipelineEngine) -> Iterator[Fragment]:
-    optimizer, first_replica = engine.basic_optimizer, dist.get_rank(engine.seq_data_parallel_group) == 0
+    optimizer = engine.basic_optimizer
     for prefix, layer in engine.module.named_layers():
         for name, parameter in layer.named_parameters():
-            if not engine.zero_optimization():
-                group, held = optimizer.param_groups[0], parameter
-                start, offset, numel, saved = 0, 0, parameter.numel(), first_replica
-            elif (linked := parameter._hp_mapping) is not None:
-                group = optimizer.param_groups[linked.param_group_index]
-                (held,) = group["params"]
-                start, offset = linked.lp_fragment_address.start, linked.hp_fragment_address.start
-                numel, saved = linked.hp_fragment_address.numel, True
-            else:  # this rank's slice holds nothing of it
+            linked = parameter._hp_mapping
+            if linked is None:  # this rank's slice holds nothing of it
                 continue
+            group = optimizer.param_groups[linked.param_group_index]
+            (held,) = group["params"]
+            start, offset = linked.lp_fragment_address.start, linked.hp_fragment_address.start
+            numel = linked.hp_fragment_address.numel
             whole = {WEIGHT: held} | _moments(optimizer, group, held)
             tensors = {kind: t.detach().view(-1).narrow(0, offset, numel) for kind, t in whole.items()}
-            yield Fragment(prefix + name, start, numel, tensors, saved)
+            yield Fragment(prefix + name, start, numel, tensors)
 
 
 def _moments(optimizer: torch.optim.AdamW, group: dict, parameter: Tensor) -> dict[str, Tensor]:
@@ -100,5 +94,4 @@ def set_counters(engine: PipelineEngine, counters: Counters) -> None:
 
 def refresh_weights(engine: PipelineEngine) -> None:
     """Rounds the masters to the weights that the model computes with, on all ranks. All ranks call it."""
-    if engine.zero_optimization():
-        engine.optimizer.update_lp_params()
+    engine.optimizer.update_lp_params()

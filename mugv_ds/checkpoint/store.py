@@ -159,7 +159,6 @@ class Store:
         return {
             f"{fragment.name}/{kind}": tensor
             for i, fragment in enumerate(self.fragments)
-            if fragment.saved
             for kind, tensor in self._kinds(i).items()
         }
 
@@ -200,7 +199,7 @@ class Store:
 
     def _write_file(self, path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
         entry = files.write_tensors(path, tensors)
-        held = [(fragment.name, fragment.start, fragment.numel) for fragment in self.fragments if fragment.saved]
+        held = [(fragment.name, fragment.start, fragment.numel) for fragment in self.fragments]
         return {"entry": entry.model_dump(), "held": held, "kinds": sorted({key.rpartition("/")[2] for key in tensors})}
 
     def _commit(self, step: int, saved: list[dict[str, Any]], about: dict[str, Any]) -> None:

@@ -22,7 +22,6 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq")
 # Each is another optimizer of DeepSpeed's.
 VARIANTS = {
     "fp32": {},
-    "fp32-stage0": {"deepspeed": {"zero_optimization": {"stage": 0}}},
     "bf16": {"model": {"precision": "bf16"}},
     "bf16-grads": {"model": {"precision": "bf16"}, "deepspeed": {"data_types": {"grad_accum_dtype": "bf16"}}},
 }
