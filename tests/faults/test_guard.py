@@ -83,22 +83,29 @@ def test_nan_samples_are_replaced_the_same_way_after_resuming(tmp_path, referenc
     assert done.codes == [1, 1] and "more than guard.max_bad_share = 0.01" in done.output
 
 
-def test_a_pickle_that_runs_code_ends_the_run_and_does_not_run(tmp_path, report):
+@pytest.mark.parametrize("where", ["latent", "text features", "weights to start from", "checkpoint"])
+def test_a_pickle_that_runs_code_ends_the_run_and_does_not_run(tmp_path, report, where):
     manifest = write_dataset(tmp_path / "data", SHAPES)
-    sentinel, latent = tmp_path / "sentinel", tmp_path / "data/latents/train-2.pt"
+    sentinel, weights = tmp_path / "sentinel", tmp_path / "dit.pt"
+    file = {
+        "latent": tmp_path / "data/latents/train-2.pt",
+        "text features": tmp_path / "data/text_features/train-2_text.pt",
+        "weights to start from": weights,
+        "checkpoint": tmp_path / "run/checkpoints/step-00000001/rank-0.safetensors",
+    }[where]
 
     class Payload:
         def __reduce__(self):
             return os.mkdir, (str(sentinel),)
 
     config = configure(tmp_path / "run", manifest)
-    assert run(config, 2, "schedule.steps=1").codes == [0, 0]  # the index is built while the file is good
-    torch.save({"y": Payload()}, latent)
-    done = run(config, 2)
-    assert sorted(done.codes) == [1, 2] and not sentinel.exists()
-    (error,) = [line for line in done.output.splitlines() if line.startswith("error:")]
-    assert str(latent) in error and "Traceback" not in done.output
-    report(32, "a latent that is a pickle payload", "not executed, named; all ranks end", done.seconds)
+    assert run(config, 2, "schedule.steps=1").codes == [0, 0]  # the index is built while the files are good
+    torch.save({"y": Payload()}, file)
+    others = () if file != weights else (f"checkpoint.init_from={weights}", f"checkpoint.dir={tmp_path / 'new'}")
+    done = run(config, 2, *others)
+    assert set(done.codes) <= {1, 2} and 2 in done.codes and not sentinel.exists()
+    assert "error:" in done.output and str(file) in done.output and "Traceback" not in done.output
+    report(32, f"a pickle payload: {where}", "not executed, named; all ranks end", done.seconds)
 
 
 @pytest.mark.parametrize(
