@@ -119,6 +119,19 @@ def carry_over(root: Path, out: Path, layout: tuple[int, int, int]) -> None:
         run.train(HALF, STEPS)
         if process.rank == 0:
             torch.save(run.losses, out / f"{variant}-losses.pt")
+        restore_with_another_average(settings(out / variant, layout, variant), run)
+
+
+def restore_with_another_average(config: TrainConfig, run: Run) -> None:
+    """An average that the checkpoint does not hold begins as its weights."""
+    store = Store(config, run.process, run.engine, DATA)
+    weights = [fragment.tensors["weight"] for fragment in store.fragments]
+    store.extra_kinds = PowerEma(weights, [0.2]).averages
+    later = [weight.clone() for weight in weights]
+    assert store.restore() == HALF
+    store.close()
+    assert all(map(torch.equal, store.extra_kinds["ema_0.200"], weights))
+    assert not all(map(torch.equal, later, weights)), "they must differ from what the averages were before"
 
 
 @pytest.fixture(scope="module")
