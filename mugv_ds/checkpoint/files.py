@@ -31,7 +31,7 @@ LOCK = "lock"
 _STEP = re.compile(r"step-([0-9]{8,12})")
 _LEFT_OVER = re.compile(r"step-[0-9]{8,12}(\.removed)?\.tmp")
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
-_CHUNK = 1 << 24  # bytes that are written and hashed at once
+_CHUNK = 1 << 20  # bytes that are hashed and written at once: few enough to be read from memory only once
 _MAX_MANIFEST_BYTES = 1 << 28
 # How a network file system fails that is away for a while, and the seconds to wait before each further try.
 _PASSING = {errno.EIO, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN}

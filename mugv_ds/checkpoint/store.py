@@ -6,7 +6,9 @@ folder. A checkpoint is there as a whole or not at all.
 
 import contextlib
 import json
+import os
 import subprocess
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -76,7 +78,7 @@ class Store:
         self._config, self._engine = config.checkpoint, engine
         self._ranks = Ranks()
         self._memory = HostMemory()
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_yield_to_training)
         self._pending: Future | None = None
         self._newest: int | None = None
         self._lock: files.Lock | None = None
@@ -349,6 +351,11 @@ def _bytes(tensors: Mapping[str, Tensor]) -> int:
 
 def _shape(shape: tuple[int, ...] | None) -> str:
     return "missing" if shape is None else str(list(shape))
+
+
+def _yield_to_training() -> None:
+    """Lets this thread run where training leaves a core free."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def _git_commit() -> str | None:
