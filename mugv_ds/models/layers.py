@@ -69,8 +69,12 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
-    def modulated(self, x_BND: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor]:
-        """The same of x modulated but for the last bias, and that, for a caller that adds it elsewhere."""
+
+class FeedForward(Mlp):
+    """An Mlp after a modulated LayerNorm."""
+
+    def forward(self, x_BND: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor]:
+        """All but the last bias, and that, for a caller that adds it elsewhere."""
         if _in_fp8(self.fc1):
             return _unbiased(self.fc2, F.gelu(_modulated(self.fc1, x_BND, modulation), approximate="tanh"))
         return modulated_mlp(x_BND, *modulation, self.fc1.weight, self.fc1.bias, self.fc2.weight), self.fc2.bias
@@ -188,7 +192,7 @@ class Block(nn.Module):
         self.attn = SelfAttention(width)
         self.cross_attn_norm = nn.LayerNorm(width, eps=EPS)
         self.cross_attn = CrossAttention(width)
-        self.mlp = Mlp(width, config.mlp_ratio * width, width)
+        self.mlp = FeedForward(width, config.mlp_ratio * width, width)
 
     def forward(self, x_BND: Tensor, condition: Condition, attention: Attention, recompute: str = "off") -> Tensor:
         """[B, N, D] → [B, N, D].
@@ -230,7 +234,7 @@ class Block(nn.Module):
 
     def _feed_forward(self, x_BND: Tensor, condition: Condition) -> Tensor:
         _, _, _, shift, scale, gate = self._rows(condition)
-        fed, bias = self.mlp.modulated(x_BND, Modulation(shift, scale, condition.clean_BN))
+        fed, bias = self.mlp(x_BND, Modulation(shift, scale, condition.clean_BN))
         return gated_residual(x_BND, fed, bias, gate, condition.clean_BN)
 
     def _rows(self, condition: Condition) -> tuple[Tensor, ...]:

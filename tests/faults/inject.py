@@ -16,7 +16,7 @@ from mugv_ds.checkpoint import files
 from mugv_ds.checkpoint.store import Store
 from mugv_ds.engine.feed import Feed
 from mugv_ds.engine.loop import Trainer
-from mugv_ds.models.layers import Mlp
+from mugv_ds.models.layers import FeedForward
 from mugv_ds.parallel.pipeline import DiTPipeline
 
 
@@ -104,14 +104,14 @@ def kill_worker(trainer: Trainer) -> None:
 
 
 def slow(rank: int, *, seconds: float) -> None:
-    """Everything with a feed-forward layer in it takes longer."""
-    forward = Mlp.forward
+    """The feed-forward layers take longer."""
+    forward = FeedForward.forward
 
-    def sleeping(self, x):
+    def sleeping(self, *args):
         time.sleep(seconds)
-        return forward(self, x)
+        return forward(self, *args)
 
-    Mlp.forward = sleeping
+    FeedForward.forward = sleeping
 
 
 def slow_and_perturbed(rank: int, *, seconds: float, step: int) -> None:
