@@ -16,7 +16,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
 from mugv_ds.config.deepspeed import deepspeed_config
-from mugv_ds.config.errors import PeerError
+from mugv_ds.config.errors import ConfigError, PeerError
 from mugv_ds.config.schema import OptimizerSection, TrainConfig
 from mugv_ds.engine.agreement import Agreement, check_same_config
 from mugv_ds.engine.schedule import rate_factor
@@ -86,25 +86,6 @@ class Process:
             raise PeerError("rank 0 failed, and says why")
         return result if self.rank == 0 else function()
 
-    def together(self, function: Callable[[], T]) -> T:
-        """Calls `function` on every rank; none goes on where it failed on one.
-
-        Raises:
-            PeerError: where it did not fail, when it failed on another rank.
-        """
-        failure = None
-        try:
-            result = function()
-        except Exception as error:
-            failure = error
-        failed = torch.tensor([failure is not None], dtype=torch.int32, device=self.device)
-        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
-        if failure is not None:
-            raise failure
-        if failed.item():
-            raise PeerError("another rank failed, and says why")
-        return result
-
 
 def start_process(config: TrainConfig) -> Process:
     """Joins the process group that the launcher describes in the environment.
@@ -152,7 +133,12 @@ def build_engine(
     """
     layout, dit = process.layout, config.model.dit()
     if config.model.precision == "fp8":
-        process.together(partial(check_fp8, process.device))
+        failure = None
+        try:
+            check_fp8(process.device)
+        except ConfigError as error:
+            failure = error
+        process.agreement.fail_together(failure)
     module = DiTPipeline(
         dit,
         layout=layout,
