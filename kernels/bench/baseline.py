@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mugv_ds.models.layers import Block, Condition
+from mugv_ds.models.layers import Block, Condition, Mlp
 
 HEAD_DIM = 72
 
@@ -53,7 +53,7 @@ class PublishedBlock(nn.Module):
         x = x + select(0, lambda _shift, _scale, gate: gate * attended)
         x = x + self.cross(block.cross_attn_norm(x), condition)
         normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
-        fed = block.mlp(select(3, lambda shift, scale, _: modulated(normed, shift, scale)))
+        fed = Mlp.forward(block.mlp, select(3, lambda shift, scale, _: modulated(normed, shift, scale)))
         return x + select(3, lambda _shift, _scale, gate: gate * fed)
 
     def attend(self, x: Tensor, condition: Condition) -> Tensor:
