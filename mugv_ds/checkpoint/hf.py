@@ -4,6 +4,7 @@ The format is `DiT.state_dict()`, as one file or as a folder of shards with an i
 handled one at a time; docs/performance.md says how much memory that takes.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from mugv_ds.checkpoint.save import CONFIG_NAME, INDEX_NAMES, SINGLE_NAMES, Layo
 from mugv_ds.checkpoint.weights import Weights, check_weights, is_stored
 from mugv_ds.config.errors import CheckpointError
 from mugv_ds.config.model import DiTConfig
+from mugv_ds.config.schema import TrainConfig
 from mugv_ds.models.dit import DiT
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -61,6 +63,11 @@ class PublishedWeights(Weights):
     def __len__(self) -> int:
         return len(self._file_of)
 
+    @property
+    def files(self) -> list[Path]:
+        """Those that hold the tensors, by name."""
+        return sorted(set(self._file_of.values()))
+
     def _placed(self) -> dict[str, Path]:
         """The file of each tensor."""
         if self.path.is_file():
@@ -94,6 +101,22 @@ class PublishedWeights(Weights):
         if self._mapped[0] != file:
             self._mapped = (file, _load_pt(file))
         return self._mapped[1]
+
+
+def weights_digest(config: TrainConfig) -> str:
+    """SHA-256 of the files that a run starts from; without any, of the sizes and the seed of its initial weights.
+
+    Raises:
+        CheckpointError: there are no weights at `checkpoint.init_from`.
+    """
+    init = config.checkpoint.init_from
+    if init is None:
+        return hashlib.sha256(f"{config.model.dit()} {config.data.seed}".encode()).hexdigest()
+    whole = hashlib.sha256()
+    for file in PublishedWeights(init).files:
+        with file.open("rb") as stream:
+            whole.update(hashlib.file_digest(stream, "sha256").digest())
+    return whole.hexdigest()
 
 
 def load_into(path: str | Path, config: DiTConfig, layers: Iterable[tuple[str, nn.Module]]) -> None:

@@ -137,9 +137,13 @@ def deepspeed_config(config: TrainConfig, data_parallel: int) -> dict[str, Any]:
 def gradient_accumulation(config: TrainConfig, data_parallel: int) -> int:
     """Micro-batches that a data rank runs in one optimizer step.
 
+    With a budget or preferences every step has its own number, and this is a placeholder.
+
     Raises:
         ConfigError: `data.global_batch_size` is not a multiple of what all data ranks hold at once.
     """
+    if config.data.budget is not None or config.preference is not None:
+        return 1
     batch, micro = config.data.global_batch_size, config.data.micro_batch_size
     at_once = micro * data_parallel
     if batch % at_once:

@@ -52,6 +52,47 @@ class ModelSection(Section):
         return replace(PRESETS[self.preset], **overrides)
 
 
+class BudgetSection(Section):
+    """Makes steps of all shapes cost about the same; with it `data.global_batch_size` holds for one shape only."""
+
+    shape: tuple[Positive, Positive, Positive] = Field(
+        description="Latent (T, H, W) of which a step holds data.global_batch_size samples. Steps of other shapes hold "
+        "as many as cost the same, by the model's FLOPs."
+    )
+    multiple: Positive = Field(
+        8,
+        description="Samples of a step are a multiple of this, which the data ranks must divide: so the steps do not "
+        "depend on how many there are. The larger it is, the further costs are apart.",
+    )
+    device_tokens: Positive = Field(
+        description="Tokens that a device may hold at once, the sequence ranks' share of a micro-batch. A micro-batch "
+        "has as many samples as fit, at most data.micro_batch_size."
+    )
+
+
+class GroupSection(Section):
+    """Part of the training set, and its share of the samples. A row belongs to the first group that it fits."""
+
+    name: str = Field(description="What TensorBoard calls it.", pattern="^[A-Za-z0-9_-]+$")
+    kind: Literal["image", "video"] | None = Field(
+        None, description="Only rows of this kind; rows that do not say are images if their latent has one frame."
+    )
+    frames: tuple[Positive, Positive] | None = Field(None, description="Only latents with from … to frames.")
+    share: tuple[tuple[Annotated[int, Field(ge=0)], Share], ...] = Field(
+        description="Share of the samples as points [step, share], linear in between and constant outside; shares are "
+        "taken relative to those of the other groups."
+    )
+
+    @model_validator(mode="after")
+    def _rises(self) -> "GroupSection":
+        steps = [step for step, _ in self.share]
+        if not steps or steps != sorted(set(steps)):
+            raise ValueError(f"data.mixture.{self.name}: share must have points [step, share] of ascending steps")
+        if self.frames is not None and self.frames[0] > self.frames[1]:
+            raise ValueError(f"data.mixture.{self.name}: frames = {list(self.frames)}: the first exceeds the second")
+        return self
+
+
 class DataSection(Section):
     manifest: str = Field(description="CSV of the training set; paths in it are relative to its folder.")
     val_manifest: str | None = Field(None, description="CSV of held-out samples for the validation loss.")
@@ -64,7 +105,13 @@ class DataSection(Section):
         "prompt, so that training sees what guidance subtracts. Required when flow.caption_drop > 0.",
     )
     global_batch_size: Positive = Field(description="Samples an optimizer step, over all ranks and accumulation.")
-    micro_batch_size: Positive = Field(1, description="Samples a data rank holds at once.")
+    micro_batch_size: Positive = Field(
+        1, description="Samples a data rank holds at once; with data.budget the most that it does."
+    )
+    budget: BudgetSection | None = Field(None, description="Balances the cost of steps of different shapes.")
+    mixture: tuple[GroupSection, ...] = Field(
+        (), description="Groups of the training set that are mixed in given shares; empty: every row as often."
+    )
     max_text_tokens: Positive = Field(
         300, description="Captions are padded to this length (T5 of the published model: 300)."
     )
@@ -213,6 +260,62 @@ class GuardSection(Section):
     )
 
 
+class SourceSection(Section):
+    """One set of annotations."""
+
+    name: str = Field(description="What TensorBoard calls it.", pattern="^[A-Za-z0-9_-]+$")
+    manifest: str = Field(description="CSV with pair_id and rank (dpo; the lower rank is the better) or label (kto).")
+    weight: float = Field(1.0, gt=0, description="Share of the preference samples, relative to the other sources'.")
+    reference: str | None = Field(
+        None,
+        description="Parquet file of the reference's errors, which `make reference` writes. null: they are computed at "
+        "the start of the run, before the weights change; for small sets.",
+    )
+    val_manifest: str | None = Field(
+        None, description="CSV of held-out annotations; their reference is always computed."
+    )
+
+
+class PreferenceSection(Section):
+    """Post-training on preferences; data.manifest is then the SFT set that regularises. β, λ and bounds are ours."""
+
+    objective: Literal["dpo", "kto"] = Field(description="Flow-DPO on pairs, or Flow-KTO on single labelled clips.")
+    sources: tuple[SourceSection, ...] = Field(
+        description="Annotation sources, interleaved step by step.", min_length=1
+    )
+    beta: float = Field(
+        5000.0,
+        gt=0,
+        description="β, constant over timesteps. 5000 with mean-reduced errors is that of Wallace et al. 2024.",
+    )
+    reduction: Literal["mean", "sum"] = Field(
+        "mean",
+        description="Whether a sample's error, in the objective, is the mean over its noised elements or their sum; "
+        "with sum, β has to be smaller by their number.",
+    )
+    good_weight: float = Field(1.0, gt=0, description="λ of good samples (kto). Ours.")
+    bad_weight: float = Field(1.0, gt=0, description="λ of bad samples (kto). Ours.")
+    sft_weight: float = Field(
+        0.1, ge=0, description="λ of the SFT loss in the total. Ours: the source gives none; 0: no SFT samples."
+    )
+    sft_ratio: float = Field(
+        0.5, gt=0, description="SFT samples for each preference sample of a step, of the same latent shape. Ours."
+    )
+    max_better_ratio: float = Field(
+        2.0,
+        gt=1,
+        description="The run stops when, between two records, the better (good) side's mean error exceeds the "
+        "reference's this many times: both sides rising is the known failure. Ours.",
+    )
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "PreferenceSection":
+        names = [source.name for source in self.sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"preference.sources: names must differ, these are {', '.join(names)}")
+        return self
+
+
 class TrainConfig(Section):
     """One training run. JSON files hold these sections; `extends` names a file whose values come first."""
 
@@ -226,6 +329,7 @@ class TrainConfig(Section):
     checkpoint: CheckpointSection
     logging: LoggingSection
     guard: GuardSection = GuardSection()
+    preference: PreferenceSection | None = None
     deepspeed: dict[str, Any] = Field(
         default_factory=dict, description="Passed on to DeepSpeed after its keys are checked."
     )
@@ -250,11 +354,15 @@ class TrainConfig(Section):
                 f"parallel.pipeline = {pipeline}: more stages than the {dit.depth} blocks of {self.model.preset}; "
                 f"use at most {dit.depth}"
             )
-        if batch % micro:
+        if batch % micro and self.data.budget is None:
             raise ValueError(
                 f"data.micro_batch_size = {micro}: does not divide data.global_batch_size = {batch}; "
                 f"use {_divisors(batch)}"
             )
+        if len({group.name for group in self.data.mixture}) < len(self.data.mixture):
+            raise ValueError("data.mixture: the groups' names must differ")
+        if self.preference is not None and self.data.mixture:
+            raise ValueError("data.mixture: the SFT set of a preference run is not mixed; leave one of the two out")
         if self.flow.caption_drop > 0 and self.data.null_text_path is None:
             raise ValueError(
                 "data.null_text_path: required when flow.caption_drop > 0; name the features or set it to 0"

@@ -7,7 +7,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from copy import copy
 from dataclasses import dataclass
 from itertools import chain, islice
 from traceback import format_tb
@@ -16,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mugv_ds.data.buckets import Order, Step, Visit, micro_batches
+from mugv_ds.data.plan import Pick
 
 Batch = TypeVar("Batch")
 
@@ -26,59 +25,48 @@ logger = logging.getLogger(__name__)
 
 
 def loader(
-    order: Order,
+    micro_batches: Callable[[int], list[list[Pick]]],
     *,
     start_step: int,
     stop_step: int,
-    data_rank: int,
-    data_ranks: int,
-    micro: int,
-    make: Callable[[list[Visit]], Batch],
-    sample_id: Callable[[int], str],
+    make: Callable[[list[Pick]], Batch],
+    name: Callable[[Pick], str],
     num_workers: int,
-) -> Iterator[tuple[Step, list[Batch]]]:
-    """Yields (step, this data rank's micro-batches) for each step of [start_step, stop_step).
+) -> Iterator[list[Batch]]:
+    """Yields this rank's micro-batches for each step of [start_step, stop_step).
 
     The same step gives the same batches whatever `start_step` and `num_workers` are; ambient random state is neither
     read nor advanced. When a worker is killed, the samples of the step it was to deliver are logged and read again.
 
     Args:
-        order: what the steps hold.
-        start_step, stop_step: steps to yield, counted from 0 over all epochs.
-        data_rank, data_ranks: which of how many replicas reads.
-        micro: samples in a micro-batch.
-        make: turns the [(row, visit), …] of one micro-batch into tensors; must pickle, as workers are not forked from
-            this process (which may hold a CUDA context).
-        sample_id: names a row, for messages.
+        micro_batches: what this rank takes of a step, by micro-batch; a function of the step alone.
+        start_step, stop_step: steps to yield.
+        make: turns the picks of one micro-batch into tensors; must pickle, as workers are not forked from this process
+            (which may hold a CUDA context).
+        name: of a pick, for messages.
         num_workers: processes, of one thread each; 0 reads in this one.
 
     Raises:
-        ValueError: a step cannot be split evenly.
         RuntimeError: workers were killed again, before the step was read.
         Exception: what `make` raised, as it was; in a worker, with its traceback as a note.
     """
-    ahead = copy(order)  # what is read next is in another epoch than the caller at times; an Order caches one
-
-    def micro_batches_of(which: Order, step: int) -> list[list[Visit]]:
-        return micro_batches(which.step(step), data_rank, data_ranks, micro)
-
     step, restarts, failure = start_step, 0, None
     while step < stop_step and failure is None:
-        wanted = chain.from_iterable(micro_batches_of(ahead, index) for index in range(step, stop_step))
+        wanted = chain.from_iterable(micro_batches(index) for index in range(step, stop_step))
         try:
             with closing(_read(wanted, make, num_workers)) as batches:
                 while step < stop_step:
-                    made = list(islice(batches, len(micro_batches_of(order, step))))
+                    made = list(islice(batches, len(micro_batches(step))))
                     failure = next((item.error for item in made if isinstance(item, _Failure)), None)
                     if failure is not None:
                         break
-                    yield order.step(step), made
+                    yield made
                     step, restarts = step + 1, 0
         except (RuntimeError, ConnectionError, EOFError) as error:
             if num_workers == 0 or not _worker_died(error) or restarts == _MAX_RESTARTS:
                 raise
             restarts += 1
-            samples = [sample_id(row) for visits in micro_batches_of(order, step) for row, _ in visits]
+            samples = [name(pick) for picks in micro_batches(step) for pick in picks]
             logger.warning(
                 "a loader worker was killed (%r); step %d, samples %s: read again, %d of %d",
                 error,
@@ -100,19 +88,19 @@ class _Failure:
 
 @dataclass(frozen=True)
 class _Reader(Dataset):
-    """The worker's side: visits in, a batch out. It has no state; the order stays in the main process."""
+    """The worker's side: picks in, a batch out. It has no state; the order stays in the main process."""
 
-    make: Callable[[list[Visit]], Batch]
+    make: Callable[[list[Pick]], Batch]
 
-    def __getitem__(self, visits: list[Visit]) -> Batch | _Failure:
+    def __getitem__(self, picks: list[Pick]) -> Batch | _Failure:
         try:
-            return self.make(visits)
+            return self.make(picks)
         except Exception as error:
             error.add_note("".join(format_tb(error.__traceback__)))  # a traceback does not pickle
             return _Failure(error)
 
 
-def _read(wanted: Iterable[list[Visit]], make: Callable[[list[Visit]], Batch], num_workers: int) -> Iterator[Batch]:
+def _read(wanted: Iterable[list[Pick]], make: Callable[[list[Pick]], Batch], num_workers: int) -> Iterator[Batch]:
     """The batches that are wanted, in that order."""
     batches = iter(
         DataLoader(

@@ -31,6 +31,11 @@ def time_normal(seed: int, sample_id: str, visit: int) -> float:
     return float(generator("time", seed, sample_id, visit).standard_normal())
 
 
+def quartile_uniform(seed: int, sample_id: str, visit: int) -> float:
+    """Uniform in [0, 1): where in its quarter of [0, 1000] a held-out sample's timestep is."""
+    return float(generator("quartile", seed, sample_id, visit).random())
+
+
 def caption_uniform(seed: int, sample_id: str, visit: int) -> float:
     """Uniform in [0, 1): the caption is dropped when it is below the share of drops."""
     return float(generator("caption", seed, sample_id, visit).random())

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.engine import PipelineEngine
-from torch import Tensor
 
 from mugv_ds.config.deepspeed import deepspeed_config
 from mugv_ds.config.errors import ConfigError, PeerError
 from mugv_ds.config.schema import OptimizerSection, TrainConfig
 from mugv_ds.engine.agreement import Agreement, check_same_config
+from mugv_ds.engine.objective import Objective
 from mugv_ds.engine.schedule import rate_factor
 from mugv_ds.models.attention import (
     BACKENDS,
@@ -31,12 +31,10 @@ from mugv_ds.models.attention import (
 from mugv_ds.models.choose_attention import Trial, choose_attention, choose_masked_attention
 from mugv_ds.models.fp8 import check_fp8, use_fp8
 from mugv_ds.models.rope import patch_grid
-from mugv_ds.objectives.flow import loss_by_quartile, weighted_error
 from mugv_ds.parallel.layout import Layout, Place, sequence_group
-from mugv_ds.parallel.pipeline import DiTPipeline, Labels, stage_boundaries
+from mugv_ds.parallel.pipeline import DiTPipeline, stage_boundaries
 from mugv_ds.parallel.ulysses import Ulysses
 
-QUARTILE_TERMS = [f"{kind}_q{q}" for q in range(4) for kind in ("loss", "count")]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _AFTER_WATCHDOG = timedelta(minutes=5)
 MAX_BUCKETS = 64  # shapes that a compiled segment may be compiled for
@@ -139,13 +137,14 @@ def build_engine(
         except ConfigError as error:
             failure = error
         process.agreement.fail_together(failure)
+    objective = Objective(config.preference, process.group, layout.sequence)
     module = DiTPipeline(
         dit,
         layout=layout,
         boundaries=stage_boundaries(dit, layout.pipeline, patch_grid(*shape).tokens, config.data.max_text_tokens),
         ulysses=Ulysses(process.group, layout.sequence, process.place.sequence, pick_attention(config, process, shape)),
-        loss=partial(flow_objective, sequence=layout.sequence),
-        terms=QUARTILE_TERMS,
+        loss=objective,
+        terms=objective.terms,
         recompute=config.parallel.activation_checkpointing,
         seed=config.data.seed,
         dtype=DTYPES[config.model.dtype],
@@ -232,12 +231,3 @@ def adamw(parameters, section: OptimizerSection, device: torch.device) -> torch.
         weight_decay=section.weight_decay,
         fused=device.type == "cuda",
     )
-
-
-def flow_objective(velocity: Tensor, labels: Labels, sequence: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """This rank's part of the flow loss, and sums by timestep quartile.
-
-    DeepSpeed averages over the ranks that share a sequence, whose parts have to be summed: hence · sequence.
-    """
-    loss_B = weighted_error(velocity, labels.target_BnPC, labels.weight_BnP1) * sequence
-    return loss_B.mean(), loss_by_quartile(loss_B, labels.timestep)

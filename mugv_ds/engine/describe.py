@@ -1,13 +1,18 @@
 """What a config will run, in words, before any process or device is touched."""
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
-from mugv_ds.config.deepspeed import deepspeed_config, gradient_accumulation
+from mugv_ds.config.deepspeed import deepspeed_config
 from mugv_ds.config.model import DiTConfig
 from mugv_ds.config.schema import TrainConfig
-from mugv_ds.data.manifest import open_index
+from mugv_ds.data.buckets import group_by_shape
+from mugv_ds.data.manifest import Shape
+from mugv_ds.data.plan import Stream
+from mugv_ds.engine.samples import Sources
+from mugv_ds.engine.streams import flow_reader, make_plan, open_manifests, preference_reader
 from mugv_ds.models.dit import Embedders
 from mugv_ds.models.flops import train_flops
 from mugv_ds.models.layers import Block, FinalLayer
@@ -26,6 +31,30 @@ def layer_parameters(config: DiTConfig) -> list[int]:
     return [embed, *[block] * config.depth, final]
 
 
+class _Bucket(NamedTuple):
+    """The steps of one latent shape of a stream. units: in the stream. samples: of a step, without companions."""
+
+    stream: str
+    shape: Shape
+    units: int
+    tokens: int
+    samples: int
+    micro: int
+    accumulation: int
+
+    @classmethod
+    def of(cls, stream: Stream, shape: Shape, layout: Layout) -> "_Bucket":
+        size = stream.sizes[shape]
+        units = int((stream.shapes == shape).all(axis=1).sum())
+        samples, micro = stream.unit * size.step, stream.unit * size.micro
+        tokens = patch_grid(*shape).tokens
+        return cls(stream.name, shape, units, tokens, samples, micro, samples // micro // layout.data)
+
+
+def _shapes(stream: Stream) -> list[Shape]:
+    return group_by_shape(stream.shapes)[0]
+
+
 def describe(config: TrainConfig, world_size: int | None) -> str:
     """Layout, parameters and predicted memory by stage, samples, tokens and FLOPs a step, and the merged config.
 
@@ -38,11 +67,13 @@ def describe(config: TrainConfig, world_size: int | None) -> str:
     parallel, data, dit = config.parallel, config.data, config.model.dit()
     wanted = (parallel.data or 1) * parallel.sequence * parallel.pipeline
     layout = Layout.fit(parallel, world_size or wanted)
-    accumulation = gradient_accumulation(config, layout.data)
     engine = deepspeed_config(config, layout.data)
+    manifests = open_manifests(config)
+    annotated = (preference_reader(config, index) for index in manifests.sources)
+    readers = Sources((flow_reader(config, manifests.train), *annotated))
+    plan = make_plan(config, manifests, readers, layout.data)
 
-    shapes = open_index(data.manifest, data.index_dir).shapes()
-    largest = patch_grid(*shapes.max(axis=0).tolist()).tokens
+    largest = patch_grid(*manifests.typical_shape).tokens
     boundaries = stage_boundaries(dit, layout.pipeline, largest, data.max_text_tokens)
     parameters = layer_parameters(dit)
     lines = [
@@ -50,40 +81,36 @@ def describe(config: TrainConfig, world_size: int | None) -> str:
         f"× pipeline {layout.pipeline}",
         f"parameters: {sum(parameters):,} ({config.model.preset}, {config.model.precision})",
     ]
-    held = data.micro_batch_size * -(-largest // layout.sequence)
+    buckets = [_Bucket.of(stream, shape, layout) for stream in plan.streams for shape in _shapes(stream)]
     for stage, (first, last) in enumerate(pairwise(boundaries)):
         here = sum(parameters[first:last])
         line = f"  stage {stage}: layers {first}–{last - 1}, {here:,} parameters"
         if config.model.precision == "bf16":
-            memory = predict_memory(
-                dit,
-                parameters=here,
-                blocks=last - first - (first == 0) - (last == len(parameters)),
-                replicas=layout.replicas,
-                tokens_held=held,
-                in_flight=min(layout.pipeline - stage, accumulation),
-                recompute=parallel.activation_checkpointing,
-                fp32_accumulation=engine["data_types"]["grad_accum_dtype"] == "fp32",
-                averages=len(config.ema.sigma_rel),
+            peaks = (
+                predict_memory(
+                    dit,
+                    parameters=here,
+                    blocks=last - first - (first == 0) - (last == len(parameters)),
+                    replicas=layout.replicas,
+                    tokens_held=bucket.micro * -(-bucket.tokens // layout.sequence),
+                    in_flight=min(layout.pipeline - stage, bucket.accumulation),
+                    recompute=parallel.activation_checkpointing,
+                    fp32_accumulation=engine["data_types"]["grad_accum_dtype"] == "fp32",
+                    averages=len(config.ema.sigma_rel),
+                ).peak
+                for bucket in buckets
             )
-            line += f", about {memory.peak / GIB:.1f} GiB a device at the largest shape"
+            line += f", about {max(peaks) / GIB:.1f} GiB a device at the largest shape"
         lines.append(line)
-    lines.append(
-        f"samples a step: {data.global_batch_size} = data {layout.data} × accumulation {accumulation} "
-        f"× micro-batch {data.micro_batch_size}"
-    )
-    buckets: dict[tuple[int, ...], int] = {}
-    for shape in map(tuple, shapes.tolist()):
-        buckets[shape] = buckets.get(shape, 0) + 1
-    for shape, rows in sorted(buckets.items()):
-        tokens = patch_grid(*shape).tokens
+    for bucket in buckets:
         model, hardware = (
-            data.global_batch_size * train_flops(dit, tokens, data.max_text_tokens, recompute) / 1e12
+            bucket.samples * train_flops(dit, bucket.tokens, data.max_text_tokens, recompute) / 1e12
             for recompute in ("off", parallel.activation_checkpointing)
         )
         lines.append(
-            f"  latent {'×'.join(map(str, shape))} ({rows} rows): {tokens:,} tokens a sample, "
-            f"{tokens * data.global_batch_size:,} a step, {model:,.3f} model TFLOP a step, "
-            f"{hardware:,.3f} with what is recomputed"
+            f"  {bucket.stream}, latent {'×'.join(map(str, bucket.shape))} ({bucket.units} rows or pairs): "
+            f"{bucket.tokens:,} tokens a sample; samples a step: {bucket.samples} = data {layout.data} × accumulation "
+            f"{bucket.accumulation} × micro-batch {bucket.micro}; {bucket.tokens * bucket.samples:,} tokens, "
+            f"{model:,.3f} model TFLOP a step, {hardware:,.3f} with what is recomputed"
         )
     return "\n".join([*lines, "config:", config.model_dump_json(indent=2)])

@@ -39,10 +39,11 @@ class GoBack(Exception):
 
 @dataclass(frozen=True)
 class Taken:
-    """A step that was taken. loss: mean over all ranks. applied: whether the weights were updated."""
+    """A step that was taken. loss: mean over all ranks. applied: whether it updated the weights. samples: its size."""
 
     loss: float
     applied: bool
+    samples: int
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Guard:
     ) -> None:
         self.history = History()
         self._section, self._process, self._engine, self._explain = config.guard, process, engine, explain
-        self._batch, self._replaced = config.data.global_batch_size, 0  # samples of a step; those of the coming one
+        self._replaced = 0  # samples of the coming step
         self._signals = StopSignals()
         name = f"rank {process.rank} (host {socket.gethostname()}, pid {os.getpid()})"
         self._watchdog = Watchdog(process.rank, process.agreement.values(name), config.guard.timeout_s)
@@ -120,7 +121,7 @@ class Guard:
         signals, failed, losses, applied, bad, seconds = rows.T.tolist()
         self._process.agreement.raise_if(failed, ahead.failure)
         if taken is not None:
-            self._count_samples()
+            self._count_samples(taken.samples)
             self._judge(step, losses[0], all(applied))
             self._name_stragglers(step, seconds)
             self._check_replicas(step)
@@ -156,13 +157,13 @@ class Guard:
             self._say(f"step {step}: sample {bad.sample_id} is set aside, {bad.replaced_by} taken instead: {bad.why}")
             self._incidents.write("quarantine", step, **bad._asdict())
 
-    def _count_samples(self) -> None:
+    def _count_samples(self, samples: int) -> None:
         """Takes up the samples of the step that was taken; ends the run if too many of all were replaced."""
-        self.history.seen += self._batch
+        self.history.seen += samples
         self.history.bad += self._replaced
         seen, bad = self.history.seen, self.history.bad
         if seen >= self._section.bad_share_after and bad > self._section.max_bad_share * seen:
-            self._fail(
+            self.fail(
                 f"{bad} of {seen} samples could not be read, more than guard.max_bad_share = "
                 f"{self._section.max_bad_share:g}; repair the files that {self._incidents.path} names"
             )
@@ -183,7 +184,7 @@ class Guard:
         if why is None:
             return
         if self.history.rollbacks >= self._section.max_rollbacks:
-            self._fail(f"step {step}: {why}, and the run went back {self.history.rollbacks} times already")
+            self.fail(f"step {step}: {why}, and the run went back {self.history.rollbacks} times already")
         raise GoBack(why, step, before)
 
     def _name_stragglers(self, step: int, seconds: list[float]) -> None:
@@ -201,12 +202,12 @@ class Guard:
         odd = odd_ones(prints, [layout.place(rank).stage for rank in range(layout.world_size)])
         if odd:
             self._incidents.write("replicas", step, ranks=odd)
-            self._fail(
+            self.fail(
                 f"step {step}: the weights of rank {', '.join(map(str, odd))} differ from those of their replicas; "
                 "start again from the last checkpoint, and on another device if this repeats"
             )
 
-    def _fail(self, message: str) -> NoReturn:
+    def fail(self, message: str) -> NoReturn:
         """Ends the run on all ranks; rank 0 says why."""
         raise TrainingError(message) if self._process.rank == 0 else PeerError("rank 0 says why")
 

@@ -8,20 +8,23 @@ from typing import Any, Protocol
 import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from mugv_ds.config.deepspeed import gradient_accumulation
 from mugv_ds.config.schema import TrainConfig
-from mugv_ds.data.buckets import Order
 from mugv_ds.data.loader import loader
-from mugv_ds.data.manifest import Index
+from mugv_ds.data.plan import PlannedStep
 from mugv_ds.engine.build import Process
 from mugv_ds.engine.ema import PowerEma
-from mugv_ds.engine.evaluate import sweep
-from mugv_ds.engine.feed import Batch, Feed, FlowSamples
+from mugv_ds.engine.evaluate import Evaluator
+from mugv_ds.engine.feed import Feed
 from mugv_ds.engine.guard import Ahead, GoBack, Guard, Taken
 from mugv_ds.engine.metrics import OptimizerProbe, Recorder, peak_tflops
 from mugv_ds.engine.quarantine import Reading, Replacing
+from mugv_ds.engine.reference import References
+from mugv_ds.engine.samples import Batch, Sources
+from mugv_ds.engine.streams import Manifests, flow_reader, make_plan, preference_reader
+from mugv_ds.engine.validate import Validation
 from mugv_ds.models.flops import train_flops
 from mugv_ds.models.rope import patch_grid
+from mugv_ds.objectives.preference import reference_point
 
 State = dict[str, Any]
 
@@ -41,11 +44,12 @@ class Checkpoints(Protocol):
 
 
 class Trainer:
-    """Runs optimizer steps over the samples of a manifest.
+    """Runs optimizer steps over the samples of a run's manifests.
 
     Args:
         config: the run. process: this process. engine: see `build_engine`.
-        train: the training manifest. validation: the held-out one, or None.
+        manifests: what is trained on and validated with.
+        references: of a preference run, see `engine.reference`.
         ema: averages of the weights, which take in those of every step that was applied.
         store: saves when a checkpoint is due, and holds the state that the run goes on from.
     """
@@ -56,19 +60,23 @@ class Trainer:
         process: Process,
         engine: PipelineEngine,
         *,
-        train: Index,
-        validation: Index | None,
+        manifests: Manifests,
+        references: References,
         ema: PowerEma,
         store: Checkpoints,
     ) -> None:
         self.config, self.process, self.engine = config, process, engine
         self.ema, self.store = ema, store
         self.dit = config.model.dit()
-        self.accumulation = gradient_accumulation(config, process.layout.data)
-        self.order = Order(train.shapes(), config.data.global_batch_size, config.data.seed)
-        self.train, self.validation = train, validation
+        annotated = (
+            preference_reader(config, index, reference)
+            for index, reference in zip(manifests.sources, references.train, strict=True)
+        )
+        self.sources = Sources((flow_reader(config, manifests.train), *annotated))
+        self.plan = make_plan(config, manifests, self.sources, process.layout.data)
         self.feed = Feed(engine.module, process, config.data, self.dit.caption_channels)
-        self.samples = FlowSamples(train, config.data, config.flow, self.dit.caption_channels)
+        self.evaluator = Evaluator(process, engine, self.feed, config.data.num_workers)
+        self.validation = Validation(config, process, self.evaluator, manifests, references)
         parameters = sum(p.numel() for p in engine.module.parameters())
         self.probe = OptimizerProbe(engine.basic_optimizer, parameters, process.layout.replicas)
         self.guard = Guard(config, process, engine, self._explain)
@@ -139,20 +147,17 @@ class Trainer:
         """What this rank reads for each data step of [first, stop): its micro-batches; none where it reads nothing."""
         if not self.feed.reads:
             return
+        rank, ranks = self.process.place.data, self.process.layout.data
         steps = loader(
-            self.order,
+            lambda position: self.plan.step(position).micro_batches(rank, ranks),
             start_step=first,
             stop_step=stop,
-            data_rank=self.process.place.data,
-            data_ranks=self.process.layout.data,
-            micro=self.config.data.micro_batch_size,
-            make=Replacing(self.samples),
-            sample_id=lambda row: self.train.row(row).sample_id,
+            make=Replacing(self.sources),
+            name=lambda pick: self.sources.readers[pick.source].name(pick.unit),
             num_workers=self.config.data.num_workers,
         )
         with closing(steps):
-            for _, readings in steps:
-                yield readings
+            yield from steps
 
     def _read(self, readings: Iterator[list[Reading]] | None) -> tuple[list[Batch] | None, Ahead]:
         """The next step's micro-batches, as far as this rank reads, and what the guard has to know of them."""
@@ -170,74 +175,90 @@ class Trainer:
 
     def _train_step(self, step: int, batches: list[Batch] | None, recorder: Recorder) -> Taken:
         # Known to every rank before anything is sent.
-        shape = self.order.step(self.guard.history.position(step)).shape
-        self._set_shape(shape)
+        planned, ranks = self.plan.step(self.guard.history.position(step)), self.process.layout.data
+        streamed, companions = planned.counts(ranks)
+        count, preferred = streamed + companions, 0 if self.config.preference is None else streamed
+        if preferred:
+            batches = self._prepare_preference(planned, batches, streamed, companions)
+        self.evaluator.set_shape(planned.shape, planned.micro)
+        engine = self.engine
+        engine.set_train_batch_size(engine.train_micro_batch_size_per_gpu() * count * engine.dp_world_size)
         self.probe.armed = recorder.due(step)
-        rate = self.engine.get_lr()[0]
-        loss = self.engine.train_batch(self.feed.stage(batches, shape, self.accumulation))
-        if self.engine.was_step_applied():
+        rate = engine.get_lr()[0]
+        loss = engine.train_batch(self.feed.stage(batches, planned.shape, planned.micro, count, preferred))
+        if engine.was_step_applied():
             self.ema.update(step + 1)
-        tokens, samples = patch_grid(*shape).tokens, self.config.data.global_batch_size
+        tokens, samples = patch_grid(*planned.shape).tokens, planned.samples
         sizes = self.dit, tokens, self.config.data.max_text_tokens
         recorder.step(
             loss,
-            self.engine.get_additional_losses(),
+            engine.get_additional_losses(),
+            stream=planned.stream,
             samples=samples,
             tokens=samples * tokens,
             model_flops=samples * train_flops(*sizes),
             hardware_flops=samples * train_flops(*sizes, self.config.parallel.activation_checkpointing),
         )
         if recorder.due(step):
-            recorder.record(
+            preferences = recorder.record(
                 step + 1,
                 rate=rate,
-                norm=float(self.engine.get_global_grad_norm()),
+                norm=float(engine.get_global_grad_norm()),
                 probe=self.probe,
                 waited=self.waited,
             )
             counters = ("skips", "rollbacks", "bad")
             recorder.write(step + 1, [(f"guard/{name}", getattr(self.guard.history, name)) for name in counters])
+            if self.config.preference is not None and self.config.preference.objective == "kto":
+                recorder.write(step + 1, [(f"preference/{planned.stream}/point", engine.module.loss.point)])
             self.waited = 0.0
-            self.engine.timers("train_batch").reset()  # DeepSpeed appends to it every step and never clears it
-        return Taken(float(loss), self.engine.was_step_applied())
+            engine.timers("train_batch").reset()  # DeepSpeed appends to it every step and never clears it
+            self._bound(step + 1, preferences)
+        return Taken(float(loss), engine.was_step_applied(), samples)
+
+    def _prepare_preference(
+        self, planned: PlannedStep, batches: list[Batch] | None, streamed: int, companions: int
+    ) -> list[Batch] | None:
+        """Weighs the micro-batches, so that the step's loss is L + λ·ℓ(SFT), and sets KTO's reference point.
+
+        DeepSpeed averages over all micro-batches; of both kinds the mean is wanted.
+        """
+        section = self.config.preference
+        if section.objective == "kto":
+            own = None if batches is None else batches[:streamed]
+            now = self.evaluator.losses(own, planned.shape, planned.micro, streamed)
+            gains = (now.reference - now.loss) * (now.elements if section.reduction == "sum" else 1.0)
+            self.engine.module.loss.point = float(reference_point(torch.from_numpy(gains)))
+        if batches is None:
+            return None
+        count = streamed + companions
+        weights = [count / streamed] * streamed + [section.sft_weight * count / max(companions, 1)] * companions
+        return [batch._replace(weight=batch.weight * weight) for batch, weight in zip(batches, weights, strict=True)]
+
+    def _bound(self, step: int, preferences: dict[str, dict[str, float]]) -> None:
+        """Ends the run where the better side has become much worse than under the reference."""
+        for stream, means in preferences.items():
+            limit = self.config.preference.max_better_ratio
+            if means["better_loss"] > limit * means["better_reference"]:
+                self.guard.fail(
+                    f"step {step}: {stream}: the better side's error is {means['better_loss']:.4g}, more than "
+                    f"preference.max_better_ratio = {limit:g} × the reference's {means['better_reference']:.4g}; go on "
+                    "from an earlier checkpoint with a smaller learning rate or a larger preference.sft_weight"
+                )
 
     def _explain(self, position: int) -> State:
         """The samples of a data step and their timesteps, for the record of what went wrong."""
-        step = self.order.step(position)
-        picks = list(zip(step.rows, step.visits, strict=True))
+        step = self.plan.step(position)
+        picks = [(self.sources.readers[source], unit, visit) for source, unit, visit in (*step.picks, *step.companions)]
         return {
-            "samples": [self.train.row(row).sample_id for row, _ in picks],
-            "timesteps": [round(self.samples.time(row, visit), 3) for row, visit in picks],
+            "samples": [reader.name(unit) for reader, unit, _ in picks],
+            "timesteps": [round(reader.time(unit, visit), 3) for reader, unit, visit in picks],
         }
 
-    def _set_shape(self, shape: tuple[int, int, int]) -> None:
-        if self.engine.module.set_shape(shape, self.process.device):
-            self.engine.reset_activation_shape()
-
     def _validate(self, recorder: Recorder, step: int) -> None:
-        """Writes the mean flow loss of the held-out samples, each with its own fixed timestep and noise."""
-        if self.validation is None:
-            return
+        """Writes what the held-out samples give."""
         with recorder.excluded():
-            loss = self.validation_loss(self.validation, step)
-        recorder.write(step, [("validation/loss", loss)])
-        recorder.say(f"step {step}: validation loss {loss:.5f}")
-
-    def validation_loss(self, index: Index, step: int) -> float:
-        """Mean flow loss over all samples of a manifest: no caption dropped, no frame given clean, noise of visit 0.
-
-        It does not depend on the layout: fillers that complete a micro-batch have weight zero.
-        """
-        plain = self.config.flow.model_copy(update={"caption_drop": 0.0, "first_frame_share": 0.0})
-        samples = FlowSamples(index, self.config.data, plain, self.dit.caption_channels)
-        micro, layout = self.config.data.micro_batch_size, self.process.layout
-        total = torch.zeros((), dtype=torch.float64)
-        for shape, picks in sweep(index.shapes(), micro * layout.data):
-            self.guard.alive(step)
-            self._set_shape(shape)
-            begin = self.process.place.data * micro
-            batches = (samples(chunk[begin : begin + micro]) for chunk in picks)
-            stage = self.feed.stage(batches, shape, len(picks))
-            mean = self.engine.eval_batch(stage, num_micro_batches=len(picks))
-            total += mean.item() * len(picks) * micro * layout.data
-        return total.item() / sum(1 for shape in index.shapes() if shape.any())
+            results = self.validation.run(lambda: self.guard.alive(step))
+        recorder.write(step, results.items())
+        if "validation/loss" in results:
+            recorder.say(f"step {step}: validation loss {results['validation/loss']:.5f}")

@@ -1,7 +1,8 @@
 """What a run reports: scalars for TensorBoard, gathered without holding up the device between records."""
 
+import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -24,6 +25,17 @@ def peak_tflops(section: LoggingSection, device: torch.device) -> float | None:
         return section.peak_tflops
     name = torch.cuda.get_device_name(device)
     return next((peak for chip, peak in PEAK_TFLOPS.items() if chip in name), None)
+
+
+def preference_means(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """What `objectives.preference.PREFERENCE_TERMS` sum up to, as means; NaN where nothing was summed."""
+    value = {name: float(total) for name, total in sums.items()}
+    of = {"correct": "count", "margin": "count", "saturated": "count"}
+    of |= {f"{side}_{kind}": f"{side}_count" for side in ("better", "worse") for kind in ("loss", "reference")}
+    shown = {"correct": "accuracy"}
+    return {
+        shown.get(name, name): value[name] / value[count] if value[count] else math.nan for name, count in of.items()
+    }
 
 
 class OptimizerProbe:
@@ -91,7 +103,8 @@ class Recorder:
         self._begin = time.perf_counter()
         self._window = dict.fromkeys(("steps", "samples", "tokens", "model_flops", "hardware_flops"), 0.0)
         self._losses: list[Tensor] = []
-        self._quartiles: dict[str, Tensor] = {}
+        self._samples: dict[str, int] = {}  # by stream
+        self._sums: dict[str, dict[str, Tensor]] = {}  # of every term, by stream
 
     def due(self, step: int) -> bool:
         """Whether the scalars are written at the end of this step."""
@@ -102,27 +115,33 @@ class Recorder:
         loss: Tensor,
         terms: dict[str, Tensor],
         *,
+        stream: str,
         samples: int,
         tokens: int,
         model_flops: float,
         hardware_flops: float,
     ) -> None:
-        """Notes a finished step: loss and quartile sums as tensors; the rest of all ranks together.
+        """Notes a finished step: loss and sums of terms as tensors; the rest of all ranks together.
 
         Losses that are NaN count in no mean.
 
         Args:
+            terms: see `engine.objective.Objective`. stream: that the step was of.
             model_flops, hardware_flops: without and with what is recomputed, see `models.flops`.
         """
         self._losses.append(loss.detach())
+        sums = self._sums.setdefault(stream, {})
         for name, value in terms.items():
-            self._quartiles[name] = self._quartiles.get(name, 0) + torch.where(loss.isfinite(), value, 0.0)
+            sums[name] = sums.get(name, 0) + torch.where(loss.isfinite(), value, 0.0)
+        self._samples[stream] = self._samples.get(stream, 0) + samples
         done = {"samples": samples, "tokens": tokens, "model_flops": model_flops, "hardware_flops": hardware_flops}
         for name, value in {"steps": 1, **done}.items():
             self._window[name] += value
         self._bar.update()
 
-    def record(self, done: int, *, rate: float, norm: float, probe: OptimizerProbe, waited: float) -> None:
+    def record(
+        self, done: int, *, rate: float, norm: float, probe: OptimizerProbe, waited: float
+    ) -> dict[str, dict[str, float]]:
         """Writes the scalars since the last record. All ranks call it.
 
         Args:
@@ -130,6 +149,9 @@ class Recorder:
             rate, norm: learning rate and global gradient norm (before clipping) of the last step.
             probe: armed for the last step.
             waited: seconds this rank spent waiting for data since the last record; the longest of all ranks is written.
+
+        Returns:
+            Means of the preference terms, by stream; the same on all ranks.
         """
         loss = torch.stack(self._losses).nanmean().item()  # waits for the device
         seconds = time.perf_counter() - self._begin
@@ -141,9 +163,12 @@ class Recorder:
         model_tflops, hardware_tflops = (
             self._window[name] / seconds / self._world_size / 1e12 for name in ("model_flops", "hardware_flops")
         )
+        preferences = self._preference_means()
         scalars = {
             "train/loss": loss,
             **self._quartile_means(),
+            **{f"data/share_{stream}": count / self._window["samples"] for stream, count in self._samples.items()},
+            **{f"preference/{stream}/{name}": m for stream, of in preferences.items() for name, m in of.items()},
             "train/lr": rate,
             "train/grad_norm": norm,
             **{f"train/{name}": value for name, value in probe.read().items()},
@@ -163,6 +188,7 @@ class Recorder:
         self.write(done, scalars.items())
         self._bar.set_postfix(shown)
         self._begin_window()
+        return preferences
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
@@ -176,10 +202,15 @@ class Recorder:
     def _quartile_means(self) -> dict[str, float]:
         means = {}
         for q in range(4):
-            count = float(self._quartiles[f"count_q{q}"])
+            loss, count = (
+                sum(float(sums[f"{kind}_q{q}"]) for sums in self._sums.values()) for kind in ("loss", "count")
+            )
             if count > 0:
-                means[f"train/loss_t{250 * q}-{250 * (q + 1)}"] = float(self._quartiles[f"loss_q{q}"]) / count
+                means[f"train/loss_t{250 * q}-{250 * (q + 1)}"] = loss / count
         return means
+
+    def _preference_means(self) -> dict[str, dict[str, float]]:
+        return {stream: preference_means(sums) for stream, sums in self._sums.items() if "correct" in sums}
 
     def write(self, step: int, scalars: Iterable[tuple[str, float]]) -> None:
         """Writes scalars at this step; on ranks other than 0 nothing happens."""

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from mugv_ds.data.plan import Pick
 from mugv_ds.data.replace import replacement
 from mugv_ds.data.sample import SampleError, UnsafeFileError
-from mugv_ds.engine.feed import Batch, FlowSamples, stack
+from mugv_ds.engine.samples import Batch, Sources, stack
 
 MAX_ATTEMPTS = 10  # replacements tried for one sample
 
@@ -29,38 +30,39 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class Replacing:
-    """`FlowSamples` for training: a sample that cannot be read is replaced by another of the same latent shape.
+    """`Sources` for training: a unit that cannot be read is replaced by another of its source and latent shape.
 
-    The replacement is drawn by `data.replace.replacement`: whoever reads the same sample takes the same one.
+    The replacement is drawn by `data.replace.replacement`: whoever reads the same unit takes the same one.
     """
 
-    samples: FlowSamples
+    sources: Sources
 
-    def __call__(self, picks: Sequence[tuple[int, int]]) -> Reading:
-        """The micro-batch of these (row, visit) pairs.
+    def __call__(self, picks: Sequence[Pick]) -> Reading:
+        """The micro-batch of these picks.
 
         Raises:
             SampleError: no replacement could be read either. UnsafeFileError: a file asks for more than tensors.
         """
-        read = [self._read(row, visit) for row, visit in picks]
-        return Reading(stack([batch for batch, _ in read]), tuple(bad for _, bad in read if bad is not None))
+        read = [self._read(pick) for pick in picks]
+        batch = stack(sample for samples, _ in read for sample in samples)
+        return Reading(batch, tuple(bad for _, bad in read if bad is not None))
 
-    def _read(self, row: int, visit: int) -> tuple[Batch, Quarantined | None]:
-        index, seed = self.samples.index, self.samples.data.seed
-        taken, reasons = row, []
+    def _read(self, pick: Pick) -> tuple[list[Batch], Quarantined | None]:
+        reader = self.sources.readers[pick.source]
+        taken, name, visit, reasons = pick.unit, reader.name(pick.unit), pick.visit, []
         for attempt in range(MAX_ATTEMPTS):
             try:
-                batch = self.samples.read(taken, visit)
+                samples = reader.read(taken, visit)
             except UnsafeFileError:
                 raise
             except SampleError as error:
                 reasons.append(str(error))
-                taken = replacement(index, row, seed, visit, attempt)
+                where = {"seed": reader.seed, "name": name, "visit": visit or 0, "attempt": attempt}
+                taken = replacement(reader.shapes, pick.unit, **where)
                 if taken is None:
                     break
                 continue
             if not reasons:
-                return batch, None
-            sample_id, replaced_by = (index.row(i).sample_id for i in (row, taken))
-            return batch, Quarantined(sample_id, visit, "; ".join(reasons), replaced_by)
+                return samples, None
+            return samples, Quarantined(name, visit or 0, "; ".join(reasons), reader.name(taken))
         raise SampleError(f"{reasons[0]}; nor could {len(reasons) - 1} samples of its shape be read in its place")

@@ -46,6 +46,10 @@ class Labels(NamedTuple):
     target_BnPC: Tensor
     weight_BnP1: Tensor  # see `objectives.flow.loss_weight`; zero for tokens that are no patch
     timestep: Tensor  # [B]
+    scale: Tensor  # [B], of the sample in the micro-batch's loss
+    elements: Tensor  # [B], latent elements of the noised frames
+    role: Tensor  # int8 [B], 1 better or good, −1 worse or bad; [0] where the flow loss is wanted
+    reference: Tensor  # [B], flow loss under the frozen reference
 
 
 def layer_prefix(layer: int, depth: int) -> str:
@@ -70,13 +74,21 @@ def stage_boundaries(config: DiTConfig, stages: int, tokens: int, text_tokens: i
     return [first, *[boundary + 1 for boundary in rest[:-1]], config.depth + 2]
 
 
-def labels(target: Tensor, weight: Tensor, timestep: Tensor, token_n: Tensor) -> Labels:
-    """The labels of the tokens `token_n` from a target [B, C, T, H, W] and its weights [B, 1, T, H, W]."""
+def labels(
+    target: Tensor, weight: Tensor, *, timestep: Tensor, scale: Tensor, role: Tensor, reference: Tensor, token_n: Tensor
+) -> Labels:
+    """The labels of the tokens `token_n`.
+
+    Args:
+        target: [B, C, T, H, W]. weight: [B, 1, T, H, W], see `objectives.flow.loss_weight`.
+        timestep, scale, role, reference: as in `Labels`.
+    """
     grid = patch_grid(*target.shape[2:])
     patch = positions(token_n, grid).patch_N
     is_patch = (token_n > 0) & (token_n <= grid.patches)
     weight_BnP1 = patch_pixels(weight)[:, patch] * is_patch[:, None, None]
-    return Labels(patch_pixels(target)[:, patch], weight_BnP1, timestep)
+    elements = target.shape[1] * (weight > 0).flatten(1).sum(dim=1)
+    return Labels(patch_pixels(target)[:, patch], weight_BnP1, timestep, scale, elements, role, reference)
 
 
 def pack(tokens: Tensor, condition: Condition, x_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,6 +171,7 @@ class DiTPipeline(PipelineModule):
         self.config, self.ulysses, self.recompute, self.loss = config, ulysses, recompute, loss
         self.terms = dict.fromkeys(terms)
         self.grid: Grid | None = None
+        self.size = 0
         self.token_n: Tensor | None = None
         for prefix, layer in self.named_layers():
             init_weights(layer, prefix, seed)
@@ -185,10 +198,11 @@ class DiTPipeline(PipelineModule):
     def is_last(self) -> bool:
         return self.stage_id == self.num_stages - 1
 
-    def set_shape(self, shape: tuple[int, int, int], device: torch.device) -> bool:
-        """Sets the latent (T, H, W) of the coming batches; True if the tokens it makes are others than before."""
+    def set_shape(self, shape: tuple[int, int, int], size: int, device: torch.device) -> bool:
+        """Sets latent (T, H, W) and samples of the coming micro-batches; True if activations are sized otherwise."""
         grid = patch_grid(*shape)
-        changed, self.grid = grid != self.grid, grid
+        changed = (grid, size) != (self.grid, self.size)
+        self.grid, self.size = grid, size
         self.ulysses.tokens = grid.tokens
         self.token_n = self.ulysses.local_tokens(device)
         return changed

@@ -11,7 +11,8 @@ from mugv_ds.checkpoint.store import Store
 from mugv_ds.config import TrainConfig
 from mugv_ds.engine.build import Process, build_engine, start_process
 from mugv_ds.engine.ema import PowerEma
-from mugv_ds.engine.feed import Batch, Feed
+from mugv_ds.engine.feed import Feed
+from mugv_ds.engine.samples import Batch
 from tests.distributed import run_ranks
 from tests.parallel.test_layouts import CHANNELS, GLOBAL_BATCH, SHAPE, global_batch, perturb
 from tests.parallel.test_layouts import config as layout_config
@@ -53,9 +54,9 @@ class Run:
             begin = self.process.place.data * (GLOBAL_BATCH // self.process.layout.data)
             whole = global_batch(step)
             parts = [Batch(*(t[i : i + self.micro] for t in whole)) for i in (begin, begin + self.micro)]
-            if module.set_shape(SHAPE, self.process.device):
+            if module.set_shape(SHAPE, self.micro, self.process.device):
                 self.engine.reset_activation_shape()
-            self.losses.append(self.engine.train_batch(self.feed.stage(parts, SHAPE, len(parts))).item())
+            self.losses.append(self.engine.train_batch(self.feed.stage(parts, SHAPE, self.micro, len(parts))).item())
             self.ema.update(step + 1)
 
     def weights(self) -> dict[str, torch.Tensor]:

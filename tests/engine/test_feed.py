@@ -6,8 +6,9 @@ import torch
 from mugv_ds.config import load_config
 from mugv_ds.data.manifest import open_index
 from mugv_ds.data.sample import read_text
-from mugv_ds.engine.evaluate import sweep
-from mugv_ds.engine.feed import Batch, FlowSamples, empty_batch
+from mugv_ds.data.plan import Pick
+from mugv_ds.engine.feed import empty_batch
+from mugv_ds.engine.samples import Batch, FlowSamples, Sources
 from mugv_ds.objectives.flow import interpolate, resolution_shift
 from tests.dataset import CHANNELS, TEXT_TOKENS, write_config, write_dataset
 
@@ -21,13 +22,13 @@ def root(tmp_path_factory):
     return root
 
 
-def samples(root, **flow) -> FlowSamples:
+def samples(root, **flow) -> Sources:
     config = load_config(root / "config.json", [f"flow.{name}={value}" for name, value in flow.items()])
-    return FlowSamples(open_index(config.data.manifest), config.data, config.flow, CHANNELS)
+    return Sources((FlowSamples(open_index(config.data.manifest), config.data, config.flow, CHANNELS),))
 
 
-def visits(count: int) -> list[tuple[int, int]]:
-    return [(i % 4, i // 4) for i in range(count)]
+def visits(count: int) -> list[Pick]:
+    return [Pick(0, i % 4, i // 4) for i in range(count)]
 
 
 def test_a_batch_is_the_flow_at_its_timestep(root):
@@ -44,12 +45,12 @@ def test_a_batch_is_the_flow_at_its_timestep(root):
 def test_the_same_visit_gives_the_same_numbers_and_another_does_not(root):
     """Whatever else is in the micro-batch, and whatever was drawn before."""
     torch.manual_seed(1)
-    a = samples(root)([(0, 0), (1, 5), (2, 1)])
+    a = samples(root)([Pick(0, 0, 0), Pick(0, 1, 5), Pick(0, 2, 1)])
     torch.manual_seed(2)
-    b = samples(root)([(1, 5)])
+    b = samples(root)([Pick(0, 1, 5)])
     for name, one, other in zip(Batch._fields, a, b, strict=True):
         assert torch.equal(one[1], other[0]), name
-    c = samples(root)([(1, 6)])
+    c = samples(root)([Pick(0, 1, 6)])
     assert not torch.equal(b.target, c.target) and not torch.equal(b.timestep, c.timestep)
 
 
@@ -84,11 +85,5 @@ def test_a_batch_can_be_received_in_what_is_made_for_it(root):
         assert one.shape == other.shape and one.dtype == other.dtype, name
 
 
-def test_a_sweep_takes_every_readable_row_once():
-    shapes = torch.tensor([[1, 2, 2], [2, 2, 2], [1, 2, 2], [0, 0, 0], [1, 2, 2]]).numpy()
-    plan = sweep(shapes, 2)
-    assert plan == [((1, 2, 2), [[(0, 0), (2, 0)], [(4, 0), (4, None)]]), ((2, 2, 2), [[(1, 0), (1, None)]])]
-
-
 def test_fillers_count_nowhere(root):
-    assert samples(root)([(0, 0), (0, None)]).weight.tolist() == [1, 0]
+    assert samples(root)([Pick(0, 0, 0), Pick(0, 0, None)]).weight.tolist() == [1, 0]

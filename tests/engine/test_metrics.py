@@ -26,7 +26,9 @@ def record_two_steps(folder: Path) -> None:
     recorder = Recorder(section, rank=0, world_size=1, start=0, steps=2, peak=peak_tflops(section, torch.device("cpu")))
     for loss, t in ((1.0, 100.0), (float("nan"), 100.0), (3.0, 900.0)):
         terms = loss_by_quartile(torch.tensor([loss]), torch.tensor([t]))
-        recorder.step(torch.tensor(loss), terms, samples=4, tokens=40, model_flops=1e9, hardware_flops=1.25e9)
+        recorder.step(
+            torch.tensor(loss), terms, stream="train", samples=4, tokens=40, model_flops=1e9, hardware_flops=1.25e9
+        )
         with recorder.excluded():
             time.sleep(1)
     probe.armed = True

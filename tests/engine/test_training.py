@@ -16,7 +16,7 @@ from mugv_ds.checkpoint.hf import load_dit
 from mugv_ds.checkpoint.reader import open_checkpoint
 from mugv_ds.config import load_config
 from mugv_ds.data.manifest import open_index
-from mugv_ds.engine.feed import FlowSamples
+from mugv_ds.engine.samples import FlowSamples, stack
 from mugv_ds.models import DiT
 from mugv_ds.objectives.flow import flow_loss
 from tests.dataset import CHANNELS, write_config, write_dataset
@@ -114,12 +114,12 @@ def test_conversion_says_what_is_wrong(straight, checkpoint, complaint):
 def test_validation_is_the_mean_flow_loss_of_every_held_out_sample_once(straight, dataset):
     """Against the plain model, one sample at a time; three of one shape and two of another leave a filler."""
     config = load_config(straight / "config.json")
-    plain = config.flow.model_copy(update={"caption_drop": 0.0, "first_frame_share": 0.0})
     index, model = open_index(dataset[1]), load_exported(straight)
-    samples = FlowSamples(index, config.data, plain, CHANNELS)
+    samples = FlowSamples(index, config.data, config.flow, CHANNELS, held_out=True)
     losses = []
     for row in range(len(index)):
-        batch = samples([(row, 0)])
+        batch = stack(samples.read(row, 0))
+        assert row % 4 * 250 <= batch.timestep.item() < (row % 4 + 1) * 250 and batch.x_mask.all()
         with torch.no_grad():
             out = model(batch.x, batch.timestep, batch.text, batch.text_mask, batch.x_mask, batch.fps)
         losses.append(flow_loss(out, batch.target, batch.x_mask).item())

@@ -16,8 +16,8 @@ def steps(rank: int) -> None:
     train_step, run, share = Trainer._train_step, Trainer.run, Feed._share
     noise = []
 
-    def watched_share(self, batches, shape):
-        batch = share(self, batches, shape)
+    def watched_share(self, batches, shape, size):
+        batch = share(self, batches, shape, size)
         noise.append(batch.target)
         return batch
 

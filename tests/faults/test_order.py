@@ -11,19 +11,18 @@ from tests.launcher import ROOT
 CODE = """
 import sys
 from mugv_ds.config import load_config
-from mugv_ds.data.buckets import Order
-from mugv_ds.data.manifest import open_index
-from mugv_ds.engine.feed import FlowSamples
 from mugv_ds.engine.quarantine import Replacing
+from mugv_ds.engine.samples import Sources
+from mugv_ds.engine.streams import flow_reader, make_plan, open_manifests
 from tests.faults.runs import digest
 config = load_config(sys.argv[1])
-index = open_index(config.data.manifest)
-order = Order(index.shapes(), config.data.global_batch_size, config.data.seed)
-read = Replacing(FlowSamples(index, config.data, config.flow, config.model.dit().caption_channels))
+manifests = open_manifests(config)
+sources = Sources((flow_reader(config, manifests.train),))
+plan, read = make_plan(config, manifests, sources, 1), Replacing(sources)
 for number in range(8):
-    step = order.step(number)
-    batch, _ = read(list(zip(step.rows, step.visits)))
-    print(step.rows, step.visits, digest(batch))
+    picks = plan.step(number).picks
+    batch, _ = read(picks)
+    print(tuple(map(tuple, picks)), digest(batch))
 """
 
 

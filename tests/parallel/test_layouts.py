@@ -9,7 +9,8 @@ from deepspeed.utils import safe_get_full_optimizer_state
 
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.engine.build import build_engine, start_process
-from mugv_ds.engine.feed import Batch, Feed
+from mugv_ds.engine.feed import Feed
+from mugv_ds.engine.samples import Batch
 from mugv_ds.models import DiT
 from mugv_ds.models.dit import init_weights
 from mugv_ds.objectives.flow import flow_loss
@@ -60,6 +61,10 @@ def global_batch(step: int) -> Batch:
         x_mask=x_mask,
         fps=torch.tensor([24.0, 30.0, 16.0, 8.0]),
         weight=torch.ones(b),
+        role=torch.zeros(b, dtype=torch.int8),
+        reference=torch.zeros(b),
+        row=torch.arange(b),
+        visit=torch.zeros(b, dtype=torch.int64),
     )
 
 
@@ -107,9 +112,9 @@ def train_layout(settings: TrainConfig, out: Path, steps: int) -> None:
         whole = global_batch(step)
         begin = process.place.data * (GLOBAL_BATCH // process.layout.data)
         parts = [Batch(*(t[i : i + micro] for t in whole)) for i in range(begin, begin + 2 * micro, micro)]
-        if module.set_shape(SHAPE, process.device):
+        if module.set_shape(SHAPE, micro, process.device):
             engine.reset_activation_shape()
-        losses.append(engine.train_batch(feed.stage(parts, SHAPE, len(parts))).item())
+        losses.append(engine.train_batch(feed.stage(parts, SHAPE, micro, len(parts))).item())
         if step == 0:
             terms = {name: value.item() for name, value in engine.get_additional_losses().items()}
             for prefix, layer in module.named_layers():

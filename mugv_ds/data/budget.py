@@ -1,0 +1,91 @@
+"""How many samples of each latent shape a step holds, and how many a data rank holds at once."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from mugv_ds.config.errors import ConfigError
+from mugv_ds.config.schema import DataSection
+from mugv_ds.data.manifest import Shape
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a sample asks of the machine.
+
+    Attributes:
+        tokens: of a sample on one device, by latent shape.
+        flops: of a sample's forward and backward pass, by latent shape.
+        data_ranks: replicas that share a step.
+    """
+
+    tokens: Callable[[Shape], int]
+    flops: Callable[[Shape], float]
+    data_ranks: int
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    """Of one shape. step: units (samples, or pairs) of a global step. micro: units that a data rank holds at once."""
+
+    step: int
+    micro: int
+
+
+def batch_sizes(
+    shapes: Iterable[Shape],
+    data: DataSection,
+    load: Workload,
+    *,
+    unit: int = 1,
+    companions: Callable[[int], int] = lambda samples: 0,
+) -> dict[Shape, BatchSize]:
+    """The batch sizes of each shape; those of a step do not depend on the layout.
+
+    Args:
+        shapes: latent (T, H, W). data: the config. load: of the samples.
+        unit: samples that stay together: 2 for pairs.
+        companions: more samples of a step that has so many, which are split into micro-batches of the same size.
+
+    Raises:
+        ConfigError: a step cannot be split evenly, or one unit is more than a device may hold.
+    """
+    return {shape: _batch_size(shape, data, load, unit, companions) for shape in shapes}
+
+
+def _batch_size(
+    shape: Shape, data: DataSection, load: Workload, unit: int, companions: Callable[[int], int]
+) -> BatchSize:
+    budget, ranks = data.budget, load.data_ranks
+    most = data.micro_batch_size // unit
+    if data.micro_batch_size % unit or data.global_batch_size % unit:
+        raise ConfigError(
+            f"data.micro_batch_size = {data.micro_batch_size}, data.global_batch_size = {data.global_batch_size}: must "
+            f"be multiples of {unit}, as pairs stay together"
+        )
+    step = data.global_batch_size // unit
+    if budget is not None:
+        if budget.multiple % ranks:
+            raise ConfigError(f"data.budget.multiple = {budget.multiple}: must be a multiple of the {ranks} data ranks")
+        wanted = step * load.flops(budget.shape) / load.flops(shape)
+        step = max(round(wanted / budget.multiple), 1) * budget.multiple
+        tokens = unit * load.tokens(shape)
+        if tokens > budget.device_tokens:
+            raise ConfigError(
+                f"data.budget.device_tokens = {budget.device_tokens}: latents of {'×'.join(map(str, shape))} take "
+                f"{tokens:,} tokens a device; raise it, raise parallel.sequence, or leave such rows out"
+            )
+        most = min(most, budget.device_tokens // tokens)
+    elif step % (ranks * most):
+        raise ConfigError(
+            f"data.global_batch_size = {data.global_batch_size}: must be a multiple of {ranks} data ranks × "
+            f"data.micro_batch_size {data.micro_batch_size}"
+        )
+    more = companions(step * unit)
+    sizes = (size for size in range(most, 0, -1) if not step % (ranks * size) and not more % (ranks * size * unit))
+    micro = next(sizes, None)
+    if micro is None:
+        raise ConfigError(
+            f"preference.sft_ratio: gives {more} SFT samples beside {step * unit}, which {ranks} data ranks with "
+            f"micro-batches of multiples of {unit} cannot share evenly; use another ratio"
+        )
+    return BatchSize(step, micro)

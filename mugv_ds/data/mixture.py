@@ -1,0 +1,95 @@
+"""Which of several streams each step is taken from, so that their samples come in given shares."""
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow.compute as pc
+
+from mugv_ds.config.errors import ConfigError
+from mugv_ds.config.schema import GroupSection
+from mugv_ds.data.manifest import Index
+
+logger = logging.getLogger(__name__)
+
+Points = Sequence[tuple[int, float]]  # (step, share), of ascending steps
+
+
+class Mixture:
+    """Plays streams by turns: always the one that is furthest behind its share of the samples.
+
+    It is a pure function of the position; what was worked out is kept, six bytes a step.
+
+    Args:
+        shares: of the samples, for each stream; linear between the points, constant outside.
+        samples: mean number of samples of each stream's steps.
+
+    Raises:
+        ConfigError: at some point every share is zero.
+    """
+
+    def __init__(self, shares: Sequence[Points], samples: Sequence[float]) -> None:
+        self._shares, self._samples = shares, np.array(samples)
+        for step in {step for points in shares for step, _ in points}:
+            if not any(_share(points, step) for points in shares):
+                raise ConfigError(f"data.mixture: every group's share is 0 at step {step}")
+        self._behind = np.zeros(len(shares))
+        self._played = np.zeros(len(shares), np.int64)
+        self._streams, self._turns = np.empty(0, np.int16), np.empty(0, np.int32)
+
+    def turn(self, position: int) -> tuple[int, int]:
+        """(stream, number of its steps before) of the step at this position."""
+        if position >= len(self._streams):
+            self._extend(max(position + 1, 2 * len(self._streams), 1024))
+        return int(self._streams[position]), int(self._turns[position])
+
+    def _extend(self, stop: int) -> None:
+        start = len(self._streams)
+        share = np.stack([_share(points, np.arange(start, stop)) for points in self._shares], axis=1) / self._samples
+        share /= share.sum(axis=1, keepdims=True)
+        streams, turns = np.empty(stop - start, np.int16), np.empty(stop - start, np.int32)
+        for k, due in enumerate(share):
+            self._behind += due
+            # A stream whose share is zero now keeps what it is owed, and waits.
+            chosen = int(np.argmax(np.where(due > 0, self._behind, -np.inf)))
+            self._behind[chosen] -= 1
+            streams[k], turns[k] = chosen, self._played[chosen]
+            self._played[chosen] += 1
+        self._streams, self._turns = np.append(self._streams, streams), np.append(self._turns, turns)
+
+
+def group_shapes(index: Index, groups: Sequence[GroupSection]) -> list[np.ndarray]:
+    """For each group, the latent shapes of all rows with (0, 0, 0) where a row is not of the group: int [n, 3].
+
+    Raises:
+        ConfigError: a group has no readable row.
+    """
+    shapes = index.shapes()
+    kind = index.column("kind")
+    image = pc.equal(kind, "image").fill_null(False).to_numpy() | (kind.is_null().to_numpy() & (shapes[:, 0] == 1))
+    free = shapes.any(axis=1)
+    masked = []
+    for group in groups:
+        member = free.copy()
+        if group.kind is not None:
+            member &= image if group.kind == "image" else ~image
+        if group.frames is not None:
+            member &= (shapes[:, 0] >= group.frames[0]) & (shapes[:, 0] <= group.frames[1])
+        if not member.any():
+            raise ConfigError(f"data.mixture.{group.name}: no readable row of the manifest belongs to it")
+        free &= ~member
+        masked.append(np.where(member[:, None], shapes, 0))
+    if free.any():
+        first = index.row(int(free.argmax())).sample_id
+        logger.warning(
+            "%s: %d of %d rows belong to no group of data.mixture and are left out, the first is %s",
+            index.root,
+            free.sum(),
+            len(index),
+            first,
+        )
+    return masked
+
+
+def _share(points: Points, step: np.ndarray | int) -> np.ndarray:
+    return np.interp(step, *zip(*points, strict=True))

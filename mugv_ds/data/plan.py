@@ -1,0 +1,159 @@
+"""What every step of a run holds, from all its streams: known to all ranks before anything is sent."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from mugv_ds.config.errors import ConfigError
+from mugv_ds.data.buckets import Order, group_by_shape
+from mugv_ds.data.budget import BatchSize
+from mugv_ds.data.manifest import Shape
+from mugv_ds.data.mixture import Mixture, Points
+from mugv_ds.data.noise import generator
+
+
+class Pick(NamedTuple):
+    """One unit (a sample, or a pair) to read. source: which of the run's readers. visit: None for a filler."""
+
+    source: int
+    unit: int
+    visit: int | None
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Units that are played in their own order.
+
+    Attributes:
+        name: what a run reports it as. source: the reader of its units.
+        shapes: int [n, 3], latent (T, H, W) of every unit; (0, 0, 0) for units that are not of this stream.
+        sizes: batch sizes by shape.
+        unit: samples of a unit.
+        share: of the samples of the run, see `Mixture`.
+    """
+
+    name: str
+    source: int
+    shapes: np.ndarray
+    sizes: Mapping[Shape, BatchSize]
+    unit: int = 1
+    share: Points = ((0, 1.0),)
+
+
+@dataclass(frozen=True)
+class Companion:
+    """Samples of a second source that every step takes along, in micro-batches of their own: drawn at random.
+
+    Attributes:
+        source: the reader. shapes: int [n, 3]. ratio: samples for each one of the stream's.
+    """
+
+    source: int
+    shapes: np.ndarray
+    ratio: float
+
+    def count(self, samples: int) -> int:
+        """Companions of a step with so many samples."""
+        return max(round(self.ratio * samples), 1)
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One optimizer step.
+
+    Attributes:
+        position: of the step in the run's data, from 0.
+        stream: name of the stream that plays.
+        shape: (T, H, W) of all its latents.
+        micro: samples of every micro-batch on a data rank.
+        unit: samples of a unit of `picks`.
+        picks: units of the stream. companions: samples that come along.
+    """
+
+    position: int
+    stream: str
+    shape: Shape
+    micro: int
+    unit: int
+    picks: tuple[Pick, ...]
+    companions: tuple[Pick, ...] = ()
+
+    @property
+    def samples(self) -> int:
+        return self.unit * len(self.picks) + len(self.companions)
+
+    def micro_batches(self, data_rank: int, data_ranks: int) -> list[list[Pick]]:
+        """What one data rank takes, by micro-batch; those of companions come last.
+
+        Shares are contiguous, so that the step is the same set of samples for any number of ranks.
+        """
+        batches = []
+        for picks, units in ((self.picks, self.micro // self.unit), (self.companions, self.micro)):
+            share = len(picks) // data_ranks
+            own = picks[data_rank * share : (data_rank + 1) * share]
+            batches += [list(own[start : start + units]) for start in range(0, share, units)]
+        return batches
+
+    def counts(self, data_ranks: int) -> tuple[int, int]:
+        """Micro-batches of a data rank: those of the stream, those of companions."""
+        at_once = self.micro * data_ranks
+        return self.unit * len(self.picks) // at_once, len(self.companions) // at_once
+
+
+class Plan:
+    """The steps of a run: a pure function of the position.
+
+    Args:
+        streams: what is played. seed: of every order.
+        companion: what comes along with each step.
+
+    Raises:
+        ConfigError: a stream has no readable unit, or no companion has the shape of some unit.
+    """
+
+    def __init__(self, streams: Sequence[Stream], seed: int, companion: Companion | None = None) -> None:
+        self.streams, self.companion, self._seed = streams, companion, seed
+        for stream in streams:
+            if not stream.shapes.any():
+                raise ConfigError(f"{stream.name}: nothing of it can be read")
+        self._orders = [
+            Order(stream.shapes, {shape: size.step for shape, size in stream.sizes.items()}, seed) for stream in streams
+        ]
+        self._mixture = Mixture(
+            [stream.share for stream in streams],
+            [stream.unit * order.samples_per_step for stream, order in zip(streams, self._orders, strict=True)],
+        )
+        if companion is not None:
+            self._companions = dict(zip(*group_by_shape(companion.shapes), strict=True))
+            for shape in sorted({shape for stream in streams for shape in stream.sizes}):
+                if shape not in self._companions:
+                    raise ConfigError(
+                        f"data.manifest: no SFT sample has latents of {'×'.join(map(str, shape))}, as preference "
+                        "samples have; add some, or set preference.sft_weight to 0"
+                    )
+
+    def step(self, position: int) -> PlannedStep:
+        """The step at a position; any order of calls gives the same steps."""
+        number, turn = self._mixture.turn(position)
+        stream = self.streams[number]
+        step = self._orders[number].step(turn)
+        picks = tuple(Pick(stream.source, *pick) for pick in zip(step.rows, step.visits, strict=True))
+        return PlannedStep(
+            position=position,
+            stream=stream.name,
+            shape=step.shape,
+            micro=stream.unit * stream.sizes[step.shape].micro,
+            unit=stream.unit,
+            picks=picks,
+            companions=self._draw(position, step.shape, stream.unit * len(picks)),
+        )
+
+    def _draw(self, position: int, shape: Shape, samples: int) -> tuple[Pick, ...]:
+        """Companions by chance; the position takes the place of the visit, so none meets the same noise again."""
+        if self.companion is None:
+            return ()
+        rows = self._companions[shape]
+        drawn = generator("companion", self._seed, position).integers(len(rows), size=self.companion.count(samples))
+        return tuple(Pick(self.companion.source, int(rows[i]), position) for i in drawn)

@@ -1,0 +1,283 @@
+"""From manifest rows to samples: read, noised, and marked with what the objective must know of them.
+
+What a sample draws is a function of (seed, key, visit) alone, so every process that reads it gets the same.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mugv_ds.config.errors import ConfigError, InputError
+from mugv_ds.config.schema import DataSection, FlowSection
+from mugv_ds.data import noise
+from mugv_ds.data.manifest import Index, Row
+from mugv_ds.data.plan import Pick
+from mugv_ds.data.retry import retried
+from mugv_ds.data.sample import SampleError, read_row, read_text
+from mugv_ds.objectives import flow
+
+
+class Batch(NamedTuple):
+    """A micro-batch as it is read: B samples of one latent shape."""
+
+    x: Tensor  # fp32 [B, 24, T, H, W], noised, but clean where x_mask is False
+    target: Tensor  # fp32 [B, 24, T, H, W], the velocity
+    timestep: Tensor  # fp32 [B]
+    text: Tensor  # fp32 [B, L, C]
+    text_mask: Tensor  # bool [B, L]
+    x_mask: Tensor  # bool [B, T]
+    fps: Tensor  # fp32 [B]
+    weight: Tensor  # fp32 [B], of the sample in the loss; 0 for a filler that counts nowhere
+    role: Tensor  # int8 [B], 1 better or good, −1 worse or bad, 0 neither
+    reference: Tensor  # fp32 [B], flow loss under the frozen reference; 0 where there is none
+    row: Tensor  # int64 [B], of its source's manifest
+    visit: Tensor  # int64 [B]
+
+
+def stack(samples: Iterable[Batch]) -> Batch:
+    """The batch of samples that were read one by one, without the first dimension."""
+    return Batch(*map(torch.stack, zip(*samples, strict=True)))
+
+
+class Reader(Protocol):
+    """Reads the units of one source: samples, or pairs of them.
+
+    Attributes:
+        shapes: int [n, 3], latent (T, H, W) of every unit; (0, 0, 0) for one that is known to be unreadable.
+        unit: samples of a unit.
+        seed: of the run.
+    """
+
+    unit: int
+
+    @property
+    def shapes(self) -> np.ndarray: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    def name(self, unit: int) -> str: ...
+
+    def read(self, unit: int, visit: int | None) -> list[Batch]: ...
+
+    def time(self, unit: int, visit: int) -> float: ...
+
+
+@dataclass(frozen=True)
+class FlowSamples:
+    """Samples for flow matching; a `Reader` whose units are the rows of a manifest.
+
+    Args:
+        index: the manifest. data, flow: sections of the config. channels: width of the text features.
+        held_out: for validation: no caption is dropped, no frame given clean, and the timesteps are spread evenly over
+            the quarters of [0, 1000], so that what is measured depends on no setting of the training.
+    """
+
+    index: Index
+    data: DataSection
+    flow: FlowSection
+    channels: int
+    held_out: bool = False
+    unit = 1
+
+    @property
+    def shapes(self) -> np.ndarray:
+        return self.index.shapes()
+
+    @property
+    def seed(self) -> int:
+        return self.data.seed
+
+    def name(self, unit: int) -> str:
+        """Sample id."""
+        return self.index.row(unit).sample_id
+
+    def time(self, unit: int, visit: int) -> float:
+        """The timestep in [0, 1000] of a (row, visit), without reading it."""
+        row = self.index.row(unit)
+        return float(self._time(unit, row, (self.seed, row.sample_id, visit)))
+
+    def read(self, unit: int, visit: int | None) -> list[Batch]:
+        """One sample, as a `Batch` without the first dimension; visit None marks a filler.
+
+        Raises:
+            SampleError: a file of the sample cannot be used; the message names it.
+            ConfigError: nor can `data.null_text_path`. TrainingError: the file system failed time and again.
+        """
+        return [self.sample(unit, visit, self.name(unit))]
+
+    def sample(self, row_number: int, visit: int | None, key: str) -> Batch:
+        """As `read`, with the randomness of another key than the sample's id."""
+        tokens = self.data.max_text_tokens
+        row = self.index.row(row_number)
+        key = (self.seed, key, visit or 0)
+        drop = not self.held_out and noise.caption_uniform(*key) < self.flow.caption_drop
+        sample = retried(
+            lambda: read_row(self.index, row_number, channels=self.channels, max_text_tokens=tokens, with_text=not drop)
+        )
+        x0, frames = sample.latent, sample.latent.shape[1]
+        text, text_mask = retried(self._null_text) if drop else (sample.text, sample.text_mask)
+
+        t = self._time(row_number, row, key)
+        epsilon = noise.gaussian(*key, tuple(x0.shape))
+        x_mask = torch.ones(frames, dtype=torch.bool)
+        if frames > 1 and not self.held_out and noise.first_frame_uniform(*key) < self.flow.first_frame_share:
+            x_mask[0] = False
+        x_t = flow.interpolate(x0[None], epsilon[None], t[None])[0]
+
+        return Batch(
+            x=torch.where(x_mask[None, :, None, None], x_t, x0),
+            target=flow.velocity(x0, epsilon),
+            timestep=t.float(),
+            text=text,
+            text_mask=text_mask,
+            x_mask=x_mask,
+            fps=torch.tensor(row.fps or self.data.default_fps, dtype=torch.float32),
+            weight=torch.tensor(0.0 if visit is None else 1.0),
+            role=torch.tensor(0, dtype=torch.int8),
+            reference=torch.tensor(0.0),
+            row=torch.tensor(row_number),
+            visit=torch.tensor(visit or 0),
+        )
+
+    def _time(self, row_number: int, row: Row, key: tuple[int, str, int]) -> Tensor:
+        if self.held_out:
+            return torch.tensor(flow.MAX_TIME * (row_number % 4 + noise.quartile_uniform(*key)) / 4)
+        shift = self._shift(row.height, row.width, row.latent_shape[0])
+        return flow.draw_time(torch.tensor(noise.time_normal(*key)), shift)
+
+    def _shift(self, height: int, width: int, frames: int) -> float:
+        if self.flow.shift == "resolution":
+            return flow.resolution_shift(height, width, frames)
+        return self.flow.shift
+
+    def _null_text(self) -> tuple[Tensor, Tensor]:
+        path = self.index.resolve(self.data.null_text_path)
+        try:
+            return read_text(path, self.channels, self.data.max_text_tokens)
+        except SampleError as error:  # no sample is at fault, so none is to be replaced
+            raise ConfigError(f"data.null_text_path: {error}") from error
+
+
+@dataclass(frozen=True)
+class LabelledSamples:
+    """Single samples that are good or bad; a `Reader` whose units are rows.
+
+    Args:
+        samples: reads them. good: bool [rows]. reference: see `reference_error`; None while it is being computed.
+    """
+
+    samples: FlowSamples
+    good: np.ndarray
+    reference: np.ndarray | None = None
+    unit = 1
+
+    @property
+    def shapes(self) -> np.ndarray:
+        return self.samples.shapes
+
+    @property
+    def seed(self) -> int:
+        return self.samples.seed
+
+    def name(self, unit: int) -> str:
+        """Sample id."""
+        return self.samples.name(unit)
+
+    def time(self, unit: int, visit: int) -> float:
+        """See `FlowSamples.time`."""
+        return self.samples.time(unit, visit)
+
+    def read(self, unit: int, visit: int | None) -> list[Batch]:
+        """See `FlowSamples.read`. InputError: the reference's error is not known."""
+        role = 1 if self.good[unit] else -1
+        return [with_role(sample, role, self.samples, self.reference) for sample in self.samples.read(unit, visit)]
+
+
+@dataclass(frozen=True)
+class PairSamples:
+    """Pairs of samples that share timestep, noise, caption drop and first-frame choice; a `Reader` of pairs.
+
+    Args:
+        samples: reads them. pairs: int [n, 2], rows of the better and the worse one.
+        reference: see `reference_error`; None while it is being computed.
+    """
+
+    samples: FlowSamples
+    pairs: np.ndarray
+    reference: np.ndarray | None = None
+    unit = 2
+
+    @property
+    def shapes(self) -> np.ndarray:
+        return self.samples.shapes[self.pairs[:, 0]]
+
+    @property
+    def seed(self) -> int:
+        return self.samples.seed
+
+    def name(self, unit: int) -> str:
+        """Pair id."""
+        return self.samples.index.row(int(self.pairs[unit, 0])).pair_id
+
+    def time(self, unit: int, visit: int) -> float:
+        """The timestep in [0, 1000] of a (pair, visit), without reading it."""
+        better = int(self.pairs[unit, 0])
+        return float(self.samples._time(better, self.samples.index.row(better), (self.seed, self._key(unit), visit)))
+
+    def read(self, unit: int, visit: int | None) -> list[Batch]:
+        """The better and the worse sample. SampleError, ConfigError, TrainingError: see `FlowSamples.read`.
+
+        Raises:
+            InputError: the reference's error is not known.
+        """
+        key = self._key(unit)
+        return [
+            with_role(self.samples.sample(row, visit, key), role, self.samples, self.reference)
+            for row, role in zip(self.pairs[unit].tolist(), (1, -1), strict=True)
+        ]
+
+    def _key(self, unit: int) -> str:
+        return f"pair {self.name(unit)}"
+
+
+def with_role(sample: Batch, role: int, samples: FlowSamples, reference: np.ndarray | None) -> Batch:
+    """The sample marked as better (1) or worse (−1), with the reference's error."""
+    error = 0.0
+    if reference is not None:
+        error = reference_error(reference, int(sample.row), int(sample.visit), samples)
+    return sample._replace(
+        role=torch.tensor(role, dtype=torch.int8), reference=torch.tensor(error, dtype=torch.float32)
+    )
+
+
+def reference_error(reference: np.ndarray, row: int, visit: int, samples: FlowSamples) -> float:
+    """The frozen reference's flow loss of a (row, visit).
+
+    Args:
+        reference: float64 [rows, visits], NaN where it is not known.
+
+    Raises:
+        InputError: it is not known.
+    """
+    if visit >= reference.shape[1] or np.isnan(reference[row, visit]):
+        raise InputError(
+            f"the reference's error of sample {samples.name(row)} at visit {visit} is not known, only of "
+            f"{reference.shape[1]} visits; make them with `make reference CONFIG=…` for as many steps as the run has"
+        )
+    return float(reference[row, visit])
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The readers of a run. A pick names one of them."""
+
+    readers: tuple[Reader, ...]
+
+    def __call__(self, picks: Sequence[Pick]) -> Batch:
+        """The batch of picks, all of one latent shape; see `FlowSamples.read` for the errors."""
+        return stack(sample for pick in picks for sample in self.readers[pick.source].read(pick.unit, pick.visit))
