@@ -6,14 +6,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from mugv_ds.config.deepspeed import check_deepspeed_section
 from mugv_ds.config.errors import ConfigError
-from mugv_ds.config.schema import TrainConfig
+from mugv_ds.config.schema import Section, TrainConfig
 
 Json = dict[str, Any]
 _SHOWN = 60  # characters of a wrong value that an error message repeats
@@ -162,14 +162,37 @@ def _explain(error: ValidationError, layers: list[_Layer], path: Path) -> str:
     """One line about the first wrong key, which may have broken several rules, and how many others there are."""
     by_key: dict[tuple, list[ErrorDetails]] = {}
     for details in error.errors(include_url=False):
-        # Below section and key pydantic goes on with list indices and with names of the types in a union.
-        loc = details["loc"]
-        key = (*loc[:2], *(part for part in loc[2:] if isinstance(part, int)))
+        key, _ = _resolve(details["loc"])
         by_key.setdefault(key, []).append(details)
-    key, broken = next(iter(by_key.items()))
+    # A misspelt key first: it may be why another is missing.
+    key = next((key for key, broken in by_key.items() if broken[0]["type"] == "extra_forbidden"), next(iter(by_key)))
+    broken = by_key[key]
     more = f" (and {len(by_key) - 1} more)" if len(by_key) > 1 else ""
     origin = next((layer.origin for layer in reversed(layers) if _holds(layer.values, key)), str(path))
     return f"{origin}: {_describe(key, broken)}{more}"
+
+
+def _resolve(loc: tuple) -> tuple[tuple, type[Section] | None]:
+    """The key that pydantic's `loc` is about, and the section that its last name is looked up in.
+
+    Below a key that is no section pydantic goes on with names of the types in a union, which are left out.
+    """
+    key, inside, section = [], None, TrainConfig
+    for part in loc:
+        if isinstance(part, int):
+            key.append(part)
+        elif section is not None:
+            key.append(part)
+            field, inside = section.model_fields.get(part), section
+            section = _section_in(field.annotation) if field else None
+    return tuple(key), inside
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """The section in a type such as `Section`, `Section | None` or `tuple[Section, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next(filter(None, map(_section_in, get_args(annotation))), None)
 
 
 def _holds(values: Any, key: tuple) -> bool:
@@ -195,8 +218,8 @@ def _describe(key: tuple, broken: list[ErrorDetails]) -> str:
 
 
 def _suggest(key: tuple) -> str:
-    model = TrainConfig if len(key) == 1 else TrainConfig.model_fields[key[0]].annotation
-    known = list(model.model_fields)
+    _, section = _resolve(key)
+    known = list(section.model_fields)
     prefix = "".join(f"{part}." for part in key[:-1])
     near = difflib.get_close_matches(key[-1], known, n=1)
     return f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}"
