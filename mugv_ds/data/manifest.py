@@ -10,11 +10,9 @@ import hashlib
 import itertools
 import logging
 import math
-import os
 import posixpath
 import re
 import stat
-import uuid
 from array import array
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +28,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from mugv_ds.config.errors import InputError
 from mugv_ds.config.model import LATENT_STRIDE as STRIDE
+from mugv_ds.data.atomic import write_atomically
 from mugv_ds.data.tensor_file import SampleError, UnsafeFileError, check_latent, load_tensors
 
 REQUIRED_COLUMNS = ("sample_id", "source", "latent_path", "text_feat_path")
@@ -137,8 +136,15 @@ class Index:
 
     def shapes(self) -> np.ndarray:
         """(T, H, W) of every row's latent: int32 [n, 3]; zeros where it could not be read."""
-        columns = (self._dataset.data.column(name).to_numpy() for name in _SHAPE_COLUMNS)
-        return np.stack(list(columns), axis=1)
+        return np.stack([self.column(name).to_numpy() for name in _SHAPE_COLUMNS], axis=1)
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """A column of the CSV that rows have too, memory-mapped; null where the CSV does not say.
+
+        Raises:
+            KeyError: there is no such column.
+        """
+        return self._dataset.data.column(name)
 
     def resolve(self, relative: str) -> Path:
         """The file that a row's path names; see `resolve`."""
@@ -202,14 +208,8 @@ def build_index(csv_path: str | Path, index_dir: str | Path | None = None) -> Pa
         return path
     _check(csv_path)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{path.name}.{uuid.uuid4().hex}.tmp"
-    try:
-        with temporary.open("xb") as stream:
-            _write(csv_path, stream)
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with write_atomically(path) as stream:
+        _write(csv_path, stream)
     return path
 
 

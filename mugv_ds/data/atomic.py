@@ -1,0 +1,32 @@
+"""Files that are there as a whole or not at all."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def write_atomically(path: Path) -> Iterator[BinaryIO]:
+    """A new file to write, which takes the name `path` once its content is on the disk.
+
+    If the block raises, `path` stays as it was and nothing is left; a killed process leaves a file ending in `.tmp`.
+    Several writers do no harm: the last to finish gives the content.
+
+    Args:
+        path: in a folder that exists.
+
+    Raises:
+        OSError: the file system failed.
+    """
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
