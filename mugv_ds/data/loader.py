@@ -36,6 +36,7 @@ def loader(
     make: Callable[[list[Visit]], Batch],
     sample_id: Callable[[int], str],
     num_workers: int,
+    pin: bool = False,
 ) -> Iterator[tuple[Step, list[Batch]]]:
     """Yields (step, this data rank's micro-batches) for each step of [start_step, stop_step).
 
@@ -51,6 +52,8 @@ def loader(
             this process (which may hold a CUDA context).
         sample_id: names a row, for messages.
         num_workers: processes, of one thread each; 0 reads in this one.
+        pin: hand the tensors out in pinned memory, from which copies to a CUDA device need not be waited for; where
+            there are workers, a thread of this process pins ahead of time.
 
     Raises:
         ValueError: a step cannot be split evenly.
@@ -66,7 +69,7 @@ def loader(
     while step < stop_step and failure is None:
         wanted = chain.from_iterable(micro_batches_of(ahead, index) for index in range(step, stop_step))
         try:
-            with closing(_read(wanted, make, num_workers)) as batches:
+            with closing(_read(wanted, make, num_workers, pin)) as batches:
                 while step < stop_step:
                     made = list(islice(batches, len(micro_batches_of(order, step))))
                     failure = next((item.error for item in made if isinstance(item, _Failure)), None)
@@ -112,7 +115,9 @@ class _Reader(Dataset):
             return _Failure(error)
 
 
-def _read(wanted: Iterable[list[Visit]], make: Callable[[list[Visit]], Batch], num_workers: int) -> Iterator[Batch]:
+def _read(
+    wanted: Iterable[list[Visit]], make: Callable[[list[Visit]], Batch], num_workers: int, pin: bool
+) -> Iterator[Batch]:
     """The batches that are wanted, in that order."""
     batches = iter(
         DataLoader(
@@ -123,6 +128,7 @@ def _read(wanted: Iterable[list[Visit]], make: Callable[[list[Visit]], Batch], n
             num_workers=num_workers,
             multiprocessing_context=_workers_context() if num_workers else None,
             worker_init_fn=_end_with_parent,
+            pin_memory=pin,
             generator=torch.Generator(),  # otherwise each pass would draw a seed from the ambient one
         )
     )
@@ -136,8 +142,12 @@ def _read(wanted: Iterable[list[Visit]], make: Callable[[list[Visit]], Batch], n
 
 
 def _worker_died(error: Exception) -> bool:
-    """Whether a worker is gone: DataLoader says so, or the connection broke over which it was passing a tensor."""
-    return not isinstance(error, RuntimeError) or str(error).startswith("DataLoader worker (pid")
+    """Whether a worker is gone: DataLoader says so, or the connection broke over which it was passing a tensor.
+
+    Where tensors are pinned, a thread receives them, and ends when the connection breaks.
+    """
+    signs = ("DataLoader worker (pid", "Pin memory thread exited")
+    return not isinstance(error, RuntimeError) or str(error).startswith(signs)
 
 
 def _workers_context() -> multiprocessing.context.BaseContext:
