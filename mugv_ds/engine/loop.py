@@ -19,6 +19,7 @@ from mugv_ds.engine.evaluate import sweep
 from mugv_ds.engine.feed import Batch, Feed, FlowSamples
 from mugv_ds.engine.guard import Ahead, GoBack, Guard, Taken
 from mugv_ds.engine.metrics import OptimizerProbe, Recorder, peak_tflops
+from mugv_ds.engine.profile import profiled
 from mugv_ds.engine.quarantine import Reading, Replacing
 from mugv_ds.models.flops import train_flops
 from mugv_ds.models.rope import patch_grid
@@ -112,6 +113,7 @@ class Trainer:
             peak=peak_tflops(logging, self.process.device),
         )
         position = self.guard.history.position(start)
+        self.waited = 0.0
         with closing(recorder), closing(self._readings(position, position + steps - start)) as readings:
             step, taken = start, None
             while True:
@@ -128,7 +130,8 @@ class Trainer:
                     self._validate(recorder, step)
                 if step >= steps:
                     return False
-                taken = self._train_step(step, batches, recorder)
+                with profiled(logging, step + 1, self.process):
+                    taken = self._train_step(step, batches, recorder)
                 step += 1
 
     def _due(self, done: int, every: int) -> bool:
@@ -149,6 +152,7 @@ class Trainer:
             make=Replacing(self.samples),
             sample_id=lambda row: self.train.row(row).sample_id,
             num_workers=self.config.data.num_workers,
+            pin=self.process.device.type == "cuda",
         )
         with closing(steps):
             for _, readings in steps:
