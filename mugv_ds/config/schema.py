@@ -216,6 +216,11 @@ class LoggingSection(Section):
         0, description="Steps between validations, which also come first and last; 0: only those two."
     )
     progress: bool = Field(True, description="Progress bar on rank 0.")
+    profile_step: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="Step, counted from 1, that torch.profiler watches on rank 0; 0: none. It writes the time of every "
+        "kernel to dir/profile_step_<N>.txt and a trace for chrome://tracing or Perfetto beside it.",
+    )
     peak_tflops: float | None = Field(
         None,
         gt=0,

@@ -17,6 +17,7 @@ from mugv_ds.engine.evaluate import Evaluator
 from mugv_ds.engine.feed import Feed
 from mugv_ds.engine.guard import Ahead, GoBack, Guard, Taken
 from mugv_ds.engine.metrics import OptimizerProbe, Recorder, peak_tflops
+from mugv_ds.engine.profile import profiled
 from mugv_ds.engine.quarantine import Reading, Replacing
 from mugv_ds.engine.reference import References
 from mugv_ds.engine.samples import Batch, Sources
@@ -120,6 +121,7 @@ class Trainer:
             peak=peak_tflops(logging, self.process.device),
         )
         position = self.guard.history.position(start)
+        self.waited = 0.0
         with closing(recorder), closing(self._readings(position, position + steps - start)) as readings:
             step, taken = start, None
             while True:
@@ -136,7 +138,8 @@ class Trainer:
                     self._validate(recorder, step)
                 if step >= steps:
                     return False
-                taken = self._train_step(step, batches, recorder)
+                with profiled(logging, step + 1, self.process):
+                    taken = self._train_step(step, batches, recorder)
                 step += 1
 
     def _due(self, done: int, every: int) -> bool:
@@ -155,6 +158,7 @@ class Trainer:
             make=Replacing(self.sources),
             name=lambda pick: self.sources.readers[pick.source].name(pick.unit),
             num_workers=self.config.data.num_workers,
+            pin=self.process.device.type == "cuda",
         )
         with closing(steps):
             yield from steps

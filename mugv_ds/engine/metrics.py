@@ -177,6 +177,7 @@ class Recorder:
             "speed/tokens_per_second": self._window["tokens"] / seconds,
             "speed/model_tflops_per_device": model_tflops,
             "speed/data_wait_seconds": waited,
+            "speed/data_wait_share": waited / seconds,
         }
         shown = {"loss": f"{loss:.4f}", "lr": f"{rate:.2e}"}
         if self._peak is not None:

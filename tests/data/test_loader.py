@@ -10,7 +10,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from mugv_ds.data import noise
 from mugv_ds.data.buckets import Order, micro_batches
@@ -65,13 +64,7 @@ def first_visit(index):
     return ORDER.step(index).rows[0], ORDER.step(index).visits[0]
 
 
-@pytest.fixture
-def impatient(monkeypatch):
-    """Seconds between looks at the workers: 5, fixed when torch is imported."""
-    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.5,))
-
-
-def read(start, stop, *, workers=0, rank=0, ranks=1, micro=1, make=draw):
+def read(start, stop, *, workers=0, rank=0, ranks=1, micro=1, make=draw, pin=False):
     return loader(
         ORDER,
         start_step=start,
@@ -82,6 +75,7 @@ def read(start, stop, *, workers=0, rank=0, ranks=1, micro=1, make=draw):
         make=make,
         sample_id="row-{}".format,
         num_workers=workers,
+        pin=pin,
     )
 
 
