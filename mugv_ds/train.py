@@ -26,7 +26,7 @@ def train(config: TrainConfig) -> int:
     # Imported here, so that a wrong command line or config answers at once.
     import torch.distributed as dist
 
-    from mugv_ds.checkpoint.hf import load_into, weights_digest
+    from mugv_ds.checkpoint.start import find_start, load_into, start_digest
     from mugv_ds.checkpoint.store import Store
     from mugv_ds.engine.build import build_engine, start_process
     from mugv_ds.engine.ema import PowerEma
@@ -38,6 +38,7 @@ def train(config: TrainConfig) -> int:
     process = start_process(config)
     manifests = open_manifests(config, process.first_then_all)
     init = config.checkpoint.init_from
+    init = init and process.first(lambda: str(find_start(init)))
     weights = init and partial(load_into, init, config.model.dit())
     engine = build_engine(config, process, shape=manifests.typical_shape, weights=weights)
     store = Store(config, process, engine, manifests.digest(config))
@@ -46,7 +47,7 @@ def train(config: TrainConfig) -> int:
     try:
         references = References()
         if config.preference is not None:  # while the weights are those of the reference
-            digest = process.agreement.values(weights_digest(config) if process.rank == 0 else None)[0]
+            digest = process.first(lambda: start_digest(init, config))
             references = ReferenceModel(config, process, engine, manifests).references(digest)
         start = store.restore()
         if process.rank == 0:

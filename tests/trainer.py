@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from deepspeed.utils import safe_get_full_optimizer_state
 
-from mugv_ds.checkpoint.hf import weights_digest
+from mugv_ds.checkpoint.start import start_digest
 from mugv_ds.config import load_config
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.engine.build import build_engine, start_process
@@ -18,7 +18,8 @@ from tests.parallel.test_layouts import perturb
 
 
 class NoStore:
-    state: dict = {}
+    def __init__(self) -> None:
+        self.state = {}
 
 
 class TestTrainer(Trainer):
@@ -32,7 +33,7 @@ class TestTrainer(Trainer):
         engine = build_engine(config, process, manifests.typical_shape, weights=perturb)
         self.references = References()
         if config.preference is not None:
-            self.references = ReferenceModel(config, process, engine, manifests).references(weights_digest(config))
+            self.references = ReferenceModel(config, process, engine, manifests).references(start_digest(None, config))
         super().__init__(
             config,
             process,

@@ -23,7 +23,7 @@ def write(config: TrainConfig) -> None:
     # Imported here, so that a wrong command line or config answers at once.
     import torch.distributed as dist
 
-    from mugv_ds.checkpoint.hf import load_into, weights_digest
+    from mugv_ds.checkpoint.start import find_start, load_into, start_digest
     from mugv_ds.engine.build import build_engine, start_process
     from mugv_ds.engine.reference import ReferenceModel
     from mugv_ds.engine.streams import open_manifests
@@ -31,9 +31,10 @@ def write(config: TrainConfig) -> None:
     process = start_process(config)
     manifests = open_manifests(config, process.first_then_all)
     init = config.checkpoint.init_from
+    init = init and process.first(lambda: str(find_start(init)))
     weights = init and partial(load_into, init, config.model.dit())
     engine = build_engine(config, process, shape=manifests.typical_shape, weights=weights)
-    digest = process.agreement.values(weights_digest(config) if process.rank == 0 else None)[0]
+    digest = process.first(lambda: start_digest(init, config))
     for line in ReferenceModel(config, process, engine, manifests).write(digest):
         if process.rank == 0:
             print(line, flush=True)

@@ -30,8 +30,8 @@ class _Layer:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Reads the config at `path`, puts `overrides` on top and checks the result.
 
-    A file may name another one, relative to itself, as `"extends"`; the other's values come first. Objects merge key
-    by key, everything else is replaced.
+    A file may name another one, relative to itself, as `"extends"`, or a list of them; their values come first, in that
+    order. Objects merge key by key, everything else is replaced.
 
     Args:
         path: JSON file.
@@ -41,7 +41,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         ConfigError: anything is wrong with a file, a key or a value; one line that names file (or override) and key.
     """
     path = Path(path)
-    layers = [*_read_chain(path), *(_read_override(text) for text in overrides)]
+    layers = [*_read_chain(path, str(path)), *(_read_override(text) for text in overrides)]
     merged: Json = {}
     for layer in layers:
         _refuse_non_finite(layer)
@@ -57,24 +57,25 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     return config
 
 
-def _read_chain(path: Path) -> list[_Layer]:
-    """The file at `path` and those that it extends, the outermost base first."""
-    layers: list[_Layer] = []
-    seen: set[Path] = set()
-    origin = str(path)
-    current: Path | None = path
-    while current is not None:
-        values = _read_file(current, origin)
-        if current.resolve() in seen:
-            raise ConfigError(f"{origin}: {current} is extended in a circle; remove one of the links")
-        seen.add(current.resolve())
-        base = values.pop("extends", None)
-        if base is not None and not isinstance(base, str):
-            raise ConfigError(f"{current}: extends = {_show(base)}: must be the path of a JSON file")
-        layers.append(_Layer(str(current), values))
-        origin = f"{current}: extends"
-        current = None if base is None else current.parent / base
-    return layers[::-1]
+def _read_chain(path: Path, origin: str, above: tuple[Path, ...] = ()) -> list[_Layer]:
+    """The file at `path` and those that it extends, what comes first first.
+
+    Args:
+        origin: who asked for it. above: the files that extend it.
+    """
+    values = _read_file(path, origin)
+    if path.resolve() in above:
+        raise ConfigError(f"{origin}: {path} is extended in a circle; remove one of the links")
+    bases = values.pop("extends", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: extends = {_show(bases)}: must be the path of a JSON file, or a list of such")
+    layers = [
+        layer
+        for base in bases
+        for layer in _read_chain(path.parent / base, f"{path}: extends", (*above, path.resolve()))
+    ]
+    return [*layers, _Layer(str(path), values)]
 
 
 def _read_file(path: Path, origin: str) -> Json:

@@ -80,7 +80,8 @@ class GroupSection(Section):
     frames: tuple[Positive, Positive] | None = Field(None, description="Only latents with from … to frames.")
     share: tuple[tuple[Annotated[int, Field(ge=0)], Share], ...] = Field(
         description="Share of the samples as points [step, share], linear in between and constant outside; shares are "
-        "taken relative to those of the other groups."
+        "taken relative to those of the other groups. The source says that images give way to clips and 2 s to 5 s, "
+        "not how fast: the shares of the configs are ours."
     )
 
     @model_validator(mode="after")
@@ -131,7 +132,9 @@ class FlowSection(Section):
         0.1, description="Share of samples trained without caption. Ours: 0.1 as in Ho & Salimans 2022; unpublished."
     )
     first_frame_share: Share = Field(
-        0.0, description="Share of clips whose first latent frame is given clean (image-to-video). Ours; unpublished."
+        0.0,
+        description="Share of clips whose first latent frame is given clean (image-to-video). The source has it in "
+        "stages 2 and 3 and gives no value; 0.3 in the configs is ours.",
     )
 
 
@@ -149,7 +152,13 @@ class ParallelSection(Section):
 
 
 class OptimizerSection(Section):
-    lr: float = Field(1e-5, gt=0, description="Peak learning rate of AdamW (published default 1e-5).")
+    lr: float = Field(
+        1e-5,
+        gt=0,
+        description="Peak learning rate of AdamW; 1e-5 is the published trainer's default, that of stage 3 "
+        "and SFT. The source gives none by stage: 1e-4 in stages 1 and 2 is that of DiT (Peebles & Xie 2023), 1e-6 for "
+        "preferences is ours.",
+    )
     betas: tuple[Share, Share] = Field((0.9, 0.999), description="AdamW moment decay.")
     eps: float = Field(1e-10, gt=0, description="AdamW epsilon (published default 1e-10).")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
@@ -205,7 +214,9 @@ class CheckpointSection(Section):
         False, description="Resume although the data's manifest, data.seed or data.global_batch_size have changed."
     )
     init_from: str | None = Field(
-        None, description="Published-format weights to start from (.pt, .safetensors or folder)."
+        None,
+        description="Weights to start from, with a fresh schedule: published-format ones (.pt, .safetensors, folder), "
+        "or a run's checkpoints, of which the newest is taken.",
     )
 
 

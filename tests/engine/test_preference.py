@@ -1,8 +1,6 @@
 """DPO and KTO in the engine: the objective's own gradient under every layout, and references however they come."""
 
 import csv
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,9 +14,8 @@ from mugv_ds.models.dit import init_weights
 from mugv_ds.objectives.flow import flow_loss
 from mugv_ds.objectives.preference import dpo_loss, kto_loss, reference_point
 from tests import trainer
-from tests.dataset import CHANNELS, write_config, write_dataset
-from tests.distributed import free_port, run_ranks
-from tests.launcher import ROOT
+from tests.dataset import write_config, write_dataset
+from tests.distributed import run_ranks
 from tests.parallel.test_layouts import perturb
 
 SHAPES = [(2, 4, 6), (1, 4, 4)]
