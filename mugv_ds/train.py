@@ -32,12 +32,15 @@ def train(config: TrainConfig) -> int:
     from mugv_ds.engine.build import build_engine, start_process
     from mugv_ds.engine.ema import PowerEma
     from mugv_ds.engine.loop import Trainer
+    from mugv_ds.engine.preview import Previews
     from mugv_ds.engine.signals import STOPPED
+    from mugv_ds.sample import sample_latents
 
     process = start_process(config)
-    training, validation = (
+    prompts = config.preview.manifest if config.preview.every else None
+    training, validation, previewed = (
         path and process.first_then_all(partial(open_index, path, config.data.index_dir))
-        for path in (config.data.manifest, config.data.val_manifest)
+        for path in (config.data.manifest, config.data.val_manifest, prompts)
     )
     init = config.checkpoint.init_from
     engine = build_engine(
@@ -46,6 +49,7 @@ def train(config: TrainConfig) -> int:
         shape=tuple(training.shapes().max(axis=0).tolist()),
         weights=init and partial(load_into, init, config.model.dit()),
     )
+    previews = previewed and Previews(config, process, engine.module, previewed, sample_latents)
     store = Store(config, process, engine, training.digest)
     ema = PowerEma([fragment.tensors["weight"] for fragment in store.fragments], config.ema.sigma_rel)
     store.extra_kinds = ema.averages
@@ -54,7 +58,16 @@ def train(config: TrainConfig) -> int:
         if process.rank == 0:
             fresh = f"starting fresh, from {init or 'initial weights'}"
             print(f"going on after step {start}" if start else fresh, flush=True)
-        trainer = Trainer(config, process, engine, train=training, validation=validation, ema=ema, store=store)
+        trainer = Trainer(
+            config,
+            process,
+            engine,
+            train=training,
+            validation=validation,
+            ema=ema,
+            store=store,
+            previews=previews,
+        )
         stopped = trainer.run(start)
     finally:
         store.close()

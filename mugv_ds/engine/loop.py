@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from mugv_ds.engine.evaluate import sweep
 from mugv_ds.engine.feed import Batch, Feed, FlowSamples
 from mugv_ds.engine.guard import Ahead, GoBack, Guard, Taken
 from mugv_ds.engine.metrics import OptimizerProbe, Recorder, peak_tflops
+from mugv_ds.engine.preview import Previews
 from mugv_ds.engine.quarantine import Reading, Replacing
 from mugv_ds.models.flops import train_flops
 from mugv_ds.models.rope import patch_grid
@@ -48,6 +50,7 @@ class Trainer:
         train: the training manifest. validation: the held-out one, or None.
         ema: averages of the weights, which take in those of every step that was applied.
         store: saves when a checkpoint is due, and holds the state that the run goes on from.
+        previews: writes videos when they are due; None: there are none.
     """
 
     def __init__(
@@ -60,9 +63,10 @@ class Trainer:
         validation: Index | None,
         ema: PowerEma,
         store: Checkpoints,
+        previews: Previews | None = None,
     ) -> None:
         self.config, self.process, self.engine = config, process, engine
-        self.ema, self.store = ema, store
+        self.ema, self.store, self.previews = ema, store, previews
         self.dit = config.model.dit()
         self.accumulation = gradient_accumulation(config, process.layout.data)
         self.order = Order(train.shapes(), config.data.global_batch_size, config.data.seed)
@@ -126,6 +130,10 @@ class Trainer:
                     return True
                 if self._due(step, logging.eval_every or steps) if taken else step < steps:
                     self._validate(recorder, step)
+                # Also where the run goes on from: TensorBoard drops what was written at that step.
+                if self.previews is not None and step and self._due(step, self.config.preview.every):
+                    with recorder.excluded():
+                        self.previews.write(step, recorder, partial(self.guard.alive, step))
                 if step >= steps:
                     return False
                 taken = self._train_step(step, batches, recorder)
