@@ -239,6 +239,34 @@ class LoggingSection(Section):
     )
 
 
+class PreviewSection(Section):
+    every: Annotated[int, Field(ge=0)] = Field(
+        0, description="Steps between previews; the last step has some too. 0: none at all."
+    )
+    manifest: str | None = Field(
+        None,
+        description="CSV whose first rows are previewed: their text features, size, fps and caption. Its folder also "
+        "holds data.null_text_path, which guidance subtracts. Required when preview.every > 0.",
+    )
+    count: Positive = Field(4, description="Rows that are previewed.")
+    steps: Positive = Field(25, description="Evaluations of the model for each video.")
+    guidance: float = Field(4.0, ge=0, description="Weight of the caption against the negative prompt.")
+    first_frame: bool = Field(
+        False, description="Give the first latent frame of the row clean (image-to-video); images are not concerned."
+    )
+    codec: str | None = Field(
+        None, description="The codec's safetensors, which make pixels; by default the latents are written."
+    )
+    dir: str | None = Field(None, description="Folder of the videos. Required when preview.every > 0.")
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> "PreviewSection":
+        for name in ("manifest", "dir"):
+            if self.every and getattr(self, name) is None:
+                raise ValueError(f"preview.{name}: required when preview.every > 0; give it, or set preview.every to 0")
+        return self
+
+
 class GuardSection(Section):
     """What keeps a run alive and what ends it. All values are ours: the source gives none."""
 
@@ -344,6 +372,7 @@ class TrainConfig(Section):
     ema: EmaSection = EmaSection()
     checkpoint: CheckpointSection
     logging: LoggingSection
+    preview: PreviewSection = PreviewSection()
     guard: GuardSection = GuardSection()
     preference: PreferenceSection | None = None
     deepspeed: dict[str, Any] = Field(
@@ -383,6 +412,8 @@ class TrainConfig(Section):
             raise ValueError(
                 "data.null_text_path: required when flow.caption_drop > 0; name the features or set it to 0"
             )
+        if self.preview.every and self.data.null_text_path is None:
+            raise ValueError("data.null_text_path: required when preview.every > 0; name the features or set it to 0")
         return self
 
 
