@@ -1,5 +1,5 @@
 # Everything runs inside .venv, which `make install` creates.
-# Variables: CONFIG, PRESET, SET, HOSTFILE, CKPT, WEIGHTS, OUT, GAMMA, FORMAT, DTYPE, NOISE, PYTHON.
+# Variables: CONFIG, PRESET, SET, RANKS, STEPS, HOSTFILE, CKPT, WEIGHTS, OUT, GAMMA, FORMAT, DTYPE, NOISE, PYTHON.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,8 +13,8 @@ LAUNCH = $(BIN)/python tools/check_hostfile.py $(HOSTFILE) && $(BIN)/deepspeed -
 	--node_rank 0 --master_addr 127.0.0.1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart demo-data train dry-run convert-hf import-hf widen sample test test-long reliability-report lint \
-	clean
+.PHONY: help install quickstart demo-data train dry-run balance convert-hf import-hf widen sample test test-long \
+	reliability-report lint clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,10 @@ ensemble: install  ## Average a run's checkpoints CKPT, decaying by GAMMA into t
 
 dry-run: install  ## Print what CONFIG would run, without starting it
 	$(BIN)/python mugv_ds/train.py --dry-run --config $(CONFIG) $(addprefix --set ,$(SET))
+
+balance: install  ## Print how evenly CONFIG loads RANKS data ranks, and how much its steps differ
+	$(BIN)/python tools/balance.py --config $(CONFIG) $(addprefix --data-ranks ,$(RANKS)) $(addprefix --steps ,$(STEPS)) \
+		$(addprefix --set ,$(SET))
 
 convert-hf: install  ## Write checkpoint CKPT as published-format weights to OUT (FORMAT=pt, bin or safetensors)
 	@test -n "$(CKPT)" -a -n "$(OUT)" || { echo "usage: make convert-hf CKPT=runs/…/checkpoints OUT=exports/…"; exit 2; }

@@ -109,6 +109,9 @@ class Plan:
         streams: what is played. seed: of every order.
         companion: what comes along with each step.
 
+    Attributes:
+        streams, companion: as given. mean_samples: of the steps of each stream, without companions.
+
     Raises:
         ConfigError: a stream has no readable unit, or no companion has the shape of some unit.
     """
@@ -121,10 +124,10 @@ class Plan:
         self._orders = [
             Order(stream.shapes, {shape: size.step for shape, size in stream.sizes.items()}, seed) for stream in streams
         ]
-        self._mixture = Mixture(
-            [stream.share for stream in streams],
-            [stream.unit * order.samples_per_step for stream, order in zip(streams, self._orders, strict=True)],
-        )
+        self.mean_samples = [
+            stream.unit * order.samples_per_step for stream, order in zip(streams, self._orders, strict=True)
+        ]
+        self._mixture = Mixture([stream.share for stream in streams], self.mean_samples)
         if companion is not None:
             self._companions = dict(zip(*group_by_shape(companion.shapes), strict=True))
             for shape in sorted({shape for stream in streams for shape in stream.sizes}):
@@ -133,6 +136,10 @@ class Plan:
                         f"data.manifest: no SFT sample has latents of {'×'.join(map(str, shape))}, as preference "
                         "samples have; add some, or set preference.sft_weight to 0"
                     )
+
+    def turn(self, position: int) -> int:
+        """Number of the stream that plays at a position."""
+        return self._mixture.turn(position)[0]
 
     def step(self, position: int) -> PlannedStep:
         """The step at a position; any order of calls gives the same steps."""

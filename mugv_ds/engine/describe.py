@@ -10,7 +10,7 @@ from mugv_ds.config.model import DiTConfig
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.data.buckets import group_by_shape
 from mugv_ds.data.manifest import Shape
-from mugv_ds.data.plan import Stream
+from mugv_ds.data.plan import Plan, Stream
 from mugv_ds.engine.samples import Sources
 from mugv_ds.engine.streams import flow_reader, make_plan, open_manifests, preference_reader
 from mugv_ds.models.dit import Embedders
@@ -31,7 +31,7 @@ def layer_parameters(config: DiTConfig) -> list[int]:
     return [embed, *[block] * config.depth, final]
 
 
-class _Bucket(NamedTuple):
+class Bucket(NamedTuple):
     """The steps of one latent shape of a stream. units: in the stream. samples: of a step, without companions."""
 
     stream: str
@@ -43,16 +43,19 @@ class _Bucket(NamedTuple):
     accumulation: int
 
     @classmethod
-    def of(cls, stream: Stream, shape: Shape, layout: Layout) -> "_Bucket":
+    def of(cls, stream: Stream, shape: Shape, data_ranks: int) -> "Bucket":
         size = stream.sizes[shape]
         units = int((stream.shapes == shape).all(axis=1).sum())
         samples, micro = stream.unit * size.step, stream.unit * size.micro
         tokens = patch_grid(*shape).tokens
-        return cls(stream.name, shape, units, tokens, samples, micro, samples // micro // layout.data)
+        return cls(stream.name, shape, units, tokens, samples, micro, samples // micro // data_ranks)
 
 
-def _shapes(stream: Stream) -> list[Shape]:
-    return group_by_shape(stream.shapes)[0]
+def buckets_of(plan: Plan, data_ranks: int) -> list[Bucket]:
+    """By stream and shape."""
+    return [
+        Bucket.of(stream, shape, data_ranks) for stream in plan.streams for shape in group_by_shape(stream.shapes)[0]
+    ]
 
 
 def describe(config: TrainConfig, world_size: int | None) -> str:
@@ -81,7 +84,7 @@ def describe(config: TrainConfig, world_size: int | None) -> str:
         f"× pipeline {layout.pipeline}",
         f"parameters: {sum(parameters):,} ({config.model.preset}, {config.model.precision})",
     ]
-    buckets = [_Bucket.of(stream, shape, layout) for stream in plan.streams for shape in _shapes(stream)]
+    buckets = buckets_of(plan, layout.data)
     for stage, (first, last) in enumerate(pairwise(boundaries)):
         here = sum(parameters[first:last])
         line = f"  stage {stage}: layers {first}–{last - 1}, {here:,} parameters"

@@ -123,11 +123,11 @@ def make_plan(config: TrainConfig, manifests: Manifests, readers: Sources, data_
     load, data, preference = workload(config, data_ranks), config.data, config.preference
     flows, *annotated = readers.readers
     if preference is None:
-        sizes = sizes_of(config, flows, load)
         groups = group_shapes(manifests.train, data.mixture) if data.mixture else [flows.shapes]
         named = [(group.name, group.share) for group in data.mixture] or [(_ALONE, ((0, 1.0),))]
         streams = [
-            Stream(name, 0, shapes, sizes, share=share) for (name, share), shapes in zip(named, groups, strict=True)
+            Stream(name, 0, shapes, batch_sizes(group_by_shape(shapes)[0], data, load), share=share)
+            for (name, share), shapes in zip(named, groups, strict=True)
         ]
         return Plan(streams, data.seed)
     companion = Companion(0, flows.shapes, preference.sft_ratio) if preference.sft_weight > 0 else None

@@ -4,19 +4,21 @@ from itertools import chain, pairwise
 import numpy as np
 import pytest
 
-from mugv_ds.data.buckets import Order, micro_batches
+from mugv_ds.data.buckets import Order, group_by_shape
 
 SHAPES = [(1, 45, 80), (6, 45, 80), (15, 90, 160)]
 EPOCHS = 40
 PINNED = (1, (6, 45, 80), (15, 7, 2, 1), (1, 1, 1, 1))
 GRID = [
-    # rows per bucket, global batch size, seed
-    ((8,), 4, 0),
-    ((7, 9), 4, 1),
-    ((1,), 4, 2),
-    ((1, 3, 50), 8, 3),
-    ((5, 2, 13), 1, 4),
-    ((2, 3), 64, 5),
+    # rows per bucket, global batch size of each, seed
+    ((8,), (4,), 0),
+    ((7, 9), (4, 4), 1),
+    ((1,), (4,), 2),
+    ((1, 3, 50), (8, 8, 8), 3),
+    ((5, 2, 13), (1, 1, 1), 4),
+    ((2, 3), (64, 64), 5),
+    ((40, 7, 3), (24, 4, 1), 6),
+    ((3, 50, 9), (64, 1, 8), 7),
 ]
 
 
@@ -26,8 +28,8 @@ def mixed(sizes):
     return shapes[np.argsort(np.arange(len(shapes)) * 7 % 11, kind="stable")]
 
 
-def order(sizes, batch, seed=0):
-    return Order(mixed(sizes), batch, seed)
+def order(sizes, batches, seed=0):
+    return Order(mixed(sizes), dict(zip(SHAPES, batches, strict=False)), seed)
 
 
 def steps_of(o, epochs):
@@ -38,41 +40,63 @@ def steps_of(o, epochs):
     return steps
 
 
-@pytest.mark.parametrize(("sizes", "batch", "seed"), GRID)
-def test_every_row_once_per_visit(sizes, batch, seed):
-    steps = steps_of(order(sizes, batch, seed), EPOCHS)
+def assert_every_row_once_per_visit(o, shapes, batches, epochs):
+    """Also that nothing is lost to rounding: what is still to come fills less than a step of the bucket."""
+    steps = steps_of(o, epochs)
     seen = Counter(chain.from_iterable(zip(s.rows, s.visits, strict=True) for s in steps))
     assert set(seen.values()) == {1}
-    # Nothing is lost to rounding: what is still to come fills less than a step of the bucket.
-    assert len(seen) == sum(EPOCHS * size // batch * batch for size in sizes)
-    complete = (EPOCHS * min(sizes) - batch) // min(sizes)  # visits that every bucket has been through
-    rows = sum(sizes)
-    per_visit = Counter(visit for _, visit in seen)
-    assert [per_visit[visit] for visit in range(complete)] == [rows] * max(complete, 0)
+    for shape, rows in zip(*group_by_shape(shapes), strict=True):
+        played = epochs * len(rows) // batches[shape] * batches[shape]
+        per_visit = Counter(visit for row, visit in seen if tuple(shapes[row]) == shape)
+        full, rest = divmod(played, len(rows))
+        assert per_visit == Counter({v: n for v, n in enumerate([len(rows)] * full + [rest]) if n}), shape
+    assert {row for row, _ in seen} <= set(np.flatnonzero(shapes.any(axis=1)).tolist())
 
 
-@pytest.mark.parametrize(("sizes", "batch", "seed"), GRID)
-def test_steps_have_one_shape_and_full_size_and_epochs_follow_each_other(sizes, batch, seed):
-    shapes, o = mixed(sizes), order(sizes, batch, seed)
+@pytest.mark.parametrize(("sizes", "batches", "seed"), GRID)
+def test_every_row_once_per_visit(sizes, batches, seed):
+    assert_every_row_once_per_visit(
+        order(sizes, batches, seed), mixed(sizes), dict(zip(SHAPES, batches, strict=False)), EPOCHS
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_every_row_once_per_visit_of_random_sets(seed):
+    """Random shapes, some unreadable rows, and a batch size of its own for each shape."""
+    random = np.random.default_rng(seed)
+    shapes = random.integers(0, 3, size=(random.integers(20, 120), 3), dtype=np.int32)
+    shapes[~shapes.all(axis=1)] = 0
+    batches = {shape: int(random.integers(1, 40)) for shape in group_by_shape(shapes)[0]}
+    assert_every_row_once_per_visit(Order(shapes, batches, seed), shapes, batches, 12)
+
+
+@pytest.mark.parametrize(("sizes", "batches", "seed"), GRID)
+def test_steps_have_one_shape_and_full_size_and_epochs_follow_each_other(sizes, batches, seed):
+    shapes, o, of = mixed(sizes), order(sizes, batches, seed), dict(zip(SHAPES, batches, strict=False))
     steps = [o.step(i) for i in range(60)]
     assert [s.index for s in steps] == list(range(60))
     for s in steps:
-        assert len(s.rows) == len(s.visits) == batch
+        assert len(s.rows) == len(s.visits) == of[s.shape]
         assert {tuple(shapes[row]) for row in s.rows} == {s.shape}
     assert all(a.epoch <= b.epoch for a, b in pairwise(steps))
     for epoch in {s.epoch for s in steps[:-1]} - {steps[-1].epoch}:
-        expected = sum((epoch + 1) * n // batch - epoch * n // batch for n in sizes)
+        expected = sum((epoch + 1) * n // batch - epoch * n // batch for n, batch in zip(sizes, batches, strict=True))
         assert sum(s.epoch == epoch for s in steps) == expected
 
 
+def test_the_mean_step_is_that_of_an_epoch():
+    o = order((40, 24), (8, 3))
+    assert o.samples_per_step == np.mean([len(s.rows) for s in steps_of(o, 1)]) == 64 / 13
+
+
 def test_any_order_of_lookups_gives_the_same_steps():
-    forward = [order((7, 9, 2), 4).step(i) for i in range(30)]
-    one = order((7, 9, 2), 4)
+    forward = [order((7, 9, 2), (4, 8, 1)).step(i) for i in range(30)]
+    one = order((7, 9, 2), (4, 8, 1))
     assert [one.step(i) for i in reversed(range(30))] == forward[::-1]
 
 
 def test_seed_and_epoch_change_the_order():
-    a, b = order((64,), 4, 0), order((64,), 4, 1)
+    a, b = order((64,), (4,), 0), order((64,), (4,), 1)
     rows = [[o.step(i).rows for i in range(16)] for o in (a, b)]
     assert rows[0] != rows[1]
     assert [a.step(16 + i).rows for i in range(16)] != rows[0]
@@ -80,34 +104,18 @@ def test_seed_and_epoch_change_the_order():
 
 
 def test_buckets_are_mixed_within_an_epoch():
-    shapes = [order((40, 40), 4).step(i).shape for i in range(20)]
+    shapes = [order((40, 40), (4, 4)).step(i).shape for i in range(20)]
     assert sum(a != b for a, b in pairwise(shapes)) > 3
 
 
 def test_order_is_pinned():
     """A change here, as by a new release of numpy, changes what resumed runs read."""
-    step = order((7, 9), 4, 6309).step(5)
+    step = order((7, 9), (4, 4), 6309).step(5)
     assert (step.epoch, step.shape, step.rows, step.visits) == PINNED
 
 
 def test_unreadable_rows_are_left_out():
     shapes = np.array([SHAPES[0], (0, 0, 0), SHAPES[0]], dtype=np.int32)
-    assert {row for i in range(6) for row in Order(shapes, 2, 0).step(i).rows} == {0, 2}
+    assert {row for i in range(6) for row in Order(shapes, {SHAPES[0]: 2}, 0).step(i).rows} == {0, 2}
     with pytest.raises(ValueError, match="no row"):
-        Order(np.zeros((3, 3), np.int32), 2, 0)
-
-
-@pytest.mark.parametrize(("ranks", "micro"), [(1, 1), (1, 8), (2, 1), (2, 2), (4, 2), (8, 1)])
-def test_ranks_partition_the_step(ranks, micro):
-    step = order((20,), 8).step(3)
-    shares = [micro_batches(step, rank, ranks, micro) for rank in range(ranks)]
-    assert {len(batch) for share in shares for batch in share} == {micro}
-    assert {len(share) for share in shares} == {8 // ranks // micro}
-    together = list(chain.from_iterable(chain.from_iterable(shares)))
-    assert together == list(zip(step.rows, step.visits, strict=True))
-
-
-@pytest.mark.parametrize(("ranks", "micro"), [(3, 1), (2, 3), (1, 16)])
-def test_uneven_split_is_refused(ranks, micro):
-    with pytest.raises(ValueError, match=rf"global_batch_size = 8: must be a multiple of {ranks} data ranks"):
-        micro_batches(order((20,), 8).step(0), 0, ranks, micro)
+        Order(np.zeros((3, 3), np.int32), {}, 0)

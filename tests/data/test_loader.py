@@ -12,23 +12,33 @@ import pytest
 import torch
 
 from mugv_ds.data import noise
-from mugv_ds.data.buckets import Order, micro_batches
+from mugv_ds.data.budget import BatchSize
 from mugv_ds.data.loader import loader
+from mugv_ds.data.plan import Plan, Stream
 from mugv_ds.data.sample import SampleError
 
-ORDER = Order(np.array([(1, 4, 4)] * 7 + [(2, 4, 4)] * 6, dtype=np.int32), 4, 0)
+SHAPES = np.array([(1, 4, 4)] * 7 + [(2, 4, 4)] * 6, dtype=np.int32)
+
+
+def plan(micro):
+    """Steps of four samples of one shape and of eight of the other, in micro-batches of `micro`."""
+    sizes = {(1, 4, 4): BatchSize(4, micro), (2, 4, 4): BatchSize(8, micro)}
+    return Plan([Stream("train", 0, SHAPES, sizes)], 0)
+
+
+PLAN = plan(1)
 WORKERS = [0, 2]
 
 
-def draw(visits):
-    """A batch as training makes them: rows, visits, and noise keyed by both."""
+def draw(picks):
+    """A batch as training makes them: picks, and noise keyed by them."""
     return {
-        "visits": torch.tensor(visits),
-        "noise": torch.stack([noise.gaussian(0, str(row), visit, (3,)) for row, visit in visits]),
+        "picks": torch.tensor(picks),
+        "noise": torch.stack([noise.gaussian(0, str(row), visit, (3,)) for _, row, visit in picks]),
     }
 
 
-def threads(visits):
+def threads(picks):
     torch.rand(1)
     return torch.tensor([torch.get_num_threads(), torch.cuda.is_initialized()])
 
@@ -37,53 +47,51 @@ def threads(visits):
 class FailAt:
     row: int
 
-    def __call__(self, visits):
-        if self.row in [row for row, _ in visits]:
+    def __call__(self, picks):
+        if self.row in [pick.unit for pick in picks]:
             raise SampleError(f"data/x.pt: row {self.row} is bad")
-        return draw(visits)
+        return draw(picks)
 
 
 @dataclass(frozen=True)
 class DieAt:
-    """Kills its own process at each of `visits`: the first time, or always if not `once`."""
+    """Kills its own process at each of `picks`: the first time, or always if not `once`."""
 
-    visits: tuple
+    picks: tuple
     folder: Path
     once: bool
 
-    def __call__(self, visits):
-        for visit in set(visits) & set(self.visits):
-            sentinel = self.folder / str(visit)
+    def __call__(self, picks):
+        for pick in set(picks) & set(self.picks):
+            sentinel = self.folder / str(pick)
             if not (self.once and sentinel.exists()):
                 sentinel.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-        return draw(visits)
+        return draw(picks)
 
 
-def first_visit(index):
-    return ORDER.step(index).rows[0], ORDER.step(index).visits[0]
+def first_pick(index):
+    return PLAN.step(index).picks[0]
 
 
 def read(start, stop, *, workers=0, rank=0, ranks=1, micro=1, make=draw, pin=False):
+    steps = plan(micro)
     return loader(
-        ORDER,
+        lambda index: steps.step(index).micro_batches(rank, ranks),
         start_step=start,
         stop_step=stop,
-        data_rank=rank,
-        data_ranks=ranks,
-        micro=micro,
         make=make,
-        sample_id="row-{}".format,
+        name=lambda pick: f"row-{pick.unit}",
         num_workers=workers,
         pin=pin,
     )
 
 
 def plain(steps):
-    return [(step, [(b["visits"].tolist(), b["noise"].tolist()) for b in batches]) for step, batches in steps]
+    return [[(batch["picks"].tolist(), batch["noise"].tolist()) for batch in batches] for batches in steps]
 
 
-EXPECTED = plain((ORDER.step(i), [draw(b) for b in micro_batches(ORDER.step(i), 0, 1, 1)]) for i in range(12))
+EXPECTED = plain([draw([pick]) for pick in PLAN.step(i).picks] for i in range(12))
 
 
 @pytest.mark.parametrize("workers", WORKERS)
@@ -96,10 +104,11 @@ def test_resuming_is_going_on(workers, start):
 def test_ranks_share_each_step(ranks, micro):
     by_rank = [list(read(0, 6, rank=rank, ranks=ranks, micro=micro)) for rank in range(ranks)]
     for index, shares in enumerate(zip(*by_rank, strict=True)):
-        step = ORDER.step(index)
-        assert all(got == step and len(batches) == 4 // ranks // micro for got, batches in shares)
-        together = torch.cat([batch["visits"] for _, batches in shares for batch in batches])
-        assert together.tolist() == [list(pair) for pair in zip(step.rows, step.visits, strict=True)]
+        picks = PLAN.step(index).picks
+        assert {len(batch["picks"]) for batches in shares for batch in batches} == {micro}
+        assert {len(batches) for batches in shares} == {len(picks) // ranks // micro}
+        together = torch.cat([batch["picks"] for batches in shares for batch in batches])
+        assert together.tolist() == [list(pick) for pick in picks]
 
 
 def test_nothing_to_read():
@@ -115,34 +124,36 @@ def test_ambient_random_state_is_left_alone(workers):
 
 
 def test_workers_have_one_thread_and_no_cuda():
-    assert [batch.tolist() for _, batches in read(0, 1, workers=1, make=threads) for batch in batches] == [[1, 0]] * 4
+    assert [batch.tolist() for batches in read(0, 1, workers=1, make=threads) for batch in batches] == [[1, 0]] * len(
+        PLAN.step(0).picks
+    )
 
 
 @pytest.mark.parametrize("workers", WORKERS)
 def test_an_error_keeps_its_class_and_message(workers):
-    bad = ORDER.step(2).rows[1]
+    bad = PLAN.step(2).picks[1].unit
     with pytest.raises(SampleError, match=rf"data/x\.pt: row {bad} is bad"):
         list(read(0, 4, workers=workers, make=FailAt(bad)))
 
 
 def test_killed_workers_are_replaced(tmp_path, caplog, impatient):
     """One restart is allowed in a row: two, with steps in between, are not too many."""
-    killers = (first_visit(3), first_visit(8))
+    killers = (first_pick(3), first_pick(8))
     with caplog.at_level(logging.WARNING):
         assert plain(read(0, 12, workers=2, make=DieAt(killers, tmp_path, once=True))) == EXPECTED
-    assert {path.name for path in tmp_path.iterdir()} == {str(visit) for visit in killers}
+    assert {path.name for path in tmp_path.iterdir()} == {str(pick) for pick in killers}
     assert len(caplog.records) == 2
     for record in caplog.records:
         step = record.args[1]
         assert (
-            f"step {step}, samples {[f'row-{row}' for row in ORDER.step(step).rows]}: read again, 1 of 1"
+            f"step {step}, samples {[f'row-{pick.unit}' for pick in PLAN.step(step).picks]}: read again, 1 of 1"
             in record.getMessage()
         )
 
 
 def test_workers_that_die_again_and_again_end_the_run(tmp_path, caplog, impatient):
     with pytest.raises(RuntimeError, match="DataLoader worker"):
-        list(read(0, 2, workers=1, make=DieAt((first_visit(0),), tmp_path, once=False)))
+        list(read(0, 2, workers=1, make=DieAt((first_pick(0),), tmp_path, once=False)))
     assert [record.args[3] for record in caplog.records] == [1]
 
 

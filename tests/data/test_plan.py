@@ -1,0 +1,113 @@
+"""What the steps of a run hold, from several streams."""
+
+from collections import Counter, defaultdict
+from itertools import chain
+
+import numpy as np
+import pytest
+
+from mugv_ds.config.errors import ConfigError
+from mugv_ds.data.budget import BatchSize
+from mugv_ds.data.plan import Companion, Plan, Stream
+
+SMALL, MIDDLE, LARGE = (1, 4, 4), (2, 4, 4), (3, 4, 4)
+STEPS = 400
+
+
+def shapes(*counts):
+    """int [n, 3]: as many rows of each shape as `counts` says, mixed, and one row that cannot be read."""
+    rows = np.array([shape for shape, n in zip((SMALL, MIDDLE, LARGE), counts, strict=True) for _ in range(n)])
+    return np.concatenate([[(0, 0, 0)], np.random.default_rng(0).permutation(rows)])
+
+
+STREAMS = (
+    Stream("images", 0, shapes(37, 0, 0), {SMALL: BatchSize(16, 2)}, share=((0, 0.5), (STEPS, 0.1))),
+    Stream("clips", 0, shapes(0, 11, 5), {MIDDLE: BatchSize(16, 2), LARGE: BatchSize(8, 1)}, share=((0, 0.3),)),
+    Stream("pairs", 2, shapes(6, 9, 3), dict.fromkeys((SMALL, MIDDLE, LARGE), BatchSize(8, 1)), unit=2),
+)
+COMPANION = Companion(1, shapes(5, 1, 12), ratio=0.5)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_unit_once_per_visit_in_every_stream(ranks):
+    """On all ranks together; what is left of a stream is less than a step of each of its shapes."""
+    plan, seen, positions = Plan(STREAMS, 1), defaultdict(Counter), Counter()
+    for position in range(STEPS):
+        step = plan.step(position)
+        shares = [step.micro_batches(rank, ranks) for rank in range(ranks)]
+        seen[step.stream].update(chain.from_iterable(chain.from_iterable(shares)))
+        positions[step.stream] += 1
+    for stream in STREAMS:
+        picks = seen[stream.name]
+        assert set(picks.values()) == {1} and {pick.source for pick in picks} == {stream.source}
+        assert positions[stream.name] > 40
+        for shape in stream.sizes:
+            units = set(np.flatnonzero((stream.shapes == shape).all(axis=1)).tolist())
+            by_visit = defaultdict(set)
+            for pick in picks:
+                if tuple(stream.shapes[pick.unit]) == shape:
+                    by_visit[pick.visit].add(pick.unit)
+            assert sorted(by_visit) == list(range(len(by_visit))) and len(by_visit) > 1
+            assert all(by_visit[visit] == units for visit in range(len(by_visit) - 1)), (stream.name, shape)
+            assert by_visit[len(by_visit) - 1] <= units
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_share_a_step_in_micro_batches_of_one_size(ranks):
+    plan = Plan(STREAMS, 1, COMPANION)
+    for position in range(60):
+        step = plan.step(position)
+        shares = [step.micro_batches(rank, ranks) for rank in range(ranks)]
+        streamed, companions = step.counts(ranks)
+        assert {len(share) for share in shares} == {streamed + companions}
+        assert streamed * step.micro * ranks == step.unit * len(step.picks)
+        assert companions * step.micro * ranks == len(step.companions)
+        for picks, part in ((step.picks, slice(0, streamed)), (step.companions, slice(streamed, None))):
+            unit = step.unit if picks is step.picks else 1
+            assert {len(batch) * unit for share in shares for batch in share[part]} == {step.micro}
+            assert tuple(chain.from_iterable(batch for share in shares for batch in share[part])) == picks
+        assert step.samples == step.unit * len(step.picks) + len(step.companions)
+
+
+def test_companions_have_the_step_s_shape_and_follow_from_its_position():
+    plan = Plan(STREAMS, 1, COMPANION)
+    steps = [plan.step(position) for position in range(STEPS)]
+    for step in steps:
+        assert len(step.companions) == step.unit * len(step.picks) // 2
+        assert {pick.source for pick in step.companions} == {1}
+        assert {tuple(COMPANION.shapes[pick.unit]) for pick in step.companions} == {step.shape}
+        assert {pick.visit for pick in step.companions} == {step.position}, "so no noise is drawn twice over steps"
+    other = Plan(STREAMS, 1, COMPANION)
+    assert [other.step(position) for position in reversed(range(STEPS))] == steps[::-1]
+    drawn = Counter(pick.unit for step in steps if step.shape == LARGE for pick in step.companions)
+    assert len(drawn) == 12 and max(drawn.values()) < 3 * min(drawn.values())
+    again = [Plan(STREAMS, 2, COMPANION).step(position).companions for position in range(20)]
+    assert again != [step.companions for step in steps[:20]]
+
+
+def test_what_comes_along_does_not_change_what_is_played():
+    alone, together = Plan(STREAMS, 1), Plan(STREAMS, 1, COMPANION)
+    assert [alone.step(i).picks for i in range(50)] == [together.step(i).picks for i in range(50)]
+    assert alone.step(0).companions == ()
+
+
+def test_a_step_has_at_least_one_companion():
+    assert [Companion(1, COMPANION.shapes, 0.01).count(samples) for samples in (8, 300)] == [1, 3]
+
+
+def test_a_stream_without_units_is_an_error():
+    empty = Stream("clips", 0, np.zeros((4, 3), np.int32), {})
+    with pytest.raises(ConfigError, match="clips: nothing of it can be read"):
+        Plan([STREAMS[0], empty], 0)
+
+
+def test_companions_of_every_shape_are_needed():
+    with pytest.raises(ConfigError, match="no SFT sample has latents of 2×4×4"):
+        Plan(STREAMS, 0, Companion(1, shapes(5, 0, 12), 0.5))
+    Plan(STREAMS[:1], 0, Companion(1, shapes(5, 0, 12), 0.5))
+
+
+def test_shares_that_vanish_together_are_an_error():
+    never = Stream("images", 0, shapes(3, 0, 0), {SMALL: BatchSize(1, 1)}, share=((0, 0.0),))
+    with pytest.raises(ConfigError, match="every group's share is 0"):
+        Plan([never], 0)
