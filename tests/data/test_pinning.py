@@ -5,12 +5,12 @@ import logging
 import pytest
 import torch
 
-from mugv_ds.data.buckets import Order
 from mugv_ds.data.loader import loader
+from mugv_ds.data.plan import Pick
 from mugv_ds.data.sample import SampleError
-from mugv_ds.engine.feed import Batch
 from mugv_ds.engine.quarantine import Quarantined, Reading, Replacing
-from tests.data.test_loader import EXPECTED, ORDER, WORKERS, DieAt, FailAt, first_visit, plain, read
+from mugv_ds.engine.samples import Batch
+from tests.data.test_loader import EXPECTED, PLAN, WORKERS, DieAt, FailAt, first_pick, plain, read
 from tests.dataset import write_config, write_dataset
 from tests.engine.test_feed import samples
 
@@ -33,14 +33,14 @@ def test_resuming_is_going_on(workers):
 
 
 def test_an_error_keeps_its_class_and_message():
-    bad = ORDER.step(2).rows[1]
+    bad = PLAN.step(2).picks[1].unit
     with pytest.raises(SampleError, match=rf"data/x\.pt: row {bad} is bad"):
         list(read(0, 4, workers=2, make=FailAt(bad), pin=True))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # how DataLoader's thread ends
 def test_killed_workers_are_replaced(tmp_path, caplog, impatient):
-    killers = (first_visit(3), first_visit(8))
+    killers = (first_pick(3), first_pick(8))
     with caplog.at_level(logging.WARNING):
         assert plain(read(0, 12, workers=2, make=DieAt(killers, tmp_path, once=True), pin=True)) == EXPECTED
     assert len(caplog.records) == 2
@@ -52,21 +52,17 @@ def readings(tmp_path):
     write_config(tmp_path, write_dataset(tmp_path, [(2, 4, 6)] * 4))
     make = Replacing(samples(tmp_path, caption_drop=0.0))
     (tmp_path / "latents/train-2.pt").write_bytes(b"")  # after the index was built, which would leave it out
-    order = Order(make.samples.index.shapes(), 4, 0)
+    picks = [Pick(0, row, 0) for row in range(4)]
     steps = loader(
-        order,
+        lambda _: [picks[:2], picks[2:]],
         start_step=0,
         stop_step=1,
-        data_rank=0,
-        data_ranks=1,
-        micro=2,
         make=make,
-        sample_id=str,
+        name=str,
         num_workers=1,
         pin=True,
     )
-    ((step, made),) = steps
-    picks = list(zip(step.rows, step.visits, strict=True))
+    (made,) = steps
     return made, [make(picks[:2]), make(picks[2:])]
 
 
