@@ -36,7 +36,7 @@ quickstart: demo-data  ## The whole job on this machine: demo data, training on 
 	$(MAKE) --no-print-directory sample WEIGHTS=exports/$(QUICK) OUT=samples/$(QUICK)
 	$(BIN)/python tools/summary.py --run runs/$(QUICK)/tensorboard --weights exports/$(QUICK) --samples samples/$(QUICK)
 
-demo-data: install  ## Draw, encode and write the demo clips to data/demo
+demo-data: install  ## Draw, encode and write the demo clips of every stage to data/demo
 	$(BIN)/python tools/make_demo_data.py --out data/demo
 
 train: install  ## Train CONFIG on the hosts of HOSTFILE; SET="section.key=value …" overrides

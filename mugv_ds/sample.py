@@ -45,6 +45,7 @@ def sample_videos(
     width: int,
     fps: float,
     seed: int,
+    draws: Sequence[int] | None = None,
     image: Tensor | None = None,
     steps: int = 25,
     guidance: float = 4.0,
@@ -55,19 +56,21 @@ def sample_videos(
     Args:
         frames, height, width: of the videos; multiples of 8.
         fps: frames a second that the model is told.
-        seed: a prompt's noise is keyed by (seed, prompt), so it does not depend on the other prompts.
+        seed: a prompt's noise is keyed by (seed, prompt, draw), so it does not depend on the other prompts.
+        draws: for each prompt, which of its draws to take; by default 0. Others give other videos of the same prompt.
         image: [3, height, width] in [−1, 1]: the first latent frame (8 frames) of every video shows it.
         steps, guidance, shift: see `sample_latents`.
     Returns:
         uint8 [B, frames, height, width, 3].
     Raises:
-        ValueError: a size is no multiple of 8, or the image has another size.
+        ValueError: a size is no multiple of 8, the image has another size, or there is not one draw for each prompt.
     """
     if any(size < STRIDE or size % STRIDE for size in (frames, height, width)):
         raise ValueError(f"frames {frames}, height {height}, width {width}: must be multiples of {STRIDE}")
     device = model.start_token.device
     shape = (model.config.in_channels, frames // STRIDE, height // STRIDE, width // STRIDE)
-    noise = torch.stack([gaussian(seed, prompt, 0, shape) for prompt in prompts]).to(device)
+    keys = zip(prompts, draws or [0] * len(prompts), strict=True)
+    noise = torch.stack([gaussian(seed, prompt, draw, shape) for prompt, draw in keys]).to(device)
     reference, frame_mask = torch.zeros_like(noise), torch.ones(len(prompts), shape[1], dtype=torch.bool, device=device)
     if image is not None:
         if image.shape != (3, height, width):

@@ -17,6 +17,7 @@ from mugv_ds.models.codec import LinearCodec
 from mugv_ds.models.dit import init_weights
 from mugv_ds.models.text import HashTextEncoder
 from mugv_ds.sample import sample_videos
+from tools.sample import main
 
 ROOT = Path(__file__).parent.parent
 CONFIG = DiTConfig(144, 2, 1, caption_channels=16)
@@ -53,6 +54,16 @@ def test_a_video_depends_on_its_prompt_and_seed_and_not_on_its_neighbours(model,
     assert not torch.equal(videos(model, codec, ["a green square"], seed=1), alone)
 
 
+def test_draws_of_a_prompt_differ_and_do_not_depend_on_the_batch(model, codec):
+    three = videos(model, codec, ["a red circle"] * 3, draws=[0, 1, 2])
+    assert len({video.numpy().tobytes() for video in three}) == 3
+    for draw, options in ((0, {}), (2, {"draws": [2]})):
+        alone = videos(model, codec, ["a red circle"], **options)
+        assert (three[draw].int() - alone[0].int()).abs().max() <= 1  # another batch size may round otherwise
+    with pytest.raises(ValueError, match="zip"):
+        videos(model, codec, ["a red circle"], draws=[0, 1])
+
+
 def test_the_prompt_reaches_the_model(model, codec):
     """Same noise, other caption: guidance against the negative prompt changes the video."""
     noise_only = videos(model, codec, ["a red circle"], guidance=0.0)
@@ -84,7 +95,19 @@ def run_tool(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False, timeout=120)
 
 
-def test_the_command_writes_videos_and_a_contact_sheet(tmp_path, model, codec):
+@pytest.mark.parametrize(
+    ("content", "message"), [(b" \n\n", "no prompts"), (b"caf\xe9\n", "not UTF-8"), (None, "No such file")]
+)
+def test_a_file_of_prompts_that_cannot_be_used(tmp_path, content, message, capsys):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    assert main(["--weights", "w", "--codec", "c", "--out", "o", "--prompts", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error and message in error
+
+
+def test_the_command_writes_videos_and_a_contact_sheet(tmp_path, model, codec, capsys):
     torch.save(model.state_dict(), tmp_path / "dit.pt")
     (tmp_path / "config.json").write_text(json.dumps(asdict(CONFIG)))
     codec.save(tmp_path / "codec.safetensors")
@@ -106,6 +129,15 @@ def test_the_command_writes_videos_and_a_contact_sheet(tmp_path, model, codec):
     frames, fps = read_mp4(tmp_path / "out" / "00-a-red-circle.mp4")
     assert frames.shape == (16, 16, 24, 3) and fps == 12
     assert read_image(tmp_path / "out" / "contact_sheet.png", 16, 24).shape == (3, 16, 24)
+
+    (tmp_path / "prompts.txt").write_text("a red circle\n\n  a blue square \n")
+    repeated = ["--prompts", str(tmp_path / "prompts.txt"), "--repeat", "2", "--batch", "3"]  # batches of 3 and 1
+    assert main([*weights[:-1], str(tmp_path / "repeated"), *sizes, *repeated]) == 0
+    assert "4 videos" in capsys.readouterr().out
+    written = sorted((tmp_path / "repeated").glob("*.mp4"))
+    names = ["00-a-red-circle", "01-a-red-circle", "02-a-blue-square", "03-a-blue-square"]
+    assert [path.stem for path in written] == names
+    assert len({read_mp4(path)[0].tobytes() for path in written}) == 4
 
     done = run_tool(*weights, *sizes, "--prompt", "x", "--image", str(tmp_path / "nowhere.png"))
     assert done.returncode == 2 and "nowhere.png" in done.stderr and "Traceback" not in done.stderr

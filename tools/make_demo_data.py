@@ -1,23 +1,27 @@
-"""Draws the demo data set: captioned clips of moving shapes, encoded and ready to train on. Nothing is downloaded."""
+"""Draws the demo data set: captioned clips of moving shapes for every stage, encoded. Nothing is downloaded."""
 
 import argparse
 import sys
+from dataclasses import fields
 
-from mugv_ds.prepare.demo import make_demo_data
+from mugv_ds.prepare.demo import Sizes, make_demo_data
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="data/demo", help="folder to write (default: %(default)s)")
-    parser.add_argument("--clips", type=int, default=720, help="training clips (default: %(default)s)")
-    parser.add_argument("--held-out", type=int, default=64, help="clips of val.csv (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn (default: %(default)s)")
-    arguments = parser.parse_args()
+    rows = parser.add_argument_group("rows of each CSV")
+    for field in fields(Sizes):
+        option = f"--{field.name.replace('_', '-')}"
+        rows.add_argument(option, type=int, default=field.default, metavar="ROWS", help="default: %(default)s")
+    arguments = vars(parser.parse_args())
+    out, seed = arguments.pop("out"), arguments.pop("seed")
     try:
-        make_demo_data(arguments.out, clips=arguments.clips, held_out=arguments.held_out, seed=arguments.seed)
+        make_demo_data(out, Sizes(**arguments), seed=seed)
     except ValueError as error:
         sys.exit(f"make_demo_data: {error}")
-    print(f"{arguments.out}: train.csv, val.csv and codec.safetensors are ready")
+    print(f"{out}: {', '.join(f'{name}.csv' for name in arguments)} and codec.safetensors are ready")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,9 @@ from torch import Tensor
 _X264_OPTIONS = {"crf": "10", "x264-params": "mbtree=0"}
 _NAME_LENGTH = 60
 _GIF_SIDE, _GIF_FPS = 320, 16.0
+# Colours are converted in one thread: PyAV starts as many as there are cores for every frame, which takes several times
+# as long as converting a small one.
+_THREADS = 1
 _SHEET_FRAME_WIDTH = 128  # frames of small videos are enlarged to about this many pixels
 _SHEET_GAP = 4
 _FONT_SIZE = 13
@@ -53,7 +56,10 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: float) -> None:
         stream.codec_context.color_range = ColorRange.MPEG
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
-                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+                format="yuv420p",
+                dst_colorspace=Colorspace.ITU709,
+                dst_color_range=ColorRange.MPEG,
+                threads=_THREADS,
             )
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
@@ -74,7 +80,7 @@ def read_mp4(path: str | Path) -> tuple[np.ndarray, float]:
             if not container.streams.video:
                 raise ValueError(f"{path}: holds no video stream")
             stream = container.streams.video[0]
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+            frames = [frame.to_ndarray(format="rgb24", threads=_THREADS) for frame in container.decode(stream)]
             rate = stream.average_rate
     except av.error.InvalidDataError as error:
         raise ValueError(f"{path}: not a readable video ({error.strerror})") from error
