@@ -1,5 +1,5 @@
 # Everything runs inside .venv, which `make install` creates.
-# Variables: CONFIG, SET, RANKS, STEPS, HOSTFILE, CKPT, WEIGHTS, OUT, FORMAT, DTYPE, NOISE, PYTHON.
+# Variables: CONFIG, PRESET, SET, RANKS, STEPS, HOSTFILE, CKPT, WEIGHTS, OUT, GAMMA, FORMAT, DTYPE, NOISE, PYTHON.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,6 +7,7 @@ HOSTFILE ?= hostfiles/localhost
 CONFIG ?= ds_configs/debug.json
 FORMAT ?= pt
 NOISE ?= paired
+GAMMA ?= 0.9
 # One host, no ssh. For several hosts see the README.
 LAUNCH = $(BIN)/python tools/check_hostfile.py $(HOSTFILE) && $(BIN)/deepspeed --hostfile $(HOSTFILE) --no_ssh \
 	--node_rank 0 --master_addr 127.0.0.1
@@ -16,7 +17,7 @@ LAUNCH = $(BIN)/python tools/check_hostfile.py $(HOSTFILE) && $(BIN)/deepspeed -
 	reliability-report lint clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/installed  ## Create .venv and install the package with its test tools
 
@@ -40,6 +41,26 @@ demo-data: install  ## Draw, encode and write the demo clips to data/demo
 
 train: install  ## Train CONFIG on the hosts of HOSTFILE; SET="section.key=value …" overrides
 	$(LAUNCH) mugv_ds/train.py --config $(CONFIG) $(addprefix --set ,$(SET))
+
+# The recipe, in this order: each starts from the one before. PRESET=debug runs them small, on the demo data; PRESET=2b
+# is the proxy, of which there are stages 1 and 2.
+RECIPE := stage1 stage2 stage3 sft dpo kto
+.PHONY: $(RECIPE) reference ensemble
+stage1:  ## Train on images and 2 s clips (PRESET=debug: small, on the demo data; PRESET=2b: the proxy)
+stage2:  ## Go on with clips of 2 s growing to 5 s, some with their first frame given
+stage3:  ## Go on with 720p
+sft:  ## Go on with hand-picked clips and a falling learning rate; then `make ensemble`
+dpo:  ## Go on from pairs of better and worse clips; `make reference` comes first
+kto:  ## Go on from clips labelled good and bad; `make reference` comes first
+$(RECIPE): install $(if $(filter debug,$(PRESET)),demo-data)
+	$(MAKE) --no-print-directory train CONFIG=ds_configs/$(PRESET:%=%/)$@.json
+
+reference: install  ## Write the frozen reference's losses on the preference sets of CONFIG to their Parquet files
+	$(LAUNCH) tools/reference.py --config $(CONFIG) $(addprefix --set ,$(SET))
+
+ensemble: install  ## Average a run's checkpoints CKPT, decaying by GAMMA into the past, and write the weights to OUT
+	@test -n "$(CKPT)" -a -n "$(OUT)" || { echo "usage: make ensemble CKPT=runs/sft/checkpoints OUT=exports/sft"; exit 2; }
+	$(BIN)/python tools/ema.py ensemble --gamma $(GAMMA) --out $(OUT) $(CKPT)/step-*
 
 dry-run: install  ## Print what CONFIG would run, without starting it
 	$(BIN)/python mugv_ds/train.py --dry-run --config $(CONFIG) $(addprefix --set ,$(SET))

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from mugv_ds.config.model import LATENT_STRIDE as STRIDE
 from mugv_ds.data.noise import gaussian
+from mugv_ds.data.video import to_frames
 from mugv_ds.models.dit import DiT
 from mugv_ds.models.text import NEGATIVE_PROMPT, PROMPT_SUFFIX
 from mugv_ds.objectives.flow import MAX_TIME, resolution_shift, sampling_times
 
+Model = Callable[..., Tensor]  # a `DiT`, or what is called as one: (x, timestep, text, text_mask, x_mask, fps)
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (z [B, 24, T, H, W], t scalar) → dz/d(−t/1000), of z's shape
 
 
@@ -90,13 +92,12 @@ def sample_videos(
         guidance=guidance,
         shift=shift,
     )
-    pixels = codec.decode(latents).clamp(-1, 1).permute(0, 2, 3, 4, 1)
-    return ((pixels + 1) * 127.5).round().to(torch.uint8)
+    return to_frames(codec.decode(latents))
 
 
 @torch.no_grad()
 def sample_latents(
-    model: DiT,
+    model: Model,
     *,
     noise: Tensor,
     reference: Tensor,
@@ -152,7 +153,7 @@ def euler(velocity: Velocity, z: Tensor, times: Tensor) -> Tensor:
 
 
 def guided_velocity(
-    model: DiT,
+    model: Model,
     *,
     frame_mask: Tensor,
     text: Tensor,

@@ -26,33 +26,49 @@ def train(config: TrainConfig) -> int:
     # Imported here, so that a wrong command line or config answers at once.
     import torch.distributed as dist
 
-    from mugv_ds.checkpoint.hf import load_into, weights_digest
+    from mugv_ds.checkpoint.start import find_start, load_into, start_digest
     from mugv_ds.checkpoint.store import Store
+    from mugv_ds.data.manifest import open_index
     from mugv_ds.engine.build import build_engine, start_process
     from mugv_ds.engine.ema import PowerEma
     from mugv_ds.engine.loop import Trainer
+    from mugv_ds.engine.preview import Previews
     from mugv_ds.engine.reference import ReferenceModel, References
     from mugv_ds.engine.signals import STOPPED
     from mugv_ds.engine.streams import open_manifests
+    from mugv_ds.sample import sample_latents
 
     process = start_process(config)
     manifests = open_manifests(config, process.first_then_all)
+    prompts = config.preview.manifest if config.preview.every else None
+    previewed = prompts and process.first_then_all(partial(open_index, prompts, config.data.index_dir))
     init = config.checkpoint.init_from
+    init = init and process.first(lambda: str(find_start(init)))
     weights = init and partial(load_into, init, config.model.dit())
     engine = build_engine(config, process, shape=manifests.typical_shape, weights=weights)
+    previews = previewed and Previews(config, process, engine.module, previewed, sample_latents)
     store = Store(config, process, engine, manifests.digest(config))
     ema = PowerEma([fragment.tensors["weight"] for fragment in store.fragments], config.ema.sigma_rel)
     store.extra_kinds = ema.averages
     try:
         references = References()
         if config.preference is not None:  # while the weights are those of the reference
-            digest = process.agreement.values(weights_digest(config) if process.rank == 0 else None)[0]
+            digest = process.first(lambda: start_digest(init, config))
             references = ReferenceModel(config, process, engine, manifests).references(digest)
         start = store.restore()
         if process.rank == 0:
             fresh = f"starting fresh, from {init or 'initial weights'}"
             print(f"going on after step {start}" if start else fresh, flush=True)
-        trainer = Trainer(config, process, engine, manifests=manifests, references=references, ema=ema, store=store)
+        trainer = Trainer(
+            config,
+            process,
+            engine,
+            manifests=manifests,
+            references=references,
+            ema=ema,
+            store=store,
+            previews=previews,
+        )
         stopped = trainer.run(start)
     finally:
         store.close()

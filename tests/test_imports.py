@@ -17,7 +17,7 @@ ALLOWED = {
     "engine": {"config", "data", "models", "parallel", "objectives"},
     "prepare": {"models", "data", "objectives", "config"},
     "sample.py": {"models", "data", "objectives", "config"},
-    "train.py": {"config", "data", "models", "parallel", "objectives", "engine", "checkpoint"},
+    "train.py": {"config", "data", "models", "parallel", "objectives", "engine", "checkpoint", "sample"},
     "__init__.py": set(),
 }
 DEEPSPEED = {"parallel", "engine", "checkpoint"}

@@ -1,7 +1,6 @@
 """Samples videos from published-format weights: an mp4 for each prompt, and a contact sheet of all."""
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 
 from mugv_ds.checkpoint.hf import load_dit
 from mugv_ds.config import InputError
-from mugv_ds.data.video import contact_sheet, read_image, write_mp4
+from mugv_ds.data.video import contact_sheet, read_image, video_name, write_mp4
 from mugv_ds.models.codec import LinearCodec
 from mugv_ds.models.text import HashTextEncoder
 from mugv_ds.prepare.demo import demo_prompts
@@ -60,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         shown = list(zip(prompts, videos.cpu().numpy(), strict=True))
         for number, (prompt, frames) in enumerate(shown):
-            name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
-            write_mp4(args.out / f"{number:02d}-{name}.mp4", frames, args.fps)
+            write_mp4(args.out / f"{video_name(number, prompt)}.mp4", frames, args.fps)
         contact_sheet(args.out / "contact_sheet.png", shown)
     except (InputError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

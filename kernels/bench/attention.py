@@ -43,9 +43,9 @@ def main() -> None:
             )
         times = {row["backend"]: row["forward+backward ms"] for row in rows if "failure" not in row}
         for row in rows:
-            if row["backend"] in times:
-                row["× flash2"] = times["flash2"] / times[row["backend"]]
-                row["× cudnn"] = times["cudnn"] / times[row["backend"]]
+            for other in ("flash2", "cudnn"):
+                if other in times and row["backend"] in times:
+                    row[f"× {other}"] = times[other] / times[row["backend"]]
         chosen, _ = choose_attention(backends, tokens=tokens, heads=args.heads, dtype=dtype, device=device)
         report(f"attention forward+backward, head_dim 72, N = {tokens}, {args.heads} heads, auto takes {chosen}", rows)
 

@@ -4,21 +4,19 @@ The format is `DiT.state_dict()`, as one file or as a folder of shards with an i
 handled one at a time; docs/performance.md says how much memory that takes.
 """
 
-import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from mugv_ds.checkpoint.reader import CheckpointReader, open_checkpoint
 from mugv_ds.checkpoint.save import CONFIG_NAME, INDEX_NAMES, SINGLE_NAMES, Layout, save_weights
 from mugv_ds.checkpoint.weights import Weights, check_weights, is_stored
 from mugv_ds.config.errors import CheckpointError
 from mugv_ds.config.model import DiTConfig
-from mugv_ds.config.schema import TrainConfig
 from mugv_ds.models.dit import DiT
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -101,36 +99,6 @@ class PublishedWeights(Weights):
         if self._mapped[0] != file:
             self._mapped = (file, _load_pt(file))
         return self._mapped[1]
-
-
-def weights_digest(config: TrainConfig) -> str:
-    """SHA-256 of the files that a run starts from; without any, of the sizes and the seed of its initial weights.
-
-    Raises:
-        CheckpointError: there are no weights at `checkpoint.init_from`.
-    """
-    init = config.checkpoint.init_from
-    if init is None:
-        return hashlib.sha256(f"{config.model.dit()} {config.data.seed}".encode()).hexdigest()
-    whole = hashlib.sha256()
-    for file in PublishedWeights(init).files:
-        with file.open("rb") as stream:
-            whole.update(hashlib.file_digest(stream, "sha256").digest())
-    return whole.hexdigest()
-
-
-def load_into(path: str | Path, config: DiTConfig, layers: Iterable[tuple[str, nn.Module]]) -> None:
-    """Copies published-format weights into parts of a DiT of these sizes, each with the prefix of its names.
-
-    All of the weights are held against the sizes first, so that every rank of a pipeline comes to the same verdict.
-
-    Raises:
-        CheckpointError: a tensor is missing, unexpected, or has another shape.
-    """
-    weights = PublishedWeights(path)
-    check_weights(weights, config)
-    for prefix, layer in layers:
-        layer.load_state_dict({name: weights[prefix + name] for name in layer.state_dict()}, strict=True)
 
 
 def load_dit(path: str | Path) -> DiT:

@@ -6,14 +6,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from mugv_ds.config.deepspeed import check_deepspeed_section
 from mugv_ds.config.errors import ConfigError
-from mugv_ds.config.schema import TrainConfig
+from mugv_ds.config.schema import Section, TrainConfig
 
 Json = dict[str, Any]
 _SHOWN = 60  # characters of a wrong value that an error message repeats
@@ -30,8 +30,8 @@ class _Layer:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Reads the config at `path`, puts `overrides` on top and checks the result.
 
-    A file may name another one, relative to itself, as `"extends"`; the other's values come first. Objects merge key
-    by key, everything else is replaced.
+    A file may name another one, relative to itself, as `"extends"`, or a list of them; their values come first, in that
+    order. Objects merge key by key, everything else is replaced.
 
     Args:
         path: JSON file.
@@ -41,7 +41,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         ConfigError: anything is wrong with a file, a key or a value; one line that names file (or override) and key.
     """
     path = Path(path)
-    layers = [*_read_chain(path), *(_read_override(text) for text in overrides)]
+    layers = [*_read_chain(path, str(path)), *(_read_override(text) for text in overrides)]
     merged: Json = {}
     for layer in layers:
         _refuse_non_finite(layer)
@@ -57,24 +57,25 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     return config
 
 
-def _read_chain(path: Path) -> list[_Layer]:
-    """The file at `path` and those that it extends, the outermost base first."""
-    layers: list[_Layer] = []
-    seen: set[Path] = set()
-    origin = str(path)
-    current: Path | None = path
-    while current is not None:
-        values = _read_file(current, origin)
-        if current.resolve() in seen:
-            raise ConfigError(f"{origin}: {current} is extended in a circle; remove one of the links")
-        seen.add(current.resolve())
-        base = values.pop("extends", None)
-        if base is not None and not isinstance(base, str):
-            raise ConfigError(f"{current}: extends = {_show(base)}: must be the path of a JSON file")
-        layers.append(_Layer(str(current), values))
-        origin = f"{current}: extends"
-        current = None if base is None else current.parent / base
-    return layers[::-1]
+def _read_chain(path: Path, origin: str, above: tuple[Path, ...] = ()) -> list[_Layer]:
+    """The file at `path` and those that it extends, what comes first first.
+
+    Args:
+        origin: who asked for it. above: the files that extend it.
+    """
+    values = _read_file(path, origin)
+    if path.resolve() in above:
+        raise ConfigError(f"{origin}: {path} is extended in a circle; remove one of the links")
+    bases = values.pop("extends", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: extends = {_show(bases)}: must be the path of a JSON file, or a list of such")
+    layers = [
+        layer
+        for base in bases
+        for layer in _read_chain(path.parent / base, f"{path}: extends", (*above, path.resolve()))
+    ]
+    return [*layers, _Layer(str(path), values)]
 
 
 def _read_file(path: Path, origin: str) -> Json:
@@ -162,14 +163,37 @@ def _explain(error: ValidationError, layers: list[_Layer], path: Path) -> str:
     """One line about the first wrong key, which may have broken several rules, and how many others there are."""
     by_key: dict[tuple, list[ErrorDetails]] = {}
     for details in error.errors(include_url=False):
-        # Below section and key pydantic goes on with list indices and with names of the types in a union.
-        loc = details["loc"]
-        key = (*loc[:2], *(part for part in loc[2:] if isinstance(part, int)))
+        key, _ = _resolve(details["loc"])
         by_key.setdefault(key, []).append(details)
-    key, broken = next(iter(by_key.items()))
+    # A misspelt key first: it may be why another is missing.
+    key = next((key for key, broken in by_key.items() if broken[0]["type"] == "extra_forbidden"), next(iter(by_key)))
+    broken = by_key[key]
     more = f" (and {len(by_key) - 1} more)" if len(by_key) > 1 else ""
     origin = next((layer.origin for layer in reversed(layers) if _holds(layer.values, key)), str(path))
     return f"{origin}: {_describe(key, broken)}{more}"
+
+
+def _resolve(loc: tuple) -> tuple[tuple, type[Section] | None]:
+    """The key that pydantic's `loc` is about, and the section that its last name is looked up in.
+
+    Below a key that is no section pydantic goes on with names of the types in a union, which are left out.
+    """
+    key, inside, section = [], None, TrainConfig
+    for part in loc:
+        if isinstance(part, int):
+            key.append(part)
+        elif section is not None:
+            key.append(part)
+            field, inside = section.model_fields.get(part), section
+            section = _section_in(field.annotation) if field else None
+    return tuple(key), inside
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """The section in a type such as `Section`, `Section | None` or `tuple[Section, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next(filter(None, map(_section_in, get_args(annotation))), None)
 
 
 def _holds(values: Any, key: tuple) -> bool:
@@ -195,8 +219,8 @@ def _describe(key: tuple, broken: list[ErrorDetails]) -> str:
 
 
 def _suggest(key: tuple) -> str:
-    model = TrainConfig if len(key) == 1 else TrainConfig.model_fields[key[0]].annotation
-    known = list(model.model_fields)
+    _, section = _resolve(key)
+    known = list(section.model_fields)
     prefix = "".join(f"{part}." for part in key[:-1])
     near = difflib.get_close_matches(key[-1], known, n=1)
     return f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}"

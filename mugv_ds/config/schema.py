@@ -81,7 +81,8 @@ class GroupSection(Section):
     frames: tuple[Positive, Positive] | None = Field(None, description="Only latents with from … to frames.")
     share: tuple[tuple[Annotated[int, Field(ge=0)], Share], ...] = Field(
         description="Share of the samples as points [step, share], linear in between and constant outside; shares are "
-        "taken relative to those of the other groups."
+        "taken relative to those of the other groups. The source says that images give way to clips and 2 s to 5 s, "
+        "not how fast: the shares of the configs are ours."
     )
 
     @model_validator(mode="after")
@@ -132,7 +133,9 @@ class FlowSection(Section):
         0.1, description="Share of samples trained without caption. Ours: 0.1 as in Ho & Salimans 2022; unpublished."
     )
     first_frame_share: Share = Field(
-        0.0, description="Share of clips whose first latent frame is given clean (image-to-video). Ours; unpublished."
+        0.0,
+        description="Share of clips whose first latent frame is given clean (image-to-video). The source has it in "
+        "stages 2 and 3 and gives no value; 0.3 in the configs is ours.",
     )
 
 
@@ -150,7 +153,13 @@ class ParallelSection(Section):
 
 
 class OptimizerSection(Section):
-    lr: float = Field(1e-5, gt=0, description="Peak learning rate of AdamW (published default 1e-5).")
+    lr: float = Field(
+        1e-5,
+        gt=0,
+        description="Peak learning rate of AdamW; 1e-5 is the published trainer's default, that of stage 3 "
+        "and SFT. The source gives none by stage: 1e-4 in stages 1 and 2 is that of DiT (Peebles & Xie 2023), 1e-6 for "
+        "preferences is ours.",
+    )
     betas: tuple[Share, Share] = Field((0.9, 0.999), description="AdamW moment decay.")
     eps: float = Field(1e-10, gt=0, description="AdamW epsilon (published default 1e-10).")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
@@ -206,7 +215,9 @@ class CheckpointSection(Section):
         False, description="Resume although the data's manifest, data.seed or data.global_batch_size have changed."
     )
     init_from: str | None = Field(
-        None, description="Published-format weights to start from (.pt, .safetensors or folder)."
+        None,
+        description="Weights to start from, with a fresh schedule: published-format ones (.pt, .safetensors, folder), "
+        "or a run's checkpoints, of which the newest is taken.",
     )
 
 
@@ -217,11 +228,44 @@ class LoggingSection(Section):
         0, description="Steps between validations, which also come first and last; 0: only those two."
     )
     progress: bool = Field(True, description="Progress bar on rank 0.")
+    profile_step: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="Step, counted from 1, that torch.profiler watches on rank 0; 0: none. It writes the time of every "
+        "kernel to dir/profile_step_<N>.txt and a trace for chrome://tracing or Perfetto beside it.",
+    )
     peak_tflops: float | None = Field(
         None,
         gt=0,
         description="Dense bf16 peak of one device, for MFU and HFU; known for H100 and H200, else both are left out.",
     )
+
+
+class PreviewSection(Section):
+    every: Annotated[int, Field(ge=0)] = Field(
+        0, description="Steps between previews; the last step has some too. 0: none at all."
+    )
+    manifest: str | None = Field(
+        None,
+        description="CSV whose first rows are previewed: their text features, size, fps and caption. Its folder also "
+        "holds data.null_text_path, which guidance subtracts. Required when preview.every > 0.",
+    )
+    count: Positive = Field(4, description="Rows that are previewed.")
+    steps: Positive = Field(25, description="Evaluations of the model for each video.")
+    guidance: float = Field(4.0, ge=0, description="Weight of the caption against the negative prompt.")
+    first_frame: bool = Field(
+        False, description="Give the first latent frame of the row clean (image-to-video); images are not concerned."
+    )
+    codec: str | None = Field(
+        None, description="The codec's safetensors, which make pixels; by default the latents are written."
+    )
+    dir: str | None = Field(None, description="Folder of the videos. Required when preview.every > 0.")
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> "PreviewSection":
+        for name in ("manifest", "dir"):
+            if self.every and getattr(self, name) is None:
+                raise ValueError(f"preview.{name}: required when preview.every > 0; give it, or set preview.every to 0")
+        return self
 
 
 class GuardSection(Section):
@@ -329,6 +373,7 @@ class TrainConfig(Section):
     ema: EmaSection = EmaSection()
     checkpoint: CheckpointSection
     logging: LoggingSection
+    preview: PreviewSection = PreviewSection()
     guard: GuardSection = GuardSection()
     preference: PreferenceSection | None = None
     deepspeed: dict[str, Any] = Field(
@@ -368,6 +413,8 @@ class TrainConfig(Section):
             raise ValueError(
                 "data.null_text_path: required when flow.caption_drop > 0; name the features or set it to 0"
             )
+        if self.preview.every and self.data.null_text_path is None:
+            raise ValueError("data.null_text_path: required when preview.every > 0; name the features or set it to 0")
         return self
 
 

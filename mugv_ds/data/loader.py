@@ -32,6 +32,7 @@ def loader(
     make: Callable[[list[Pick]], Batch],
     name: Callable[[Pick], str],
     num_workers: int,
+    pin: bool = False,
 ) -> Iterator[list[Batch]]:
     """Yields this rank's micro-batches for each step of [start_step, stop_step).
 
@@ -45,6 +46,8 @@ def loader(
             (which may hold a CUDA context).
         name: of a pick, for messages.
         num_workers: processes, of one thread each; 0 reads in this one.
+        pin: hand the tensors out in pinned memory, from which copies to a CUDA device need not be waited for; where
+            there are workers, a thread of this process pins ahead of time.
 
     Raises:
         RuntimeError: workers were killed again, before the step was read.
@@ -54,7 +57,7 @@ def loader(
     while step < stop_step and failure is None:
         wanted = chain.from_iterable(micro_batches(index) for index in range(step, stop_step))
         try:
-            with closing(_read(wanted, make, num_workers)) as batches:
+            with closing(_read(wanted, make, num_workers, pin)) as batches:
                 while step < stop_step:
                     made = list(islice(batches, len(micro_batches(step))))
                     failure = next((item.error for item in made if isinstance(item, _Failure)), None)
@@ -100,7 +103,9 @@ class _Reader(Dataset):
             return _Failure(error)
 
 
-def _read(wanted: Iterable[list[Pick]], make: Callable[[list[Pick]], Batch], num_workers: int) -> Iterator[Batch]:
+def _read(
+    wanted: Iterable[list[Pick]], make: Callable[[list[Pick]], Batch], num_workers: int, pin: bool
+) -> Iterator[Batch]:
     """The batches that are wanted, in that order."""
     batches = iter(
         DataLoader(
@@ -111,6 +116,7 @@ def _read(wanted: Iterable[list[Pick]], make: Callable[[list[Pick]], Batch], num
             num_workers=num_workers,
             multiprocessing_context=_workers_context() if num_workers else None,
             worker_init_fn=_end_with_parent,
+            pin_memory=pin,
             generator=torch.Generator(),  # otherwise each pass would draw a seed from the ambient one
         )
     )
@@ -124,8 +130,12 @@ def _read(wanted: Iterable[list[Pick]], make: Callable[[list[Pick]], Batch], num
 
 
 def _worker_died(error: Exception) -> bool:
-    """Whether a worker is gone: DataLoader says so, or the connection broke over which it was passing a tensor."""
-    return not isinstance(error, RuntimeError) or str(error).startswith("DataLoader worker (pid")
+    """Whether a worker is gone: DataLoader says so, or the connection broke over which it was passing a tensor.
+
+    Where tensors are pinned, a thread receives them, and ends when the connection breaks.
+    """
+    signs = ("DataLoader worker (pid", "Pin memory thread exited")
+    return not isinstance(error, RuntimeError) or str(error).startswith(signs)
 
 
 def _workers_context() -> multiprocessing.context.BaseContext:

@@ -1,5 +1,8 @@
 """Video files in and out, and contact sheets to look at."""
 
+import io
+import math
+import re
 import textwrap
 from collections.abc import Sequence
 from fractions import Fraction
@@ -15,6 +18,8 @@ from torch import Tensor
 # Quality: 18 is called visually lossless; small clips of flat colour show losses sooner, and bits are cheap here.
 # Without mbtree: with it, x264's AVX-512 code was measured to write other bytes and pixels at each run.
 _X264_OPTIONS = {"crf": "10", "x264-params": "mbtree=0"}
+_NAME_LENGTH = 60
+_GIF_SIDE, _GIF_FPS = 320, 16.0
 _SHEET_FRAME_WIDTH = 128  # frames of small videos are enlarged to about this many pixels
 _SHEET_GAP = 4
 _FONT_SIZE = 13
@@ -76,6 +81,34 @@ def read_mp4(path: str | Path) -> tuple[np.ndarray, float]:
     if not frames or not rate:
         raise ValueError(f"{path}: its video stream holds no frames")
     return np.stack(frames), float(rate)
+
+
+def to_frames(video: Tensor) -> Tensor:
+    """[B, 3, F, H, W] in [−1, 1], clamped, → uint8 RGB [B, F, H, W, 3]."""
+    return ((video.clamp(-1, 1).permute(0, 2, 3, 4, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def video_name(number: int, caption: str) -> str:
+    """A file name without its ending: the number, and the caption's Latin letters and digits: 00-a-red-circle."""
+    words = re.sub(r"[^a-z0-9]+", "-", caption.lower())
+    return f"{number:02d}-{words.strip('-')[:_NAME_LENGTH]}".strip("-")
+
+
+def encode_gif(frames: np.ndarray, fps: float) -> bytes:
+    """A small animated GIF for pages that show images: at most 320 pixels a side and 16 frames a second.
+
+    Args:
+        frames: uint8 RGB [F, H, W, 3]. fps: frames a second.
+    """
+    every = math.ceil(fps / _GIF_FPS)
+    images = [Image.fromarray(frame) for frame in frames[::every]]
+    for image in images:
+        image.thumbnail((_GIF_SIDE, _GIF_SIDE))
+    file = io.BytesIO()
+    images[0].save(
+        file, format="GIF", save_all=True, append_images=images[1:], duration=round(1000 * every / fps), loop=0
+    )
+    return file.getvalue()
 
 
 def contact_sheet(path: str | Path, videos: Sequence[tuple[str, np.ndarray]], frames_per_video: int = 6) -> None:

@@ -64,6 +64,21 @@ class Process:
         """The global rank that reads for this one's sequence group."""
         return self.rank - self.place.sequence
 
+    def first(self, function: Callable[[], T]) -> T:
+        """What `function` gives on rank 0, on all ranks; of the types that JSON has.
+
+        Raises:
+            PeerError: on the others, when it failed on rank 0.
+        """
+        value, failure = None, None
+        if self.rank == 0:
+            try:
+                value = function()
+            except Exception as error:
+                failure = error
+        self.agreement.fail_together(failure)
+        return self.agreement.values(value)[0]
+
     def first_then_all(self, function: Callable[[], T]) -> T:
         """Calls `function` on rank 0, and then, what it prepared being there, on the others.
 

@@ -43,6 +43,11 @@ class Measured:
         columns = zip(*(vars(part).values() for part in parts), strict=True)
         return cls(*map(np.concatenate, columns))
 
+    def unique(self) -> "Measured":
+        """Each (row, visit) once: one that took another's place is there twice."""
+        _, first = np.unique(np.stack([self.row, self.visit]), axis=1, return_index=True)
+        return Measured(*(column[first] for column in vars(self).values()))
+
     def table(self, rows: int, visits: int) -> np.ndarray:
         """The losses as [rows, visits], NaN where there is none."""
         table = np.full((rows, visits), np.nan)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,8 @@ from mugv_ds.engine.evaluate import Evaluator
 from mugv_ds.engine.feed import Feed
 from mugv_ds.engine.guard import Ahead, GoBack, Guard, Taken
 from mugv_ds.engine.metrics import OptimizerProbe, Recorder, peak_tflops
+from mugv_ds.engine.preview import Previews
+from mugv_ds.engine.profile import profiled
 from mugv_ds.engine.quarantine import Reading, Replacing
 from mugv_ds.engine.reference import References
 from mugv_ds.engine.samples import Batch, Sources
@@ -52,6 +55,7 @@ class Trainer:
         references: of a preference run, see `engine.reference`.
         ema: averages of the weights, which take in those of every step that was applied.
         store: saves when a checkpoint is due, and holds the state that the run goes on from.
+        previews: writes videos when they are due; None: there are none.
     """
 
     def __init__(
@@ -64,9 +68,10 @@ class Trainer:
         references: References,
         ema: PowerEma,
         store: Checkpoints,
+        previews: Previews | None = None,
     ) -> None:
         self.config, self.process, self.engine = config, process, engine
-        self.ema, self.store = ema, store
+        self.ema, self.store, self.previews = ema, store, previews
         self.dit = config.model.dit()
         annotated = (
             preference_reader(config, index, reference)
@@ -120,6 +125,7 @@ class Trainer:
             peak=peak_tflops(logging, self.process.device),
         )
         position = self.guard.history.position(start)
+        self.waited = 0.0
         with closing(recorder), closing(self._readings(position, position + steps - start)) as readings:
             step, taken = start, None
             while True:
@@ -134,9 +140,14 @@ class Trainer:
                     return True
                 if self._due(step, logging.eval_every or steps) if taken else step < steps:
                     self._validate(recorder, step)
+                # Also where the run goes on from: TensorBoard drops what was written at that step.
+                if self.previews is not None and step and self._due(step, self.config.preview.every):
+                    with recorder.excluded():
+                        self.previews.write(step, recorder, partial(self.guard.alive, step))
                 if step >= steps:
                     return False
-                taken = self._train_step(step, batches, recorder)
+                with profiled(logging, step + 1, self.process):
+                    taken = self._train_step(step, batches, recorder)
                 step += 1
 
     def _due(self, done: int, every: int) -> bool:
@@ -155,6 +166,7 @@ class Trainer:
             make=Replacing(self.sources),
             name=lambda pick: self.sources.readers[pick.source].name(pick.unit),
             num_workers=self.config.data.num_workers,
+            pin=self.process.device.type == "cuda",
         )
         with closing(steps):
             yield from steps

@@ -1,5 +1,6 @@
 """What a run reports: scalars for TensorBoard, gathered without holding up the device between records."""
 
+import io
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -7,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -177,6 +180,7 @@ class Recorder:
             "speed/tokens_per_second": self._window["tokens"] / seconds,
             "speed/model_tflops_per_device": model_tflops,
             "speed/data_wait_seconds": waited,
+            "speed/data_wait_share": waited / seconds,
         }
         shown = {"loss": f"{loss:.4f}", "lr": f"{rate:.2e}"}
         if self._peak is not None:
@@ -217,6 +221,15 @@ class Recorder:
         if self._writer is not None:
             for name, value in scalars:
                 self._writer.add_scalar(name, value, step)
+
+    def write_gif(self, step: int, name: str, gif: bytes) -> None:
+        """Writes an animated GIF at this step; on ranks other than 0 nothing happens."""
+        if self._writer is not None:
+            with Image.open(io.BytesIO(gif)) as image:
+                width, height = image.size
+            shown = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
+            summary = Summary(value=[Summary.Value(tag=name, image=shown)])
+            self._writer.file_writer.add_summary(summary, step)  # its own `add_video` needs moviepy
 
     def say(self, line: str) -> None:
         """Prints a line above the progress bar, on rank 0."""

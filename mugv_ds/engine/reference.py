@@ -6,16 +6,19 @@ that changes during the run: timestep and noise are functions of (seed, sample o
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import pyarrow as pa
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
+from mugv_ds.config.errors import InputError
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.data.manifest import Index
 from mugv_ds.data.plan import Plan
-from mugv_ds.data.reference import ReferenceKey, read_reference
+from mugv_ds.data.reference import REFERENCE_SCHEMA, ReferenceKey, read_reference, write_reference
 from mugv_ds.engine.build import Process
 from mugv_ds.engine.evaluate import Evaluator, Measured
 from mugv_ds.engine.feed import Feed
@@ -64,28 +67,46 @@ class ReferenceModel:
         for number, source in enumerate(self._config.preference.sources):
             index, other = self._manifests.sources[number], self._manifests.held_out[number]
             if source.reference is None:
-                train.append(self.measure(number)[0].table(len(index), self._visits(number)))
+                train.append(self.measure(number).table(len(index), self._visits(number)))
             else:
                 key, ids = reference_key(self._config, index, weights), index.column("sample_id").to_pylist()
                 train.append(self._process.first_then_all(partial(read_reference, source.reference, key, ids)))
             held_out.append(None if other is None else self._measure_held_out(other))
         return References(tuple(train), tuple(held_out))
 
-    def measure(self, source: int) -> tuple[Measured, int]:
-        """A source's training samples at every visit of the run, and how many units could not be read."""
-        reader = self._readers.readers[source + 1]
-        sizes = self._plan.streams[source].sizes
-        parts, missing = [], 0
-        visits = self._visits(source)
+    def write(self, weights: str) -> Iterator[str]:
+        """Writes the file of every source that names one, and says so. weights: see `reference_key`.
+
+        Raises:
+            InputError: a file cannot be written; PeerError on the other ranks.
+        """
+        for number, source in enumerate(self._config.preference.sources):
+            if source.reference is None:
+                continue
+            index, visits = self._manifests.sources[number], self._visits(number)
+            measured = self.measure(number)
+            failure = None
+            if self._process.rank == 0:
+                try:
+                    write_reference(
+                        source.reference, reference_key(self._config, index, weights), rows(measured, index)
+                    )
+                except (InputError, OSError) as error:
+                    failure = InputError(f"{source.reference}: {error}")
+            self._process.agreement.fail_together(failure)
+            yield f"{source.reference}: {len(measured.loss)} losses of {visits} visits"
+
+    def measure(self, source: int) -> Measured:
+        """A source's training samples at every visit of the run; those that cannot be read are named and left out."""
+        reader, sizes = self._readers.readers[source + 1], self._plan.streams[source].sizes
+        parts = []
         for _, measured, quarantined in self._evaluator.measure(
-            reader, lambda shape: sizes[shape].micro, visits=visits, replace=True
+            reader, lambda shape: sizes[shape].micro, visits=self._visits(source), replace=True
         ):
             parts.append(measured)
-            missing += len(quarantined)
-            if self._process.rank == 0:
-                for bad in quarantined:
-                    print(f"reference: {bad.sample_id} is left out: {bad.why}", flush=True)
-        return Measured.concatenate(parts), missing
+            for bad in quarantined if self._process.rank == 0 else ():
+                print(f"reference: {bad.sample_id} is left out: {bad.why}", flush=True)
+        return Measured.concatenate(parts).unique()
 
     def _measure_held_out(self, index: Index) -> np.ndarray:
         reader = preference_reader(self._config, index, held_out=True)
@@ -101,3 +122,10 @@ def visits_of(plan: Plan, source: int, steps: int) -> int:
     """How often a run of so many steps visits the units of a source at most."""
     picks = (pick for step in range(steps) for pick in plan.step(step).picks)
     return max((pick.visit + 1 for pick in picks if pick.source == source), default=1)
+
+
+def rows(measured: Measured, index: Index) -> pa.Table:
+    """The rows of a reference file."""
+    names = index.column("sample_id").take(pa.array(measured.row.astype(np.int64)))
+    columns = [names, measured.visit.astype(np.int32), measured.timestep.astype(np.float32), measured.loss]
+    return pa.table(dict(zip(REFERENCE_SCHEMA.names, columns, strict=True)))

@@ -120,7 +120,7 @@ class FlowSamples:
             lambda: read_row(self.index, row_number, channels=self.channels, max_text_tokens=tokens, with_text=not drop)
         )
         x0, frames = sample.latent, sample.latent.shape[1]
-        text, text_mask = retried(self._null_text) if drop else (sample.text, sample.text_mask)
+        text, text_mask = retried(self.null_text) if drop else (sample.text, sample.text_mask)
 
         t = self._time(row_number, row, key)
         epsilon = noise.gaussian(*key, tuple(x0.shape))
@@ -155,7 +155,12 @@ class FlowSamples:
             return flow.resolution_shift(height, width, frames)
         return self.flow.shift
 
-    def _null_text(self) -> tuple[Tensor, Tensor]:
+    def null_text(self) -> tuple[Tensor, Tensor]:
+        """Features and mask of `data.null_text_path`; see `read_text`.
+
+        Raises:
+            ConfigError: they cannot be used. OSError: the file system failed.
+        """
         path = self.index.resolve(self.data.null_text_path)
         try:
             return read_text(path, self.channels, self.data.max_text_tokens)

@@ -12,7 +12,7 @@ from torch import nn
 
 
 class Stopwatch:
-    """Times every forward pass of a layer.
+    """Times every forward pass of a layer in training: in evaluation ranks may have work of different size.
 
     Args:
         layer: one that sends and receives nothing. device: where it runs.
@@ -28,8 +28,9 @@ class Stopwatch:
     def _enter(self, *_) -> None:
         self._begin = self._now()  # of a recomputation that breaks off half-way nothing follows
 
-    def _leave(self, *_) -> None:
-        self._passes.append((self._begin, self._now()))
+    def _leave(self, layer: nn.Module, *_) -> None:
+        if layer.training:
+            self._passes.append((self._begin, self._now()))
 
     def _now(self) -> float | torch.cuda.Event:
         if not self._cuda:

@@ -113,6 +113,14 @@ def unpack(floats: Tensor, integers: Tensor, grid: Grid, token_n: Tensor) -> tup
     return tokens, condition, x_mask
 
 
+def empty_packed(given: Inputs, tokens: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Where what `pack` makes of these inputs, for this many tokens of width D, can be received."""
+    batch, text_tokens = given.text_mask.shape
+    rows = tokens + _MODULATION_ROWS + _TIME_ROWS + text_tokens
+    floats = given.x.new_empty(batch, rows, width, dtype=dtype)
+    return floats, given.x.new_empty(batch, given.x_mask.shape[1] + text_tokens, dtype=torch.int32)
+
+
 def frame_index(grid: Grid, like: Tensor) -> Tensor:
     """Time positions [B, T + 2] of a whole clip: 0 … T + 1."""
     return torch.arange(grid.frames + 2, device=like.device).expand(len(like), -1)

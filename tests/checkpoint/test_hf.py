@@ -11,8 +11,9 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
-from mugv_ds.checkpoint.hf import PublishedWeights, export, load_dit, load_into
+from mugv_ds.checkpoint.hf import PublishedWeights, export, load_dit
 from mugv_ds.checkpoint.save import save_weights
+from mugv_ds.checkpoint.start import load_into
 from mugv_ds.config import CheckpointError
 from mugv_ds.models import DiT, DiTConfig
 from mugv_ds.models.dit import init_weights

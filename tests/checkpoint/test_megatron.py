@@ -13,7 +13,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from mugv_ds.checkpoint import torch_dist
 from mugv_ds.checkpoint.convert import import_weights, open_weights
-from mugv_ds.checkpoint.hf import load_dit, load_into
+from mugv_ds.checkpoint.hf import load_dit
+from mugv_ds.checkpoint.start import load_into
 from mugv_ds.config.errors import CheckpointError
 from mugv_ds.models import DiT, DiTConfig
 from tests.megatron import stack_layers, write_legacy, write_stacked

@@ -135,6 +135,19 @@ BAD_FILES = {
         text(data={"manifest": "m.csv", "global_batch_size": 1}),
         "run.json: data.null_text_path: required when flow.caption_drop > 0",
     ),
+    "previews of nothing": (
+        text(preview={"every": 10, "dir": "x"}),
+        "run.json: preview.manifest: required when preview.every > 0; give it, or set preview.every to 0",
+    ),
+    "previews nowhere": (text(preview={"every": 10, "manifest": "m.csv"}), "run.json: preview.dir: required when"),
+    "previews without negative prompt": (
+        text(
+            preview={"every": 10, "manifest": "m.csv", "dir": "x"},
+            data={"manifest": "m.csv", "global_batch_size": 1},
+            flow={"caption_drop": 0.0},
+        ),
+        "run.json: data.null_text_path: required when preview.every > 0",
+    ),
     "an average's width": (text(ema={"sigma_rel": [0.05, 0.3]}), "run.json: ema.sigma_rel.1 = 0.3: must be less than"),
     "a width that names nothing": (text(ema={"sigma_rel": [0.0525]}), "run.json: ema.sigma_rel = [0.0525]: must be"),
     "a width twice": (text(ema={"sigma_rel": [0.1, 0.1]}), "run.json: ema.sigma_rel = [0.1, 0.1]: must be different"),

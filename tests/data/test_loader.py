@@ -10,7 +10,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from mugv_ds.data import noise
 from mugv_ds.data.budget import BatchSize
@@ -75,13 +74,7 @@ def first_pick(index):
     return PLAN.step(index).picks[0]
 
 
-@pytest.fixture
-def impatient(monkeypatch):
-    """Seconds between looks at the workers: 5, fixed when torch is imported."""
-    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.5,))
-
-
-def read(start, stop, *, workers=0, rank=0, ranks=1, micro=1, make=draw):
+def read(start, stop, *, workers=0, rank=0, ranks=1, micro=1, make=draw, pin=False):
     steps = plan(micro)
     return loader(
         lambda index: steps.step(index).micro_batches(rank, ranks),
@@ -90,6 +83,7 @@ def read(start, stop, *, workers=0, rank=0, ranks=1, micro=1, make=draw):
         make=make,
         name=lambda pick: f"row-{pick.unit}",
         num_workers=workers,
+        pin=pin,
     )
 
 

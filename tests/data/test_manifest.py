@@ -1,10 +1,13 @@
 import logging
 import os
 import pickle
+import runpy
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -180,6 +183,12 @@ def test_columns(tmp_path):
     assert pickle.loads(pickle.dumps(index)).row(1) == b
 
 
+@pytest.mark.parametrize("row", [1, -2])
+def test_there_is_no_such_row(tmp_path, row):
+    with pytest.raises(IndexError):
+        open_index(manifest(tmp_path, ROW)).row(row)
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 def test_byte_order_mark_and_line_ends(tmp_path, mark, end):
@@ -277,3 +286,17 @@ def test_many_rows(tmp_path):
     index = open_index(csv)
     assert time.monotonic() - begin < 10
     assert (len(index), index.row(99_999).sample_id, index.shapes().shape) == (100_000, "clip-99999", (100_000, 3))
+
+
+def test_random_manifest(tmp_path):
+    """What the tool draws to measure with is a manifest, with the shares that it states."""
+    tool = runpy.run_path(str(Path(__file__).parents[2] / "tools/make_random_data.py"))
+    tool["main"](["--out", str(tmp_path), "--manifest-only", "--samples", "20000"])
+    index = open_index(tmp_path / "train.csv")
+    shapes, counts = np.unique(index.shapes(), axis=0, return_counts=True)
+    assert (len(index), len(shapes)) == (20_000, 35)
+    assert len(pickle.dumps(index)) < 1000, "by its path: each loader worker opens it"
+    shares = {tuple(shape): count / len(index) for shape, count in zip(shapes.tolist(), counts.tolist(), strict=True)}
+    assert shares[1, 45, 80] == pytest.approx(0.3 * 0.4, rel=0.1)
+    assert shares[15, 160, 90] == pytest.approx(0.175 * 0.03, rel=0.4)
+    assert {index.row(i).kind for i in np.flatnonzero(index.shapes()[:, 0] == 1)[:50].tolist()} == {"image"}

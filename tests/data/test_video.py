@@ -1,11 +1,13 @@
+import io
 import wave
 from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from mugv_ds.data.video import contact_sheet, read_image, read_mp4, write_mp4
+from mugv_ds.data.video import contact_sheet, encode_gif, read_image, read_mp4, to_frames, video_name, write_mp4
 
 COLOURS = [(230, 40, 40), (40, 200, 60), (50, 90, 240), (240, 220, 40), (16, 16, 24), (255, 255, 255)]
 
@@ -89,6 +91,37 @@ def test_files_that_are_no_videos(tmp_path, write):
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_mp4(tmp_path / "none.mp4")
+
+
+def test_the_range_of_a_video_is_that_of_bytes():
+    video = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).view(1, 1, 5, 1, 1).expand(2, 3, 5, 4, 6)
+    frames = to_frames(video)
+    assert frames.shape == (2, 5, 4, 6, 3) and frames.dtype == torch.uint8
+    assert frames[1, :, 2, 3, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("caption", "name"),
+    [("A red Circle!", "07-a-red-circle"), ("../../x", "07-x"), ("红色", "07"), ("a" * 99, "07-" + "a" * 60)],
+)
+def test_a_caption_names_a_file(caption, name):
+    assert video_name(7, caption) == name
+
+
+@pytest.mark.parametrize(
+    ("size", "fps", "shown", "levels", "milliseconds"),
+    [
+        ((32, 48), 8, (32, 48), [0, 60, 120, 180, 240], 120),  # GIF counts hundredths of a second
+        ((720, 1280), 30, (180, 320), [0, 120, 240], 60),
+    ],
+)
+def test_a_gif_is_small_and_as_fast_as_the_video(size, fps, shown, levels, milliseconds):
+    with Image.open(io.BytesIO(encode_gif(flat([0, 60, 120, 180, 240], *size), fps))) as image:
+        assert (image.height, image.width, image.n_frames) == (*shown, len(levels))
+        for frame, level in enumerate(levels):
+            image.seek(frame)
+            assert image.info["duration"] == milliseconds
+            assert np.abs(np.asarray(image.convert("RGB")).astype(int) - level).max() <= 4
 
 
 def test_contact_sheet_shows_captions_and_frames_from_first_to_last(tmp_path):

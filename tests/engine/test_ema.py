@@ -11,10 +11,11 @@ from mugv_ds.checkpoint.fragments import fragments
 from mugv_ds.config import load_config
 from mugv_ds.config.power_profile import exponent
 from mugv_ds.config.schema import TrainConfig
-from mugv_ds.data.manifest import open_index
 from mugv_ds.engine.build import build_engine, start_process
 from mugv_ds.engine.ema import PowerEma
 from mugv_ds.engine.loop import Trainer
+from mugv_ds.engine.reference import References
+from mugv_ds.engine.streams import open_manifests
 from tests.dataset import write_config, write_dataset
 from tests.distributed import run_ranks
 
@@ -100,8 +101,9 @@ def follow_run(config: TrainConfig, process) -> None:
         elif done == 3:
             poison.pop().remove()
 
-    index = open_index(config.data.manifest, config.data.index_dir)
-    Trainer(config, process, engine, train=index, validation=None, ema=ema, store=Compare()).run(0)
+    manifests = open_manifests(config)
+    trainer = Trainer(config, process, engine, manifests=manifests, references=References(), ema=ema, store=Compare())
+    trainer.run(0)
     assert taken == [True, True, False, True, True]
     held = sum(a.numel() for a in ema.averages["ema_0.050"])
     total = sum(p.numel() for p in parameters)
@@ -113,7 +115,7 @@ def follow_run(config: TrainConfig, process) -> None:
 def test_sharded_averages_equal_those_of_whole_weights_bitwise(tmp_path):
     """ZeRO-1 over data ranks in fp32, and in bf16 (fp32 masters); a skipped step leaves them as they are."""
     manifest = write_dataset(tmp_path / "data", [SHAPE] * 4)
-    checkpoint = {"dir": "unused", "save_every": 1}
+    checkpoint = {"dir": str(tmp_path / "checkpoints"), "save_every": 1}
     common = {"schedule": {"steps": 5, "warmup_steps": 0}, "checkpoint": checkpoint, "optimizer": {"lr": 1e-2}}
     cases = []
     for precision in ("fp32", "bf16"):

@@ -69,6 +69,10 @@ def test_the_rest_is_passed_on(scalars):
     assert (scalars["train/lr"], scalars["train/grad_norm"], scalars["speed/data_wait_seconds"]) == (0.5, 7.0, 0.25)
 
 
+def test_waiting_for_data_is_a_share_of_what_counts_for_the_speed(scalars):
+    assert scalars["speed/data_wait_share"] == pytest.approx(0.25 / (3 * scalars["speed/seconds_per_step"]), rel=1e-4)
+
+
 def test_the_optimizer_probe_sees_weights_and_gradients_without_the_padding(scalars):
     assert scalars["train/param_norm"] == pytest.approx(sum(i * i for i in range(10)) ** 0.5)
     assert scalars["train/grad_zero_share"] == pytest.approx((4 - 2) / 8)

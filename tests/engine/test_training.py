@@ -55,7 +55,7 @@ def configure(folder: Path, dataset: tuple[Path, Path], parallel: dict = FOUR_RA
 def straight(tmp_path_factory, dataset) -> Path:
     """The folder of a run of ten steps on four ranks."""
     folder = tmp_path_factory.mktemp("straight")
-    status, output = finish(launch(configure(folder, dataset), 4))
+    status, output = finish(launch(configure(folder, dataset, logging={"profile_step": 8}), 4))
     assert status == 0, output
     return folder
 
@@ -72,6 +72,13 @@ def test_a_run_writes_its_scalars(straight):
     parameters = sum(p.numel() for p in load_exported(straight).parameters())
     zeros = scalars(straight, "train/grad_zero_share")[10]
     assert zeros == pytest.approx(96 * 145 / parameters, rel=1e-3)
+
+
+def test_a_run_profiles_a_step(straight):
+    profiles = sorted((straight / "tensorboard").glob("profile_*"))
+    assert [path.name for path in profiles] == ["profile_step_8.json.gz", "profile_step_8.txt"]
+    table = profiles[1].read_text()
+    assert "Optimizer.step#" in table and "gloo:" in table, "a whole step, not a part of it"
 
 
 def load_exported(folder: Path, name: str = "dit") -> DiT:

@@ -1,0 +1,62 @@
+"""The DiT that is spread over stages and sequence ranks, as one function of whole latents."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mugv_ds.models.dit import unpatchify
+from mugv_ds.parallel.pipeline import DiTPipeline, Inputs, empty_packed
+
+
+class PipelinedModel:
+    """Called as `DiT` is, by all ranks of a replica together and with the same arguments; all get the result.
+
+    It hands on the activations itself. DeepSpeed's `eval_batch` would sum up the outputs of all evaluations, whatever
+    their shapes, report them to monitors as a loss, and keep buffers that the next training step must not use.
+
+    Args:
+        module: this rank's stage, which has to be given the shape of its next batch afterwards (`set_shape`).
+    """
+
+    def __init__(self, module: DiTPipeline) -> None:
+        self._module = module
+
+    @torch.no_grad()
+    def __call__(
+        self, x: Tensor, timestep: Tensor, text: Tensor, text_mask: Tensor, x_mask: Tensor, fps: Tensor
+    ) -> Tensor:
+        """Velocity [B, 48, T, H, W] fp32 of latents [B, 24, T, H, W]; see `DiT.forward`."""
+        self._module.eval()
+        self._module.set_shape(tuple(x.shape[2:]), len(x), x.device)
+        grid = self._module.grid
+        tokens = self._gather(self._run(Inputs(x, timestep, text, text_mask, x_mask, fps)))
+        self._module.grid = None  # so that the shape of the next batch counts as another
+        return unpatchify(tokens[:, 1 : 1 + grid.patches], grid, *x.shape[3:])
+
+    def _run(self, given: Inputs) -> Tensor:
+        """The last stage's output for the tokens that this rank's part of the sequence holds, on every stage."""
+        module, ranks = self._module, self._module.mpu()
+        tokens, config = len(module.token_n), module.config
+        received = given
+        if not module.is_first:
+            received = empty_packed(given, tokens, config.hidden_size, next(module.parameters()).dtype)
+            for tensor in received:
+                dist.recv(tensor, ranks.stage_to_global(module.stage_id - 1))
+        output = module(received)
+        if not module.is_last:
+            for tensor in output:
+                dist.send(tensor, ranks.stage_to_global(module.stage_id + 1))
+            output = given.x.new_empty(len(given.x), tokens, 4 * 2 * config.in_channels, dtype=torch.float32)
+        if module.num_stages > 1:
+            last = ranks.stage_to_global(module.num_stages - 1)
+            dist.broadcast(output, last, group=ranks.get_pipe_parallel_group())
+        return output
+
+    def _gather(self, output: Tensor) -> Tensor:
+        """[B, n, …] of every part of the sequence → [B, tokens and padding, …]."""
+        ulysses = self._module.ulysses
+        if ulysses.size == 1:
+            return output
+        parts = [torch.empty_like(output) for _ in range(ulysses.size)]
+        dist.all_gather(parts, output, group=ulysses.group)
+        return torch.cat(parts, dim=1)

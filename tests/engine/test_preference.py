@@ -1,0 +1,161 @@
+"""DPO and KTO in the engine: the objective's own gradient under every layout, and references however they come."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from mugv_ds.config import load_config
+from mugv_ds.engine.samples import Sources
+from mugv_ds.engine.streams import flow_reader, make_plan, open_manifests, preference_reader
+from mugv_ds.models import DiT
+from mugv_ds.models.dit import init_weights
+from mugv_ds.objectives.flow import flow_loss
+from mugv_ds.objectives.preference import dpo_loss, kto_loss, reference_point
+from tests import trainer
+from tests.dataset import write_config, write_dataset
+from tests.distributed import run_ranks
+from tests.parallel.test_layouts import perturb
+
+SHAPES = [(2, 4, 6), (1, 4, 4)]
+LAYOUTS = {"one": (1, 1, 1), "dp2": (2, 1, 1), "sp2-pp2": (1, 2, 2)}
+BETA, SFT_WEIGHT, BETA1 = 20.0, 0.3, 0.9
+
+
+def annotate(manifest: Path, objective: str) -> Path:
+    """The manifest's rows as pairs (each with the next row of its shape) or with labels."""
+    with manifest.open() as file:
+        rows = list(csv.DictReader(file))
+    for i, row in enumerate(rows):
+        if objective == "dpo":
+            pair, place = divmod(i, 2 * len(SHAPES))
+            row |= {"pair_id": f"pair-{pair}-{place % len(SHAPES)}", "rank": 1 + place // len(SHAPES)}
+        else:
+            row["label"] = "good" if i % 3 else "bad"
+    out = manifest.with_name(f"{objective}.csv")
+    with out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return out
+
+
+def configure(folder: Path, root: Path, objective: str, layout: tuple[int, int, int], **source) -> Path:
+    parallel = dict(zip(("data", "sequence", "pipeline"), layout, strict=True))
+    return write_config(
+        folder,
+        root / "train.csv",
+        data={"global_batch_size": 8, "micro_batch_size": 2},
+        flow={"caption_drop": 0.2},
+        parallel=parallel,
+        optimizer={"betas": [BETA1, 0.999], "gradient_clipping": 0.0, "eps": 1e-6},
+        preference={
+            "objective": objective,
+            "beta": BETA,
+            "sft_weight": SFT_WEIGHT,
+            "sft_ratio": 0.5,
+            "bad_weight": 1.5,
+            "sources": [{"name": "a", "manifest": str(root / f"{objective}.csv"), **source}],
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("preference")
+    manifest = write_dataset(root, SHAPES * 12)
+    for objective in ("dpo", "kto"):
+        annotate(manifest, objective)
+    return root
+
+
+def policy(dit, seed: int) -> DiT:
+    model = DiT(dit)
+    init_weights(model, "", seed)
+    perturb([("", model)])
+    return model
+
+
+def expected(path: Path) -> tuple[float, dict[str, torch.Tensor], torch.Tensor]:
+    """Loss and gradients of step 0 by the formulas, and the reference's losses: plain model, whole batch at once.
+
+    A policy that differs from the reference is what the objective is for: its loss counts 1% more here and there.
+    """
+    config = load_config(path)
+    manifests = open_manifests(config)
+    flows, annotated = flow_reader(config, manifests.train), preference_reader(config, manifests.sources[0])
+    sources = Sources((flows, annotated))
+    step = make_plan(config, manifests, sources, 1).step(0)
+    model = policy(config.model.dit(), config.data.seed)
+
+    def losses(picks) -> torch.Tensor:
+        batch = sources(picks)
+        out = model(batch.x, batch.timestep, batch.text, batch.text_mask, batch.x_mask, batch.fps)
+        return flow_loss(out, batch.target, batch.x_mask)
+
+    now = losses(step.picks)
+    then = now.detach() * offsets(sources(step.picks).row)
+    if config.preference.objective == "dpo":
+        loss = dpo_loss(now[0::2], now[1::2], then[0::2], then[1::2], BETA).mean()
+    else:
+        good = sources(step.picks).role > 0
+        weights = {"good_weight": 1.0, "bad_weight": 1.5}
+        loss = kto_loss(now, then, good, beta=BETA, point=reference_point(then - now), **weights).mean()
+        assert reference_point(then - now) > 0
+    loss = loss + SFT_WEIGHT * losses(step.companions).mean()
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}, then
+
+
+def offsets(rows: torch.Tensor) -> torch.Tensor:
+    """By how much the reference's loss is made to differ from the policy's."""
+    return 1.02 + 0.05 * torch.sin(rows.double()).float()
+
+
+def train_with_another_reference(paths: list[Path]) -> None:
+    """One step of each config, with references that differ from the policy by `offsets`."""
+    for path in paths:
+        config = load_config(path)
+        made = trainer.ReferenceModel.references
+
+        def references(self, weights, made=made):
+            tables = made(self, weights).train
+            scaled = [table * offsets(torch.arange(len(table))).numpy()[:, None] for table in tables]
+            return trainer.References(tuple(scaled), (None,))
+
+        trainer.ReferenceModel.references = references
+        try:
+            trainer.run(path, path.parent / "out", 1)
+        finally:
+            trainer.ReferenceModel.references = made
+        assert config.preference is not None
+
+
+@pytest.fixture(scope="module")
+def results(root) -> dict[tuple[str, str], list[dict]]:
+    paths = {
+        (objective, name): configure(root / f"{objective}-{name}", root, objective, layout)
+        for objective in ("dpo", "kto")
+        for name, layout in LAYOUTS.items()
+    }
+    for name, (data, sequence, pipeline) in LAYOUTS.items():
+        these = [path for (_, layout), path in paths.items() if layout == name]
+        run_ranks(data * sequence * pipeline, train_with_another_reference, these)
+    return {
+        case: [torch.load(file, weights_only=True) for file in sorted((path.parent / "out").iterdir())]
+        for case, path in paths.items()
+    }
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loss_and_gradients_are_those_of_the_formula(root, results, objective, layout):
+    loss, gradients, _ = expected(root / f"{objective}-one/config.json")
+    ranks = results[objective, layout]
+    for rank in ranks:
+        assert rank["losses"] == pytest.approx([loss], rel=1e-5)
+    found = {name: gradient for rank in ranks for name, gradient in rank["gradients"].items()}
+    assert found.keys() == gradients.keys()
+    errors = {name: float((found[name] - g).norm() / g.norm()) for name, g in gradients.items()}
+    assert max(errors.values()) <= 1e-5, max(errors.items(), key=lambda item: item[1])

@@ -1,0 +1,71 @@
+"""Writes the frozen reference's losses on the preference sets of a config; started by `deepspeed`, as training is.
+
+deepspeed --hostfile hostfiles/localhost --no_ssh --node_rank 0 --master_addr 127.0.0.1 \\
+    tools/reference.py --config ds_configs/dpo.json
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+from mugv_ds.config import ConfigError, InputError, PeerError, TrainConfig, TrainingError, load_config
+from mugv_ds.config.hostfile import check_launcher
+
+
+def write(config: TrainConfig) -> None:
+    """Writes the file of every source that names one, as one of the processes of the launch.
+
+    Raises:
+        InputError: config, data or weights cannot be used. TrainingError, PeerError: as in training.
+    """
+    # Imported here, so that a wrong command line or config answers at once.
+    import torch.distributed as dist
+
+    from mugv_ds.checkpoint.start import find_start, load_into, start_digest
+    from mugv_ds.engine.build import build_engine, start_process
+    from mugv_ds.engine.reference import ReferenceModel
+    from mugv_ds.engine.streams import open_manifests
+
+    process = start_process(config)
+    manifests = open_manifests(config, process.first_then_all)
+    init = config.checkpoint.init_from
+    init = init and process.first(lambda: str(find_start(init)))
+    weights = init and partial(load_into, init, config.model.dit())
+    engine = build_engine(config, process, shape=manifests.typical_shape, weights=weights)
+    digest = process.first(lambda: start_digest(init, config))
+    for line in ReferenceModel(config, process, engine, manifests).write(digest):
+        if process.rank == 0:
+            print(line, flush=True)
+    dist.destroy_process_group()  # without it some processes abort at exit
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses the command line; returns the exit status, as `mugv_ds/train.py`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="JSON file with a preference section")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a value")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher gives it; it is in the environment too
+    arguments = parser.parse_args(argv)
+    if "WORLD_SIZE" not in os.environ:
+        parser.error("started without the deepspeed launcher; see the command above")
+    try:
+        config = load_config(arguments.config, arguments.set)
+        if config.preference is None or not any(source.reference for source in config.preference.sources):
+            raise ConfigError(f"{arguments.config}: no source of a preference section names a reference file to write")
+        check_launcher(int(os.environ["WORLD_SIZE"]))
+        write(config)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except PeerError:
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
