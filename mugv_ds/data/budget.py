@@ -1,11 +1,15 @@
 """How many samples of each latent shape a step holds, and how many a data rank holds at once."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from mugv_ds.config.errors import ConfigError
 from mugv_ds.config.schema import DataSection
 from mugv_ds.data.manifest import Shape
+
+_TOLERANCE = 0.03  # by which the cost of a step may be off, so that its samples split well
+_SPLITS = 2**4 * 3**2 * 5 * 7
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def _batch_size(
         if budget.multiple % ranks:
             raise ConfigError(f"data.budget.multiple = {budget.multiple}: must be a multiple of the {ranks} data ranks")
         wanted = step * load.flops(budget.shape) / load.flops(shape)
-        step = max(round(wanted / budget.multiple), 1) * budget.multiple
+        step = _divisible(wanted / budget.multiple) * budget.multiple
         tokens = unit * load.tokens(shape)
         if tokens > budget.device_tokens:
             raise ConfigError(
@@ -89,3 +93,13 @@ def _batch_size(
             f"micro-batches of multiples of {unit} cannot share evenly; use another ratio"
         )
     return BatchSize(step, micro)
+
+
+def _divisible(wanted: float) -> int:
+    """The whole number from 1 near `wanted` that splits into the most equal parts; the layout does not enter.
+
+    A prime number of samples could only be read one by one, however many a device holds.
+    """
+    near = range(math.ceil(wanted * (1 - _TOLERANCE)), math.floor(wanted * (1 + _TOLERANCE)) + 1)
+    nearest = max(round(wanted), 1)
+    return max(near, key=lambda n: (math.gcd(n, _SPLITS), -abs(n - wanted)), default=nearest)

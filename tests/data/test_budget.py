@@ -36,12 +36,12 @@ def section(step=32, micro=1, **budget):
 
 
 @pytest.mark.parametrize(("step", "multiple", "unit"), [(32, 8, 1), (40, 8, 1), (64, 16, 2), (7, 4, 1)])
-def test_steps_cost_the_same_up_to_half_a_multiple(step, multiple, unit):
+def test_steps_cost_the_same_up_to_half_a_multiple_or_3_percent(step, multiple, unit):
     sizes = batch_sizes(SHAPES, section(step, 64, multiple=multiple, device_tokens=10**6), load(), unit=unit)
     budget = step // unit * flops(LARGEST)
     for shape, size in sizes.items():
         assert size.step % multiple == 0
-        assert abs(size.step * flops(shape) - budget) <= multiple / 2 * flops(shape), shape
+        assert abs(size.step * flops(shape) - budget) <= max(multiple / 2 * flops(shape), 0.03 * budget), shape
     assert list(sizes) == SHAPES and len({size.step for size in sizes.values()}) > 3
 
 
@@ -62,6 +62,14 @@ def test_a_micro_batch_is_the_largest_that_fits_and_divides(most, unit):
             return micro * unit <= most and micro * unit * tokens(shape) <= limit and step % (ranks * micro) == 0
 
         assert fits(size.micro) and not any(fits(micro) for micro in range(size.micro + 1, size.step + 1)), shape
+
+
+def test_steps_of_many_samples_split_well():
+    """1,500 samples of an odd number of tokens, or a few more or less: a device that holds 64 gets nearly as many."""
+    for step in range(1490, 1510):
+        data = section(step, 64, shape=(1, 45, 80), multiple=1, device_tokens=64 * tokens((1, 45, 80)))
+        size = batch_sizes([(1, 45, 80)], data, load(1))[(1, 45, 80)]
+        assert size.micro >= 32 and abs(size.step / step - 1) <= 0.03, step
 
 
 def test_steps_do_not_depend_on_the_layout():
