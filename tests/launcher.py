@@ -9,12 +9,12 @@ from tests.distributed import free_port
 ROOT = Path(__file__).parent.parent
 
 
-def launch(config: Path, slots: int, *arguments: str) -> subprocess.Popen:
+def launch(config: Path, slots: int, *arguments: str, script: str = "mugv_ds/train.py") -> subprocess.Popen:
     hostfile = config.parent / "hostfile"
     hostfile.write_text(f"localhost slots={slots}\n")
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), "--no_ssh"]
     command += ["--node_rank", "0", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-    command += ["mugv_ds/train.py", "--config", str(config), *arguments]
+    command += [script, "--config", str(config), *arguments]
     return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 

@@ -61,9 +61,9 @@ class BudgetSection(Section):
     )
     multiple: Positive = Field(
         8,
-        description="Samples of a step are a multiple of this, which the data ranks must divide: so the steps do not "
-        "depend on how many there are. The larger it is, the further costs are apart. Of those within 3% of the cost "
-        "that is taken which splits into micro-batches best.",
+        description="Samples (or pairs) of a step are a multiple of this, which the data ranks must divide: so the steps "
+        "do not depend on how many there are. The larger it is, the further costs are apart. Of those within 3% of the "
+        "cost that is taken which splits into micro-batches best.",
     )
     device_tokens: Positive = Field(
         description="Tokens that a device may hold at once, the sequence ranks' share of a micro-batch. A micro-batch "

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -128,6 +129,7 @@ class Plan:
             stream.unit * order.samples_per_step for stream, order in zip(streams, self._orders, strict=True)
         ]
         self._mixture = Mixture([stream.share for stream in streams], self.mean_samples)
+        self.step = lru_cache(4)(self.step)  # asked for by the loop and, ahead of it, by the loader
         if companion is not None:
             self._companions = dict(zip(*group_by_shape(companion.shapes), strict=True))
             for shape in sorted({shape for stream in streams for shape in stream.sizes}):

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mugv_ds.checkpoint.start import start_digest
 from mugv_ds.config import load_config
+from mugv_ds.data.reference import KeyMismatch, read_reference
+from mugv_ds.engine.reference import reference_key
 from mugv_ds.engine.samples import Sources
 from mugv_ds.engine.streams import flow_reader, make_plan, open_manifests, preference_reader
 from mugv_ds.models import DiT
@@ -16,6 +19,7 @@ from mugv_ds.objectives.preference import dpo_loss, kto_loss, reference_point
 from tests import trainer
 from tests.dataset import write_config, write_dataset
 from tests.distributed import run_ranks
+from tests.launcher import finish, launch
 from tests.parallel.test_layouts import perturb
 
 SHAPES = [(2, 4, 6), (1, 4, 4)]
@@ -116,7 +120,6 @@ def offsets(rows: torch.Tensor) -> torch.Tensor:
 def train_with_another_reference(paths: list[Path]) -> None:
     """One step of each config, with references that differ from the policy by `offsets`."""
     for path in paths:
-        config = load_config(path)
         made = trainer.ReferenceModel.references
 
         def references(self, weights, made=made):
@@ -129,7 +132,6 @@ def train_with_another_reference(paths: list[Path]) -> None:
             trainer.run(path, path.parent / "out", 1)
         finally:
             trainer.ReferenceModel.references = made
-        assert config.preference is not None
 
 
 @pytest.fixture(scope="module")
@@ -159,3 +161,22 @@ def test_loss_and_gradients_are_those_of_the_formula(root, results, objective, l
     assert found.keys() == gradients.keys()
     errors = {name: float((found[name] - g).norm() / g.norm()) for name, g in gradients.items()}
     assert max(errors.values()) <= 1e-5, max(errors.items(), key=lambda item: item[1])
+
+
+def test_a_cached_reference_equals_one_of_the_run(root, results, tmp_path):
+    """Written by the command on two data ranks, and measured in the runs of every layout, at every visit."""
+    cache = tmp_path / "reference.parquet"
+    path = configure(tmp_path, root, "dpo", (2, 1, 1), reference=str(cache))
+    status, output = finish(launch(path, 2, script="tools/reference.py"))
+    assert status == 0, output
+    assert f"{cache}: 96 losses of 4 visits" in output
+    run_ranks(2, train_with_another_reference, [path])
+    (cached,) = torch.load(tmp_path / "out/rank0.pt", weights_only=True)["references"]
+    assert cached.shape == (24, 4) and cached.isfinite().all()
+    for name in LAYOUTS:
+        for rank in results["dpo", name]:
+            torch.testing.assert_close(rank["references"][0], cached, rtol=1e-6, atol=0)
+    refused = load_config(path, ["data.seed=1"])
+    key, ids = (reference_key(refused, open_manifests(refused).sources[0], start_digest(None, refused)), ["unused"])
+    with pytest.raises(KeyMismatch, match="noise"):
+        read_reference(cache, key, ids)
