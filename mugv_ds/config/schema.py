@@ -61,7 +61,7 @@ class BudgetSection(Section):
     )
     multiple: Positive = Field(
         8,
-        description="Samples (or pairs) of a step are a multiple of this, which the data ranks must divide: so the steps "
+        description="Samples (or pairs) of a step are a multiple of this, which the data ranks must divide: steps then "
         "do not depend on how many there are. The larger it is, the further costs are apart. Of those within 3% of the "
         "cost that is taken which splits into micro-batches best.",
     )
