@@ -200,7 +200,7 @@ def test_bf16_on_four_gpus_follows_one_gpu(tmp_path, dataset):
     for layout in ((1, 1, 1), (1, 2, 2), (2, 2, 1)):
         folder = tmp_path / "-".join(map(str, layout))
         parallel = dict(zip(("data", "sequence", "pipeline"), layout, strict=True))
-        sections = {"parallel": parallel, "model": {"precision": "bf16"}}
+        sections = {"parallel": parallel, "model": {"precision": "bf16", "attention": "sdpa"}}
         config = write_config(folder, dataset[0], data={"val_manifest": str(dataset[1])}, **sections)
         status, output = finish(launch(config, layout[0] * layout[1] * layout[2]))
         assert status == 0, output
