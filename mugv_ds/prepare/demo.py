@@ -39,7 +39,7 @@ from mugv_ds.prepare.scenes import (
 TEXT_CHANNELS = 64
 MAX_TEXT_TOKENS = 40
 
-_VERSION = 2  # of what is drawn and written: a change must raise it, so that older sets are made anew
+_VERSION = 3  # of what is drawn and written: a change must raise it, so that older sets are made anew
 _FIT_CLIPS = 200  # more do not change the codec visibly
 _MARKER = "demo.json"
 _FOLDERS = ("videos", "latents", "text_features")
@@ -155,8 +155,10 @@ def draw_curriculum(sizes: Sizes, seed: int) -> dict[str, list[Row]]:
         "stage2": _plain(_stage("stage2", sizes.stage2, seed, (*SHORT, *LONG))),
         "stage3": _plain(_stage("stage3", sizes.stage3, seed, LARGE)),
         "val_stages": _plain(
-            draw_clips("val_stages_image", held_out_images, seed, subjects=STILLS, formats=IMAGES)
-            + draw_clips("val_stages", sizes.val_stages - held_out_images, seed, formats=(*SHORT, *LONG, *LARGE))
+            _spread(
+                draw_clips("val_stages_image", held_out_images, seed, subjects=STILLS, formats=IMAGES),
+                draw_clips("val_stages", sizes.val_stages - held_out_images, seed, formats=(*SHORT, *LONG, *LARGE)),
+            )
         ),
         "sft": _plain(map(centred, _stage("sft", sizes.sft, seed, SQUARE))),
         "pairs": list(_pairs("pair", sizes.pairs // 2, seed)),
@@ -164,6 +166,14 @@ def draw_curriculum(sizes: Sizes, seed: int) -> dict[str, list[Row]]:
         "labels": list(_labelled("labelled", sizes.labels // 2, seed)),
         "labels_val": list(_labelled("labelled_held_out", sizes.labels_val // 2, seed)),
     }
+
+
+def _spread(few: Sequence[Clip], many: Sequence[Clip]) -> Iterator[Clip]:
+    """Both, the few spread evenly among the many: the first rows are of every kind."""
+    places = [(i / len(few), clip) for i, clip in enumerate(few)] + [
+        (i / len(many), clip) for i, clip in enumerate(many)
+    ]
+    return (clip for _, clip in sorted(places, key=lambda place: place[0]))
 
 
 def _plain(clips: Sequence[Clip] | Iterator[Clip]) -> list[Row]:
