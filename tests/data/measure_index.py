@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mugv_ds.data.buckets import Order
+from mugv_ds.data.buckets import Order, group_by_shape
 from mugv_ds.data.manifest import build_index, open_index
 
 
@@ -39,7 +39,8 @@ def use(csv: Path, folder: Path, reads: int) -> None:
     begin = time.perf_counter()
     index = open_index(csv, folder)
     opened = time.perf_counter()
-    order = Order(index.shapes(), global_batch_size=64, seed=0)
+    shapes = index.shapes()
+    order = Order(shapes, dict.fromkeys(group_by_shape(shapes)[0], 64), seed=0)
     order.step(0)
     ordered = time.perf_counter()
     rows = np.random.default_rng(0).integers(len(index), size=reads).tolist()

@@ -1,10 +1,12 @@
 """DPO and KTO in the engine: the objective's own gradient under every layout, and references however they come."""
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mugv_ds.checkpoint.start import start_digest
 from mugv_ds.config import load_config
@@ -180,3 +182,36 @@ def test_a_cached_reference_equals_one_of_the_run(root, results, tmp_path):
     key, ids = (reference_key(refused, open_manifests(refused).sources[0], start_digest(None, refused)), ["unused"])
     with pytest.raises(KeyMismatch, match="noise"):
         read_reference(cache, key, ids)
+
+
+def scalars(folder: Path, tag: str) -> dict[int, float]:
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(tag)}
+
+
+def test_a_run_resumes_with_the_reference_it_began_with_and_its_alarm_ends_it(root, tmp_path):
+    """The weights of a checkpoint are not those of the reference, which is measured before they are loaded."""
+    runs = {"schedule": {"kind": "constant", "steps": 4, "warmup_steps": 0}, "logging": {"every": 1, "progress": False}}
+    runs |= {"optimizer": {"lr": 5e-3}, "checkpoint": {"save_every": 2}}
+    for name in ("straight", "resumed"):
+        path = configure(tmp_path / name, root, "kto", (2, 1, 1), val_manifest=str(root / "kto.csv"))
+        merged = json.loads(path.read_text())
+        for section, values in runs.items():
+            merged[section] |= values
+        path.write_text(json.dumps(merged))
+        for steps in (4,) if name == "straight" else (2, 4):
+            status, output = finish(launch(path, 2, "--set", f"schedule.steps={steps}"))
+            assert status == 0, output
+    assert "going on after step 2" in output
+    for tag in ("train/loss", "preference/a/better_reference", "preference/a/worse_loss", "preference/a/point"):
+        straight, resumed = (scalars(tmp_path / name, tag) for name in ("straight", "resumed"))
+        assert set(straight) == {1, 2, 3, 4} and resumed == pytest.approx(straight, rel=1e-6), tag
+    held_out = scalars(tmp_path / "resumed", "validation/preference/a/better_reference")
+    assert len(set(held_out.values())) == 1 and 0 in held_out and 4 in held_out
+    assert scalars(tmp_path / "resumed", "validation/preference/a/accuracy")[4] >= 0
+
+    status, output = finish(
+        launch(path, 2, "--set", "preference.max_better_ratio=1.0001", "--set", "schedule.steps=30")
+    )
+    assert status == 1 and "more than preference.max_better_ratio = 1.0001" in output
