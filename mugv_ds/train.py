@@ -9,7 +9,7 @@ import os
 import sys
 from functools import partial
 
-from mugv_ds.config import InputError, PeerError, TrainConfig, TrainingError, load_config
+from mugv_ds.config import TrainConfig, exit_status, load_config
 from mugv_ds.config.hostfile import check_launcher
 
 
@@ -88,26 +88,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher gives it; it is in the environment too
     arguments = parser.parse_args(argv)
     world_size = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
-    try:
+
+    def run() -> int:
         config = load_config(arguments.config, arguments.set)
         if arguments.dry_run:
             from mugv_ds.engine.describe import describe
 
             print(describe(config, world_size))
-        elif world_size is None:
+            return 0
+        if world_size is None:
             parser.error("started without the deepspeed launcher; see the command above, or use --dry-run")
-        else:
-            check_launcher(world_size)
-            return train(config)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except PeerError:
-        return 1
-    return 0
+        check_launcher(world_size)
+        return train(config)
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from mugv_ds.config import ConfigError, InputError, PeerError, TrainConfig, TrainingError, load_config
+from mugv_ds.config import ConfigError, TrainConfig, exit_status, load_config
 from mugv_ds.config.hostfile import check_launcher
 
 
@@ -50,21 +50,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if "WORLD_SIZE" not in os.environ:
         parser.error("started without the deepspeed launcher; see the command above")
-    try:
+
+    def run() -> int:
         config = load_config(arguments.config, arguments.set)
         if config.preference is None or not any(source.reference for source in config.preference.sources):
             raise ConfigError(f"{arguments.config}: no source of a preference section names a reference file to write")
         check_launcher(int(os.environ["WORLD_SIZE"]))
         write(config)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except PeerError:
-        return 1
-    return 0
+        return 0
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

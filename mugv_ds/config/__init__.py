@@ -1,6 +1,6 @@
 """Configuration: the schema, its loading, and what is checked before anything is allocated."""
 
-from mugv_ds.config.errors import CheckpointError, ConfigError, InputError, PeerError, TrainingError
+from mugv_ds.config.errors import CheckpointError, ConfigError, InputError, PeerError, TrainingError, exit_status
 from mugv_ds.config.load import load_config
 from mugv_ds.config.model import PRESETS, DiTConfig
 from mugv_ds.config.schema import TrainConfig
@@ -14,5 +14,6 @@ __all__ = [
     "PeerError",
     "TrainConfig",
     "TrainingError",
+    "exit_status",
     "load_config",
 ]

@@ -1,5 +1,8 @@
 """Errors that end a command."""
 
+import sys
+from collections.abc import Callable
+
 
 class InputError(ValueError):
     """What the user gave cannot be used. Commands print the message, one line, and exit with status 2."""
@@ -19,3 +22,20 @@ class PeerError(RuntimeError):
 
 class TrainingError(RuntimeError):
     """The run cannot go on, though the user did nothing wrong. Commands print the message and exit with status 1."""
+
+
+def exit_status(command: Callable[[], int]) -> int:
+    """What `command` returns; or prints its error as one line and gives 2 for InputError, 1 for the others above.
+
+    Of PeerError nothing is printed: the other rank says why.
+    """
+    try:
+        return command()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except PeerError:
+        return 1
