@@ -115,20 +115,22 @@ class Evaluator:
         Raises:
             SampleError: a sample cannot be used. PeerError: another rank met an error.
         """
-        layout, place = self._process.layout, self._process.place
+        layout, place, calls, own = self._process.layout, self._process.place, [], []
+        most = _AT_ONCE * layout.pipeline
         for shape, units in zip(*group_by_shape(reader.shapes), strict=True):
             picks = [Pick(0, int(unit), visit) for visit in range(visits) for unit in units]
-            at_once = micro(shape) * layout.data
+            size = micro(shape)
+            at_once = size * layout.data
             picks += [picks[-1]._replace(visit=None)] * (-len(picks) % at_once)
-            chunks = [picks[start : start + at_once] for start in range(0, len(picks), at_once)]
-            share = slice(place.data * micro(shape), (place.data + 1) * micro(shape))
-            readings = self._readings(reader, [chunk[share] for chunk in chunks], replace)
-            with closing(readings):
-                for start in range(0, len(chunks), _AT_ONCE * layout.pipeline):
-                    count = len(chunks[start : start + _AT_ONCE * layout.pipeline])
-                    batches, quarantined = self._next(readings, count)
-                    alive()
-                    yield shape, self.losses(batches, shape, micro(shape) * reader.unit, count), quarantined
+            begin = place.data * size
+            shares = [picks[start + begin : start + begin + size] for start in range(0, len(picks), at_once)]
+            calls += [(shape, len(shares[start : start + most])) for start in range(0, len(shares), most)]
+            own += shares
+        with closing(self._readings(reader, own, replace)) as readings:
+            for shape, count in calls:
+                batches, quarantined = self._next(readings, count)
+                alive()
+                yield shape, self.losses(batches, shape, micro(shape) * reader.unit, count), quarantined
 
     def _readings(self, reader: Reader, chunks: list[list[Pick]], replace: bool) -> Iterator:
         if not self._feed.reads:
@@ -140,7 +142,7 @@ class Evaluator:
             stop_step=len(chunks),
             make=Replacing(sources) if replace else sources,
             name=lambda pick: reader.name(pick.unit),
-            num_workers=self._num_workers,
+            num_workers=min(self._num_workers, len(chunks)),
         )
         with closing(steps):
             for (reading,) in steps:
