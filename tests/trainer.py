@@ -1,11 +1,12 @@
 """A trainer without checkpoints, in the processes of a test."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from deepspeed.utils import safe_get_full_optimizer_state
 
-from mugv_ds.checkpoint.start import start_digest
+from mugv_ds.checkpoint.start import load_into, start_digest
 from mugv_ds.config import load_config
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.engine.build import build_engine, start_process
@@ -23,17 +24,19 @@ class NoStore:
 
 
 class TestTrainer(Trainer):
-    """Takes steps one by one, with weights that were moved off their initial zeros."""
+    """Takes steps one by one, from the config's weights or from initial ones that were moved off their zeros."""
 
     __test__ = False
 
     def __init__(self, config: TrainConfig) -> None:
         process = start_process(config)
         manifests = open_manifests(config, process.first_then_all)
-        engine = build_engine(config, process, manifests.typical_shape, weights=perturb)
+        init = config.checkpoint.init_from
+        weights = partial(load_into, init, config.model.dit()) if init else perturb
+        engine = build_engine(config, process, manifests.typical_shape, weights=weights)
         self.references = References()
         if config.preference is not None:
-            self.references = ReferenceModel(config, process, engine, manifests).references(start_digest(None, config))
+            self.references = ReferenceModel(config, process, engine, manifests).references(start_digest(init, config))
         super().__init__(
             config,
             process,

@@ -92,7 +92,9 @@ def test_the_weights_of_all_ranks_sum_to_those_of_the_sample(size):
     """Start, end and padding tokens weigh nothing; every patch is weighed once, padded pixels not at all."""
     target, weight = torch.randn(2, 24, 3, 3, 5), torch.rand(2, 1, 3, 3, 5)
     tokens = patch_grid(3, 3, 5).tokens
-    parts = [labels(target, weight, torch.zeros(2), local_tokens(tokens, size, rank)) for rank in range(size)]
+    zeros = torch.zeros(2)
+    given = {"timestep": zeros, "scale": zeros, "role": zeros, "reference": zeros}
+    parts = [labels(target, weight, **given, token_n=local_tokens(tokens, size, rank)) for rank in range(size)]
     total = sum(part.weight_BnP1.sum(dim=(1, 2, 3)) for part in parts)
     torch.testing.assert_close(total, weight.flatten(1).sum(dim=1))
     assert all(part.target_BnPC.shape[2:] == (4, 24) for part in parts)
