@@ -14,7 +14,7 @@ from mugv_ds.data.buckets import group_by_shape
 from mugv_ds.data.manifest import Index, Shape
 from mugv_ds.data.plan import Plan, Stream
 from mugv_ds.engine.describe import buckets_of
-from mugv_ds.engine.samples import PairSamples, Reader, Sources
+from mugv_ds.engine.samples import AnnotatedSamples, Reader, Sources
 from mugv_ds.engine.streams import flow_reader, make_plan, open_manifests, preference_reader, workload
 
 MOST_STEPS = 2000  # looked at unless asked for
@@ -117,7 +117,7 @@ def count_rows(plan: Plan, indexes: Sequence[Index], readers: Sequence[Reader], 
     shapes = {shape for stream in playing for shape in group_by_shape(stream.shapes)[0]}
     total, unreadable, held = 0, 0, 0
     for number, (index, reader) in enumerate(zip(indexes, readers, strict=True)):
-        rows = reader.pairs if isinstance(reader, PairSamples) else np.arange(len(index))
+        rows = reader.rows if isinstance(reader, AnnotatedSamples) else np.arange(len(index))
         can = np.zeros(len(index), bool)
         for stream in playing:
             if stream.source == number:

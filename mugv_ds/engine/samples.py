@@ -14,11 +14,13 @@ from torch import Tensor
 from mugv_ds.config.errors import ConfigError, InputError
 from mugv_ds.config.schema import DataSection, FlowSection
 from mugv_ds.data import noise
-from mugv_ds.data.manifest import Index, Row
+from mugv_ds.data.manifest import Index
 from mugv_ds.data.plan import Pick
 from mugv_ds.data.retry import retried
 from mugv_ds.data.sample import SampleError, read_row, read_text
 from mugv_ds.objectives import flow
+
+Key = tuple[int, str, int]  # seed, sample or pair, visit: what randomness is drawn from
 
 
 class Batch(NamedTuple):
@@ -98,8 +100,7 @@ class FlowSamples:
 
     def time(self, unit: int, visit: int) -> float:
         """The timestep in [0, 1000] of a (row, visit), without reading it."""
-        row = self.index.row(unit)
-        return float(self._time(unit, row, (self.seed, row.sample_id, visit)))
+        return self.draw_time(unit, (self.seed, self.name(unit), visit), unit)
 
     def read(self, unit: int, visit: int | None) -> list[Batch]:
         """One sample, as a `Batch` without the first dimension; visit None marks a filler.
@@ -108,13 +109,12 @@ class FlowSamples:
             SampleError: a file of the sample cannot be used; the message names it.
             ConfigError: nor can `data.null_text_path`. TrainingError: the file system failed time and again.
         """
-        return [self.sample(unit, visit, self.name(unit))]
+        return [self.sample(unit, visit, (self.seed, self.name(unit), visit or 0), unit)]
 
-    def sample(self, row_number: int, visit: int | None, key: str) -> Batch:
-        """As `read`, with the randomness of another key than the sample's id."""
+    def sample(self, row_number: int, visit: int | None, key: Key, unit: int) -> Batch:
+        """As `read`, for a row that belongs to this unit, with what is drawn from `key`."""
         tokens = self.data.max_text_tokens
         row = self.index.row(row_number)
-        key = (self.seed, key, visit or 0)
         drop = not self.held_out and noise.caption_uniform(*key) < self.flow.caption_drop
         sample = retried(
             lambda: read_row(self.index, row_number, channels=self.channels, max_text_tokens=tokens, with_text=not drop)
@@ -122,7 +122,7 @@ class FlowSamples:
         x0, frames = sample.latent, sample.latent.shape[1]
         text, text_mask = retried(self.null_text) if drop else (sample.text, sample.text_mask)
 
-        t = self._time(row_number, row, key)
+        t = torch.tensor(self.draw_time(row_number, key, unit))
         epsilon = noise.gaussian(*key, tuple(x0.shape))
         x_mask = torch.ones(frames, dtype=torch.bool)
         if frames > 1 and not self.held_out and noise.first_frame_uniform(*key) < self.flow.first_frame_share:
@@ -144,11 +144,13 @@ class FlowSamples:
             visit=torch.tensor(visit or 0),
         )
 
-    def _time(self, row_number: int, row: Row, key: tuple[int, str, int]) -> Tensor:
+    def draw_time(self, row_number: int, key: Key, unit: int) -> float:
+        """The timestep in [0, 1000] of a row of this unit, drawn from `key`."""
         if self.held_out:
-            return torch.tensor(flow.MAX_TIME * (row_number % 4 + noise.quartile_uniform(*key)) / 4)
+            return flow.MAX_TIME * (unit % 4 + noise.quartile_uniform(*key)) / 4
+        row = self.index.row(row_number)
         shift = self._shift(row.height, row.width, row.latent_shape[0])
-        return flow.draw_time(torch.tensor(noise.time_normal(*key)), shift)
+        return float(flow.draw_time(torch.tensor(noise.time_normal(*key)), shift))
 
     def _shift(self, height: int, width: int, frames: int) -> float:
         if self.flow.shift == "resolution":
@@ -169,85 +171,58 @@ class FlowSamples:
 
 
 @dataclass(frozen=True)
-class LabelledSamples:
-    """Single samples that are good or bad; a `Reader` whose units are rows.
+class AnnotatedSamples:
+    """Samples that are better or worse, good or bad; a `Reader` whose units are pairs, or single samples.
+
+    The two of a pair share timestep, noise, caption drop and first-frame choice.
 
     Args:
-        samples: reads them. good: bool [rows]. reference: see `reference_error`; None while it is being computed.
-    """
-
-    samples: FlowSamples
-    good: np.ndarray
-    reference: np.ndarray | None = None
-    unit = 1
-
-    @property
-    def shapes(self) -> np.ndarray:
-        return self.samples.shapes
-
-    @property
-    def seed(self) -> int:
-        return self.samples.seed
-
-    def name(self, unit: int) -> str:
-        """Sample id."""
-        return self.samples.name(unit)
-
-    def time(self, unit: int, visit: int) -> float:
-        """See `FlowSamples.time`."""
-        return self.samples.time(unit, visit)
-
-    def read(self, unit: int, visit: int | None) -> list[Batch]:
-        """See `FlowSamples.read`. InputError: the reference's error is not known."""
-        role = 1 if self.good[unit] else -1
-        return [with_role(sample, role, self.samples, self.reference) for sample in self.samples.read(unit, visit)]
-
-
-@dataclass(frozen=True)
-class PairSamples:
-    """Pairs of samples that share timestep, noise, caption drop and first-frame choice; a `Reader` of pairs.
-
-    Args:
-        samples: reads them. pairs: int [n, 2], rows of the better and the worse one.
+        samples: reads them.
+        rows: int [units, 1 or 2], of the manifest. roles: int [units, 1 or 2], 1 better or good, −1 worse or bad.
         reference: see `reference_error`; None while it is being computed.
     """
 
     samples: FlowSamples
-    pairs: np.ndarray
+    rows: np.ndarray
+    roles: np.ndarray
     reference: np.ndarray | None = None
-    unit = 2
+
+    @property
+    def unit(self) -> int:
+        return self.rows.shape[1]
 
     @property
     def shapes(self) -> np.ndarray:
-        return self.samples.shapes[self.pairs[:, 0]]
+        return self.samples.shapes[self.rows[:, 0]]
 
     @property
     def seed(self) -> int:
         return self.samples.seed
 
     def name(self, unit: int) -> str:
-        """Pair id."""
-        return self.samples.index.row(int(self.pairs[unit, 0])).pair_id
+        """Pair id, or sample id."""
+        row = self.samples.index.row(int(self.rows[unit, 0]))
+        return row.pair_id if self.unit == 2 else row.sample_id
 
     def time(self, unit: int, visit: int) -> float:
-        """The timestep in [0, 1000] of a (pair, visit), without reading it."""
-        better = int(self.pairs[unit, 0])
-        return float(self.samples._time(better, self.samples.index.row(better), (self.seed, self._key(unit), visit)))
+        """The timestep in [0, 1000] of a (unit, visit), without reading it."""
+        return self.samples.draw_time(int(self.rows[unit, 0]), self._key(unit, visit), unit)
 
     def read(self, unit: int, visit: int | None) -> list[Batch]:
-        """The better and the worse sample. SampleError, ConfigError, TrainingError: see `FlowSamples.read`.
+        """The samples of a unit; of a pair the better one first.
 
         Raises:
+            SampleError, ConfigError, TrainingError: see `FlowSamples.read`.
             InputError: the reference's error is not known.
         """
-        key = self._key(unit)
         return [
-            with_role(self.samples.sample(row, visit, key), role, self.samples, self.reference)
-            for row, role in zip(self.pairs[unit].tolist(), (1, -1), strict=True)
+            with_role(self.samples.sample(row, visit, self._key(unit, visit), unit), role, self.samples, self.reference)
+            for row, role in zip(self.rows[unit].tolist(), self.roles[unit].tolist(), strict=True)
         ]
 
-    def _key(self, unit: int) -> str:
-        return f"pair {self.name(unit)}"
+    def _key(self, unit: int, visit: int | None) -> Key:
+        name = self.name(unit)
+        return (self.seed, f"pair {name}" if self.unit == 2 else name, visit or 0)
 
 
 def with_role(sample: Batch, role: int, samples: FlowSamples, reference: np.ndarray | None) -> Batch:

@@ -14,7 +14,7 @@ from mugv_ds.data.manifest import Index, Shape, open_index
 from mugv_ds.data.mixture import group_shapes
 from mugv_ds.data.pairs import labels, pairs
 from mugv_ds.data.plan import Companion, Plan, Stream
-from mugv_ds.engine.samples import FlowSamples, LabelledSamples, PairSamples, Reader, Sources
+from mugv_ds.engine.samples import AnnotatedSamples, FlowSamples, Reader, Sources
 from mugv_ds.models.flops import train_flops
 from mugv_ds.models.rope import patch_grid
 
@@ -85,7 +85,7 @@ def workload(config: TrainConfig, data_ranks: int) -> Workload:
 
 def preference_reader(
     config: TrainConfig, index: Index, reference: np.ndarray | None = None, held_out: bool = False
-) -> LabelledSamples | PairSamples:
+) -> AnnotatedSamples:
     """The reader of an annotation source.
 
     Raises:
@@ -93,8 +93,10 @@ def preference_reader(
     """
     samples = FlowSamples(index, config.data, config.flow, config.model.dit().caption_channels, held_out)
     if config.preference.objective == "dpo":
-        return PairSamples(samples, pairs(index), reference)
-    return LabelledSamples(samples, labels(index), reference)
+        rows = pairs(index)
+        return AnnotatedSamples(samples, rows, np.broadcast_to([1, -1], rows.shape), reference)
+    roles = np.where(labels(index), 1, -1)
+    return AnnotatedSamples(samples, np.arange(len(index))[:, None], roles[:, None], reference)
 
 
 def flow_reader(config: TrainConfig, index: Index, held_out: bool = False) -> FlowSamples:

@@ -10,7 +10,7 @@ from mugv_ds.engine.build import Process
 from mugv_ds.engine.evaluate import Evaluator, Measured
 from mugv_ds.engine.metrics import preference_means
 from mugv_ds.engine.reference import References
-from mugv_ds.engine.samples import LabelledSamples, PairSamples, Reader
+from mugv_ds.engine.samples import AnnotatedSamples, Reader
 from mugv_ds.engine.streams import Manifests, flow_reader, preference_reader, sizes_of, workload
 from mugv_ds.objectives.preference import dpo_terms, kto_terms, reference_point
 
@@ -34,7 +34,7 @@ class Validation:
         self._config, self._evaluator = config, evaluator
         self._load = workload(config, process.layout.data)
         self._flows = manifests.validation and flow_reader(config, manifests.validation, held_out=True)
-        self._preferences: dict[str, LabelledSamples | PairSamples] = {}
+        self._preferences: dict[str, AnnotatedSamples] = {}
         for number, index in enumerate(manifests.held_out):
             if index is not None:
                 reader = preference_reader(config, index, references.held_out[number], held_out=True)
@@ -76,7 +76,7 @@ class Validation:
                 results[f"validation/loss_t{250 * q}-{250 * (q + 1)}"] = whole.loss[quarter].mean()
         return results | {f"validation/loss_{name}": part.loss.mean() for name, part in shapes.items()}
 
-    def _terms(self, reader: Reader, measured: Measured) -> dict[str, torch.Tensor]:
+    def _terms(self, reader: AnnotatedSamples, measured: Measured) -> dict[str, torch.Tensor]:
         """Sums of the preference terms over held-out units."""
         section = self._config.preference
         size = measured.elements if section.reduction == "sum" else np.ones_like(measured.elements)
@@ -85,7 +85,7 @@ class Validation:
         if section.objective == "dpo":
             place = np.empty(rows.max() + 1, np.int64)
             place[rows] = np.arange(len(rows))
-            better, worse = place[reader.pairs].T
+            better, worse = place[reader.rows].T
             return dpo_terms(loss[better], loss[worse], reference[better], reference[worse], section.beta)
-        good = torch.from_numpy(reader.good[rows])
+        good = torch.from_numpy(reader.roles[rows, 0] > 0)
         return kto_terms(loss, reference, good, section.beta, reference_point(reference - loss))

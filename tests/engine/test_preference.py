@@ -188,6 +188,19 @@ def test_a_cached_reference_equals_one_of_the_run(root, results, tmp_path):
         read_reference(cache, reference_key(refused, index, weights), ["unused"])
 
 
+def test_both_sides_of_a_pair_share_timestep_and_noise_held_out_too(root, tmp_path):
+    config = load_config(configure(tmp_path, root, "dpo", (1, 1, 1)))
+    for held_out in (False, True):
+        reader = preference_reader(config, open_manifests(config).sources[0], held_out=held_out)
+        for unit in range(len(reader.rows)):
+            better, worse = reader.read(unit, 0)
+            assert better.timestep == worse.timestep == pytest.approx(reader.time(unit, 0))
+            noise = [side.x - (1 - side.timestep / 1000) * side.target for side in (better, worse)]  # ε, where noised
+            noised = better.x_mask[None, :, None, None] & worse.x_mask[None, :, None, None]
+            torch.testing.assert_close(noise[0] * noised, noise[1] * noised, rtol=0, atol=1e-5)
+            assert (better.role, worse.role) == (1, -1) and not torch.equal(better.target, worse.target)
+
+
 def scalars(folder: Path, tag: str) -> dict[int, float]:
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
