@@ -140,7 +140,7 @@ class Trainer:
                     return True
                 if self._due(step, logging.eval_every or steps) if taken else step < steps:
                     self._validate(recorder, step)
-                # Also where the run goes on from: TensorBoard drops what was written at that step.
+                # Also where the run goes on from: it may have ended before they were written.
                 if self.previews is not None and step and self._due(step, self.config.preview.every):
                     with recorder.excluded():
                         self.previews.write(step, recorder, partial(self.guard.alive, step))

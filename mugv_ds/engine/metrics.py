@@ -98,7 +98,9 @@ class Recorder:
         self, section: LoggingSection, *, rank: int, world_size: int, start: int, steps: int, peak: float | None
     ) -> None:
         self._every, self._world_size, self._peak, self._steps = section.every, world_size, peak, steps
-        self._writer = SummaryWriter(section.dir, purge_step=start) if rank == 0 else None
+        # What an earlier process wrote up to the step that this one goes on from holds.
+        purge = start + 1 if start else 0
+        self._writer = SummaryWriter(section.dir, purge_step=purge) if rank == 0 else None
         self._bar = tqdm(total=steps, initial=start, disable=rank != 0 or not section.progress, unit="step")
         self._begin_window()
 
