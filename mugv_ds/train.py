@@ -26,17 +26,17 @@ def train(config: TrainConfig) -> int:
     # Imported here, so that a wrong command line or config answers at once.
     import torch.distributed as dist
 
-    from mugv_ds.checkpoint.start import find_start, load_into, start_digest
     from mugv_ds.checkpoint.store import Store
     from mugv_ds.data.manifest import open_index
+    from mugv_ds.data.run_data import open_manifests
     from mugv_ds.engine.build import build_engine, start_process
     from mugv_ds.engine.ema import PowerEma
+    from mugv_ds.engine.evaluate.reference import ReferenceModel, References
+    from mugv_ds.engine.guard.signals import STOPPED
     from mugv_ds.engine.loop import Trainer
     from mugv_ds.engine.preview import Previews
-    from mugv_ds.engine.reference import ReferenceModel, References
-    from mugv_ds.engine.signals import STOPPED
-    from mugv_ds.engine.streams import open_manifests
-    from mugv_ds.sample import sample_latents
+    from mugv_ds.sampling.sampler import sample_latents
+    from mugv_ds.weights.start import find_start, load_into, start_digest
 
     process = start_process(config)
     manifests = open_manifests(config, process.first_then_all)
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     def run() -> int:
         config = load_config(arguments.config, arguments.set)
         if arguments.dry_run:
-            from mugv_ds.engine.describe import describe
+            from mugv_ds.plan.describe import describe
 
             print(describe(config, world_size))
             return 0

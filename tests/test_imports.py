@@ -9,15 +9,29 @@ ROOT = Path(__file__).parent.parent / "mugv_ds"
 
 ALLOWED = {
     "config": set(),
-    "data": {"config"},
+    "files": {"config"},
     "objectives": {"config"},
+    "data": {"config", "files", "objectives", "models"},
     "models": {"config"},
     "parallel": {"models", "config"},
     "checkpoint": {"config", "models"},
-    "engine": {"config", "data", "models", "parallel", "objectives"},
+    "weights": {"config", "models", "checkpoint", "files"},
+    "engine": {"config", "data", "files", "models", "parallel", "objectives"},
+    "plan": {"config", "data", "models", "parallel"},
+    "sampling": {"models", "data", "objectives", "config"},
     "prepare": {"models", "data", "objectives", "config"},
-    "sample.py": {"models", "data", "objectives", "config"},
-    "train.py": {"config", "data", "models", "parallel", "objectives", "engine", "checkpoint", "sample"},
+    "train.py": {
+        "config",
+        "data",
+        "models",
+        "parallel",
+        "objectives",
+        "engine",
+        "plan",
+        "checkpoint",
+        "weights",
+        "sampling",
+    },
     "__init__.py": set(),
 }
 DEEPSPEED = {"parallel", "engine", "checkpoint"}

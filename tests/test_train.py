@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.dataset import write_config, write_dataset
+from tests.helpers.dataset import write_config, write_dataset
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from mugv_ds.config import InputError, load_config
-from mugv_ds.engine.balance import balance_report
+from mugv_ds.plan.balance import balance_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:

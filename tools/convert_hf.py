@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mugv_ds.checkpoint.hf import export
 from mugv_ds.config import InputError
+from mugv_ds.weights.published import export
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,13 +9,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mugv_ds.checkpoint.average import Average, ensemble, reconstruct
-from mugv_ds.checkpoint.convert import DTYPES
 from mugv_ds.checkpoint.reader import CheckpointReader, open_checkpoint, open_run
-from mugv_ds.checkpoint.save import save_weights
-from mugv_ds.checkpoint.weights import check_weights
 from mugv_ds.config import InputError
 from mugv_ds.config.schema import ModelSection
+from mugv_ds.weights.average import Average, ensemble, reconstruct
+from mugv_ds.weights.base import check_weights
+from mugv_ds.weights.convert import DTYPES
+from mugv_ds.weights.save import save_weights
 
 TOLERANCE = 0.05  # error of the profile's fit from which on it is reported as a bad one
 

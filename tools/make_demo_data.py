@@ -4,7 +4,7 @@ import argparse
 import sys
 from dataclasses import fields
 
-from mugv_ds.prepare.demo import Sizes, make_demo_data
+from mugv_ds.prepare.demo.sets import Sizes, make_demo_data
 
 
 def main() -> None:

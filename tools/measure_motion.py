@@ -10,7 +10,7 @@ import numpy as np
 
 from mugv_ds.config import InputError
 from mugv_ds.data.video import read_mp4
-from mugv_ds.prepare.motion import LEAST_MOTION, horizontal_motion
+from mugv_ds.prepare.demo.motion import LEAST_MOTION, horizontal_motion
 
 
 def main(argv: Sequence[str] | None = None) -> int:

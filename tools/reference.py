@@ -23,10 +23,10 @@ def write(config: TrainConfig) -> None:
     # Imported here, so that a wrong command line or config answers at once.
     import torch.distributed as dist
 
-    from mugv_ds.checkpoint.start import find_start, load_into, start_digest
+    from mugv_ds.data.run_data import open_manifests
     from mugv_ds.engine.build import build_engine, start_process
-    from mugv_ds.engine.reference import ReferenceModel
-    from mugv_ds.engine.streams import open_manifests
+    from mugv_ds.engine.evaluate.reference import ReferenceModel
+    from mugv_ds.weights.start import find_start, load_into, start_digest
 
     process = start_process(config)
     manifests = open_manifests(config, process.first_then_all)

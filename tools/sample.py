@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from mugv_ds.checkpoint.hf import load_dit
 from mugv_ds.config import InputError
 from mugv_ds.data.video import contact_sheet, read_image, video_name, write_mp4
 from mugv_ds.models.codec import LinearCodec
 from mugv_ds.models.text import HashTextEncoder
-from mugv_ds.prepare.demo import demo_prompts
-from mugv_ds.sample import sample_videos
+from mugv_ds.prepare.demo.sets import demo_prompts
+from mugv_ds.sampling.sampler import sample_videos
+from mugv_ds.weights.published import load_dit
 
 
 def main(argv: Sequence[str] | None = None) -> int:

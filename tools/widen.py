@@ -5,10 +5,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mugv_ds.checkpoint.convert import DTYPES, widen_weights
-from mugv_ds.checkpoint.weights import preset_of
-from mugv_ds.checkpoint.widen import Noise
 from mugv_ds.config import InputError
+from mugv_ds.weights.base import preset_of
+from mugv_ds.weights.convert import DTYPES, widen_weights
+from mugv_ds.weights.widen import Noise
 
 
 def main(argv: Sequence[str] | None = None) -> int:

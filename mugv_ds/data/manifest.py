@@ -28,8 +28,8 @@ from datasets.arrow_writer import ArrowWriter
 
 from mugv_ds.config.errors import InputError
 from mugv_ds.config.model import LATENT_STRIDE as STRIDE
-from mugv_ds.data.atomic import write_atomically
-from mugv_ds.data.tensor_file import SampleError, UnsafeFileError, check_latent, load_tensors
+from mugv_ds.files.atomic import write_atomically
+from mugv_ds.files.tensor_file import SampleError, UnsafeFileError, check_latent, load_tensors
 
 REQUIRED_COLUMNS = ("sample_id", "source", "latent_path", "text_feat_path")
 CHOICES = {"source": ("generated", "real"), "kind": ("image", "video"), "label": ("good", "bad")}

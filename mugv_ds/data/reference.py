@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
 from mugv_ds.config.errors import InputError
-from mugv_ds.data.atomic import write_atomically
+from mugv_ds.files.atomic import write_atomically
 
 REFERENCE_SCHEMA = pa.schema(
     [

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mugv_ds.data.manifest import Index, Row, Shape
-from mugv_ds.data.tensor_file import (
+from mugv_ds.files.tensor_file import (
     FLOAT_DTYPES,
     SampleError,
     UnsafeFileError,

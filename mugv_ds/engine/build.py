@@ -17,8 +17,8 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from mugv_ds.config.deepspeed import deepspeed_config
 from mugv_ds.config.errors import ConfigError, PeerError
 from mugv_ds.config.schema import OptimizerSection, TrainConfig
-from mugv_ds.engine.agreement import Agreement, check_same_config
 from mugv_ds.engine.objective import Objective
+from mugv_ds.engine.process import Agreement, check_same_config
 from mugv_ds.engine.schedule import rate_factor
 from mugv_ds.models.attention import (
     BACKENDS,

@@ -13,8 +13,8 @@ from torch import Tensor
 from mugv_ds.config.errors import PeerError
 from mugv_ds.config.model import LATENT_CHANNELS
 from mugv_ds.config.schema import DataSection
+from mugv_ds.data.readers import Batch
 from mugv_ds.engine.build import Process
-from mugv_ds.engine.samples import Batch
 from mugv_ds.objectives import flow
 from mugv_ds.parallel.pipeline import DiTPipeline, Inputs, labels
 

@@ -12,19 +12,19 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.data.loader import loader
 from mugv_ds.data.plan import PlannedStep
+from mugv_ds.data.quarantine import Reading, Replacing
+from mugv_ds.data.readers import Batch, Sources
+from mugv_ds.data.run_data import Manifests, flow_reader, make_plan, preference_reader
 from mugv_ds.engine.build import Process
 from mugv_ds.engine.ema import PowerEma
-from mugv_ds.engine.evaluate import Evaluator
+from mugv_ds.engine.evaluate.evaluate import Evaluator
+from mugv_ds.engine.evaluate.reference import References
+from mugv_ds.engine.evaluate.validate import Validation
 from mugv_ds.engine.feed import Feed
-from mugv_ds.engine.guard import Ahead, GoBack, Guard, Taken
+from mugv_ds.engine.guard.guard import Ahead, GoBack, Guard, Taken
 from mugv_ds.engine.metrics import OptimizerProbe, Recorder, peak_tflops
 from mugv_ds.engine.preview import Previews
 from mugv_ds.engine.profile import profiled
-from mugv_ds.engine.quarantine import Reading, Replacing
-from mugv_ds.engine.reference import References
-from mugv_ds.engine.samples import Batch, Sources
-from mugv_ds.engine.streams import Manifests, flow_reader, make_plan, preference_reader
-from mugv_ds.engine.validate import Validation
 from mugv_ds.models.flops import train_flops
 from mugv_ds.models.rope import patch_grid
 from mugv_ds.objectives.preference import reference_point

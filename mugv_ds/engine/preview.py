@@ -15,12 +15,12 @@ from mugv_ds.config.model import LATENT_CHANNELS
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.data.manifest import Index, Row
 from mugv_ds.data.noise import gaussian
-from mugv_ds.data.retry import retried
+from mugv_ds.data.readers import FlowSamples
 from mugv_ds.data.sample import SampleError, read_row
 from mugv_ds.data.video import encode_gif, to_frames, video_name, write_mp4
 from mugv_ds.engine.build import Process
 from mugv_ds.engine.metrics import Recorder
-from mugv_ds.engine.samples import FlowSamples
+from mugv_ds.files.retry import retried
 from mugv_ds.models.codec import LinearCodec
 from mugv_ds.parallel.inference import PipelinedModel
 from mugv_ds.parallel.pipeline import DiTPipeline
@@ -45,7 +45,7 @@ class Previews:
     Args:
         config: the run. process: this process. module: its stage.
         index: the manifest `preview.manifest`.
-        sample: `mugv_ds.sample.sample_latents`.
+        sample: `mugv_ds.sampling.sampler.sample_latents`.
 
     Raises:
         ConfigError: the manifest is too short, or a row, the null text, the codec or the folder cannot be used.

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from mugv_ds.config import load_config
-from tests.distributed import run_ranks
+from tests.helpers.distributed import run_ranks
 
 WINDOW = 20
 

@@ -13,7 +13,7 @@ from mugv_ds.checkpoint import files
 from mugv_ds.checkpoint.manifest import BrokenCheckpointError, Parameter, Piece, digest
 from mugv_ds.checkpoint.reader import CheckpointReader, open_checkpoint
 from mugv_ds.config import CheckpointError
-from tests.checkpoint.saved import write_checkpoint
+from tests.helpers.saved import write_checkpoint
 
 TENSORS = {"a.weight": torch.arange(35.0).view(5, 7), "b": torch.tensor([1.5])}
 

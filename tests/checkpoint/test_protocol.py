@@ -18,9 +18,9 @@ from mugv_ds.checkpoint.manifest import digest
 from mugv_ds.checkpoint.store import Store
 from mugv_ds.config import CheckpointError, PeerError
 from mugv_ds.engine.build import build_engine, start_process
-from tests.checkpoint.saved import write_checkpoint
 from tests.checkpoint.test_store import DATA, settings
-from tests.distributed import run_ranks
+from tests.helpers.distributed import run_ranks
+from tests.helpers.saved import write_checkpoint
 from tests.parallel.test_layouts import SHAPE
 
 LAYOUT = (2, 1, 1)

@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from mugv_ds.checkpoint.hf import export
 from mugv_ds.checkpoint.reader import open_checkpoint
 from mugv_ds.checkpoint.store import Store
 from mugv_ds.config import TrainConfig
+from mugv_ds.data.readers import Batch
 from mugv_ds.engine.build import Process, build_engine, start_process
 from mugv_ds.engine.ema import PowerEma
 from mugv_ds.engine.feed import Feed
-from mugv_ds.engine.samples import Batch
-from tests.distributed import run_ranks
+from mugv_ds.weights.published import export
+from tests.helpers.distributed import run_ranks
 from tests.parallel.test_layouts import CHANNELS, GLOBAL_BATCH, SHAPE, global_batch, perturb
 from tests.parallel.test_layouts import config as layout_config
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mugv_ds.data.manifest import ManifestError, PathError, build_index, open_index, resolve
-from mugv_ds.data.tensor_file import UnsafeFileError
+from mugv_ds.files.tensor_file import UnsafeFileError
 
 HEADER = "sample_id,source,latent_path,text_feat_path"
 SIZED = HEADER + ",num_frames,height,width"

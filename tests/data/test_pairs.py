@@ -6,7 +6,7 @@ import pytest
 
 from mugv_ds.data.manifest import ManifestError, open_index
 from mugv_ds.data.pairs import labels, pairs
-from tests.dataset import write_dataset
+from tests.helpers.dataset import write_dataset
 
 SHAPE = (2, 4, 6)
 

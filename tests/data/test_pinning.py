@@ -7,12 +7,12 @@ import torch
 
 from mugv_ds.data.loader import loader
 from mugv_ds.data.plan import Pick
+from mugv_ds.data.quarantine import Quarantined, Reading, Replacing
+from mugv_ds.data.readers import Batch
 from mugv_ds.data.sample import SampleError
-from mugv_ds.engine.quarantine import Quarantined, Reading, Replacing
-from mugv_ds.engine.samples import Batch
 from tests.data.test_loader import EXPECTED, PLAN, WORKERS, DieAt, FailAt, first_pick, plain, read
-from tests.dataset import write_config, write_dataset
 from tests.engine.test_feed import samples
+from tests.helpers.dataset import write_config, write_dataset
 
 
 @pytest.fixture(autouse=True)

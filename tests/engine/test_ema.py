@@ -11,13 +11,13 @@ from mugv_ds.checkpoint.fragments import fragments
 from mugv_ds.config import load_config
 from mugv_ds.config.power_profile import exponent
 from mugv_ds.config.schema import TrainConfig
+from mugv_ds.data.run_data import open_manifests
 from mugv_ds.engine.build import build_engine, start_process
 from mugv_ds.engine.ema import PowerEma
+from mugv_ds.engine.evaluate.reference import References
 from mugv_ds.engine.loop import Trainer
-from mugv_ds.engine.reference import References
-from mugv_ds.engine.streams import open_manifests
-from tests.dataset import write_config, write_dataset
-from tests.distributed import run_ranks
+from tests.helpers.dataset import write_config, write_dataset
+from tests.helpers.distributed import run_ranks
 
 SIGMAS = (0.05, 0.10)
 SHAPE = (1, 4, 4)

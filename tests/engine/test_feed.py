@@ -6,11 +6,11 @@ import torch
 from mugv_ds.config import load_config
 from mugv_ds.data.manifest import open_index
 from mugv_ds.data.plan import Pick
+from mugv_ds.data.readers import Batch, FlowSamples, Sources
 from mugv_ds.data.sample import read_text
 from mugv_ds.engine.feed import empty_batch
-from mugv_ds.engine.samples import Batch, FlowSamples, Sources
 from mugv_ds.objectives.flow import interpolate, resolution_shift
-from tests.dataset import CHANNELS, TEXT_TOKENS, write_config, write_dataset
+from tests.helpers.dataset import CHANNELS, TEXT_TOKENS, write_config, write_dataset
 
 SHAPE = (3, 4, 6)
 

@@ -12,7 +12,7 @@ from mugv_ds.config.schema import LoggingSection
 from mugv_ds.engine import metrics
 from mugv_ds.engine.metrics import OptimizerProbe, Recorder, peak_tflops
 from mugv_ds.objectives.flow import loss_by_quartile
-from tests.distributed import run_ranks
+from tests.helpers.distributed import run_ranks
 
 
 def record_two_steps(folder: Path) -> None:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tests import trainer
-from tests.dataset import write_config, write_dataset
-from tests.distributed import run_ranks
+from tests.helpers import trainer
+from tests.helpers.dataset import write_config, write_dataset
+from tests.helpers.distributed import run_ranks
 
 SHAPES = [(1, 4, 4), (1, 6, 4), (1, 4, 7), (2, 4, 6), (3, 4, 4), (2, 6, 5)]
 STEPS = 100
@@ -54,8 +54,8 @@ def test_mixed_shapes_train_alike_under_pipelines(losses, layout):
 def test_the_steps_were_of_every_shape(tmp_path):
     """What the test above rests on: all six shapes, micro-batches and accumulations of several sizes."""
     from mugv_ds.config import load_config
-    from mugv_ds.engine.samples import Sources
-    from mugv_ds.engine.streams import flow_reader, make_plan, open_manifests
+    from mugv_ds.data.readers import Sources
+    from mugv_ds.data.run_data import flow_reader, make_plan, open_manifests
 
     manifest = write_dataset(tmp_path, SHAPES * 5)
     budget = {"shape": [2, 6, 5], "multiple": 2, "device_tokens": 64}

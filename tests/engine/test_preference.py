@@ -9,20 +9,20 @@ import torch
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mugv_ds.checkpoint.start import start_digest
 from mugv_ds.config import load_config
+from mugv_ds.data.readers import Sources
 from mugv_ds.data.reference import KeyMismatch, read_reference
-from mugv_ds.engine.reference import reference_key
-from mugv_ds.engine.samples import Sources
-from mugv_ds.engine.streams import flow_reader, make_plan, open_manifests, preference_reader
+from mugv_ds.data.run_data import flow_reader, make_plan, open_manifests, preference_reader
+from mugv_ds.engine.evaluate.reference import reference_key
 from mugv_ds.models import DiT, DiTConfig
 from mugv_ds.models.dit import init_weights
 from mugv_ds.objectives.flow import flow_loss
 from mugv_ds.objectives.preference import dpo_loss, kto_loss, reference_point
-from tests import trainer
-from tests.dataset import CHANNELS, write_config, write_dataset
-from tests.distributed import run_ranks
-from tests.launcher import finish, launch
+from mugv_ds.weights.start import start_digest
+from tests.helpers import trainer
+from tests.helpers.dataset import CHANNELS, write_config, write_dataset
+from tests.helpers.distributed import run_ranks
+from tests.helpers.launcher import finish, launch
 from tests.parallel.test_layouts import perturb
 
 SHAPES = [(2, 4, 6), (1, 4, 4)]

@@ -18,22 +18,22 @@ from mugv_ds.config.errors import ConfigError
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.data.manifest import open_index
 from mugv_ds.data.noise import gaussian
+from mugv_ds.data.run_data import Manifests
 from mugv_ds.data.sample import read_row, read_text
 from mugv_ds.data.video import read_mp4
-from mugv_ds.engine.agreement import Agreement
 from mugv_ds.engine.build import Process, build_engine, start_process
 from mugv_ds.engine.ema import PowerEma
+from mugv_ds.engine.evaluate.reference import References
 from mugv_ds.engine.loop import Trainer
 from mugv_ds.engine.preview import Previews
-from mugv_ds.engine.reference import References
-from mugv_ds.engine.streams import Manifests
+from mugv_ds.engine.process import Agreement
 from mugv_ds.models import DiT
 from mugv_ds.models.codec import LinearCodec
 from mugv_ds.parallel.layout import Layout
-from mugv_ds.sample import sample_latents
+from mugv_ds.sampling.sampler import sample_latents
 from mugv_ds.train import train
-from tests.dataset import CHANNELS, TEXT_TOKENS, write_config, write_dataset
-from tests.distributed import run_ranks
+from tests.helpers.dataset import CHANNELS, TEXT_TOKENS, write_config, write_dataset
+from tests.helpers.distributed import run_ranks
 
 TRAINED = [(2, 4, 6), (1, 4, 4)] * 4  # the steps alternate between the two
 # 47 tokens: the shares of two ranks differ. The last shape previewed is not that of the step before, but of that after.

@@ -12,16 +12,16 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mugv_ds.checkpoint.hf import load_dit
 from mugv_ds.checkpoint.reader import open_checkpoint
 from mugv_ds.config import load_config
 from mugv_ds.data.manifest import open_index
-from mugv_ds.engine.samples import FlowSamples, stack
+from mugv_ds.data.readers import FlowSamples, stack
 from mugv_ds.models import DiT
 from mugv_ds.objectives.flow import flow_loss
-from tests.dataset import CHANNELS, write_config, write_dataset
-from tests.distributed import free_port
-from tests.launcher import ROOT, finish, launch
+from mugv_ds.weights.published import load_dit
+from tests.helpers.dataset import CHANNELS, write_config, write_dataset
+from tests.helpers.distributed import free_port
+from tests.helpers.launcher import ROOT, finish, launch
 
 SHAPES = [(2, 4, 6), (1, 4, 4)] * 5 + [(2, 4, 6)]
 FOUR_RANKS = {"data": 1, "sequence": 2, "pipeline": 2}

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.dataset import write_config, write_dataset
 from tests.faults.runs import SHAPES, STEPS, Done, run
+from tests.helpers.dataset import write_config, write_dataset
 
 TWO = {"data": 2}
 _ROWS = pytest.StashKey[list]()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tests.distributed import free_port
+from tests.helpers.distributed import free_port
 
 PATIENCE = 150.0  # seconds that a run may take on a busy machine
 STEPS = 10

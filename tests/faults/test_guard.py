@@ -9,10 +9,10 @@ from functools import partial
 import pytest
 import torch
 
-from tests.dataset import write_dataset
 from tests.faults import inject
 from tests.faults.conftest import configure, equal
 from tests.faults.runs import SHAPES, STEPS, Run, run
+from tests.helpers.dataset import write_dataset
 
 GUARD = {"max_skips": 2, "spike_factor": 5.0, "spike_window": 4, "max_rollbacks": 2}
 TROUBLE = {2: float("nan"), 6: float("inf"), 7: float("nan"), 13: 100.0}  # by data step

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 from tests.faults.conftest import configure
-from tests.launcher import finish, launch
+from tests.helpers.launcher import finish, launch
 
 
 def processes(run: subprocess.Popen, part: str) -> list[psutil.Process]:

@@ -6,14 +6,14 @@ import sys
 import time
 
 from tests.faults.conftest import configure
-from tests.launcher import ROOT
+from tests.helpers.launcher import ROOT
 
 CODE = """
 import sys
 from mugv_ds.config import load_config
-from mugv_ds.engine.quarantine import Replacing
-from mugv_ds.engine.samples import Sources
-from mugv_ds.engine.streams import flow_reader, make_plan, open_manifests
+from mugv_ds.data.quarantine import Replacing
+from mugv_ds.data.readers import Sources
+from mugv_ds.data.run_data import flow_reader, make_plan, open_manifests
 from tests.faults.runs import digest
 config = load_config(sys.argv[1])
 manifests = open_manifests(config)

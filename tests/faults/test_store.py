@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.dataset import write_dataset
 from tests.faults import inject
 from tests.faults.conftest import configure, equal
 from tests.faults.runs import SHAPES, Done, Run, run
+from tests.helpers.dataset import write_dataset
 
 
 def latest(folder: Path) -> str:

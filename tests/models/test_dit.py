@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from mugv_ds.models import PRESETS, DiT, DiTConfig
 from mugv_ds.models.dit import init_weights
 from mugv_ds.models.layers import sinusoid
-from tests.records import GOLDEN, load_record, relative, run
+from tests.helpers.records import GOLDEN, load_record, relative, run
 
 RECORDS = ["dit_t2v", "dit_i2v_batch"]
 

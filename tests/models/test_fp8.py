@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 
-from mugv_ds.checkpoint.hf import export
 from mugv_ds.config import ConfigError, PeerError, load_config
 from mugv_ds.config.model import DiTConfig
 from mugv_ds.engine import build
@@ -24,9 +23,10 @@ from mugv_ds.models.dit import init_weights
 from mugv_ds.models.fp8 import check_fp8, use_fp8
 from mugv_ds.models.layers import Block, Condition
 from mugv_ds.train import train
-from tests.dataset import write_config, write_dataset
-from tests.distributed import run_ranks
-from tests.records import relative
+from mugv_ds.weights.published import export
+from tests.helpers.dataset import write_config, write_dataset
+from tests.helpers.distributed import run_ranks
+from tests.helpers.records import relative
 
 CONFIG = DiTConfig(288, 4, 1, caption_channels=16)
 N, L, D = 27, 5, CONFIG.hidden_size  # no multiple of 16

@@ -8,7 +8,7 @@ from torch import Tensor
 from mugv_ds.models.modulated import modulated_linear, modulated_mlp
 from mugv_kernels.dispatch import use
 from mugv_kernels.modulate import modulate_reference
-from tests.records import relative
+from tests.helpers.records import relative
 
 B, N, D, E = 2, 5, 16, 24
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

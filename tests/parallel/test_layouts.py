@@ -8,13 +8,13 @@ import torch
 from deepspeed.utils import safe_get_full_optimizer_state
 
 from mugv_ds.config.schema import TrainConfig
+from mugv_ds.data.readers import Batch
 from mugv_ds.engine.build import build_engine, start_process
 from mugv_ds.engine.feed import Feed
-from mugv_ds.engine.samples import Batch
 from mugv_ds.models import DiT
 from mugv_ds.models.dit import init_weights
 from mugv_ds.objectives.flow import flow_loss
-from tests.distributed import run_ranks
+from tests.helpers.distributed import run_ranks
 
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 2, 2), (2, 2, 1)]
 SHAPE = (3, 6, 9)  # 3 · 3 · 5 + 2 = 47 tokens: odd, and a side is padded

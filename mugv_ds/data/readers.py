@@ -1,0 +1,263 @@
+"""From manifest rows to samples: read, noised, and marked with what the objective must know of them.
+
+What a sample draws is a function of (seed, key, visit) alone, so every process that reads it gets the same.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mugv_ds.config.errors import ConfigError, InputError
+from mugv_ds.config.schema import DataSection, FlowSection
+from mugv_ds.data import noise
+from mugv_ds.data.manifest import Index
+from mugv_ds.data.plan import Pick
+from mugv_ds.data.sample import SampleError, read_row, read_text
+from mugv_ds.files.retry import retried
+from mugv_ds.objectives import flow
+
+Key = tuple[int, str, int]  # seed, sample or pair, visit: what randomness is drawn from
+
+
+class Batch(NamedTuple):
+    """A micro-batch as it is read: B samples of one latent shape."""
+
+    x: Tensor  # fp32 [B, 24, T, H, W], noised, but clean where x_mask is False
+    target: Tensor  # fp32 [B, 24, T, H, W], the velocity
+    timestep: Tensor  # fp32 [B]
+    text: Tensor  # fp32 [B, L, C]
+    text_mask: Tensor  # bool [B, L]
+    x_mask: Tensor  # bool [B, T]
+    fps: Tensor  # fp32 [B]
+    weight: Tensor  # fp32 [B], of the sample in the loss; 0 for a filler that counts nowhere
+    role: Tensor  # int8 [B], 1 better or good, −1 worse or bad, 0 neither
+    reference: Tensor  # fp32 [B], flow loss under the frozen reference; 0 where there is none
+    row: Tensor  # int64 [B], of its source's manifest
+    visit: Tensor  # int64 [B]
+
+
+def stack(samples: Iterable[Batch]) -> Batch:
+    """The batch of samples that were read one by one, without the first dimension."""
+    return Batch(*map(torch.stack, zip(*samples, strict=True)))
+
+
+class Reader(Protocol):
+    """Reads the units of one source: samples, or pairs of them.
+
+    Attributes:
+        shapes: int [n, 3], latent (T, H, W) of every unit; (0, 0, 0) for one that is known to be unreadable.
+        unit: samples of a unit.
+        seed: of the run.
+    """
+
+    unit: int
+
+    @property
+    def shapes(self) -> np.ndarray: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    def name(self, unit: int) -> str: ...
+
+    def read(self, unit: int, visit: int | None) -> list[Batch]: ...
+
+    def time(self, unit: int, visit: int) -> float: ...
+
+
+@dataclass(frozen=True)
+class FlowSamples:
+    """Samples for flow matching; a `Reader` whose units are the rows of a manifest.
+
+    Args:
+        index: the manifest. data, flow: sections of the config. channels: width of the text features.
+        held_out: for validation: no caption is dropped, no frame given clean, and the timesteps are spread evenly over
+            the quarters of [0, 1000], so that what is measured depends on no setting of the training.
+    """
+
+    index: Index
+    data: DataSection
+    flow: FlowSection
+    channels: int
+    held_out: bool = False
+    unit = 1
+
+    @property
+    def shapes(self) -> np.ndarray:
+        return self.index.shapes()
+
+    @property
+    def seed(self) -> int:
+        return self.data.seed
+
+    def name(self, unit: int) -> str:
+        """Sample id."""
+        return self.index.row(unit).sample_id
+
+    def time(self, unit: int, visit: int) -> float:
+        """The timestep in [0, 1000] of a (row, visit), without reading it."""
+        return self.draw_time(unit, (self.seed, self.name(unit), visit), unit)
+
+    def read(self, unit: int, visit: int | None) -> list[Batch]:
+        """One sample, as a `Batch` without the first dimension; visit None marks a filler.
+
+        Raises:
+            SampleError: a file of the sample cannot be used; the message names it.
+            ConfigError: nor can `data.null_text_path`. TrainingError: the file system failed time and again.
+        """
+        return [self.sample(unit, visit, (self.seed, self.name(unit), visit or 0), unit)]
+
+    def sample(self, row_number: int, visit: int | None, key: Key, unit: int) -> Batch:
+        """As `read`, for a row that belongs to this unit, with what is drawn from `key`."""
+        tokens = self.data.max_text_tokens
+        row = self.index.row(row_number)
+        drop = not self.held_out and noise.caption_uniform(*key) < self.flow.caption_drop
+        sample = retried(
+            lambda: read_row(self.index, row_number, channels=self.channels, max_text_tokens=tokens, with_text=not drop)
+        )
+        x0, frames = sample.latent, sample.latent.shape[1]
+        text, text_mask = retried(self.null_text) if drop else (sample.text, sample.text_mask)
+
+        t = torch.tensor(self.draw_time(row_number, key, unit))
+        epsilon = noise.gaussian(*key, tuple(x0.shape))
+        x_mask = torch.ones(frames, dtype=torch.bool)
+        if frames > 1 and not self.held_out and noise.first_frame_uniform(*key) < self.flow.first_frame_share:
+            x_mask[0] = False
+        x_t = flow.interpolate(x0[None], epsilon[None], t[None])[0]
+
+        return Batch(
+            x=torch.where(x_mask[None, :, None, None], x_t, x0),
+            target=flow.velocity(x0, epsilon),
+            timestep=t.float(),
+            text=text,
+            text_mask=text_mask,
+            x_mask=x_mask,
+            fps=torch.tensor(row.fps or self.data.default_fps, dtype=torch.float32),
+            weight=torch.tensor(0.0 if visit is None else 1.0),
+            role=torch.tensor(0, dtype=torch.int8),
+            reference=torch.tensor(0.0),
+            row=torch.tensor(row_number),
+            visit=torch.tensor(visit or 0),
+        )
+
+    def draw_time(self, row_number: int, key: Key, unit: int) -> float:
+        """The timestep in [0, 1000] of a row of this unit, drawn from `key`."""
+        if self.held_out:
+            return flow.MAX_TIME * (unit % 4 + noise.quartile_uniform(*key)) / 4
+        row = self.index.row(row_number)
+        shift = self._shift(row.height, row.width, row.latent_shape[0])
+        return float(flow.draw_time(torch.tensor(noise.time_normal(*key)), shift))
+
+    def _shift(self, height: int, width: int, frames: int) -> float:
+        if self.flow.shift == "resolution":
+            return flow.resolution_shift(height, width, frames)
+        return self.flow.shift
+
+    def null_text(self) -> tuple[Tensor, Tensor]:
+        """Features and mask of `data.null_text_path`; see `read_text`.
+
+        Raises:
+            ConfigError: they cannot be used. OSError: the file system failed.
+        """
+        path = self.index.resolve(self.data.null_text_path)
+        try:
+            return read_text(path, self.channels, self.data.max_text_tokens)
+        except SampleError as error:  # no sample is at fault, so none is to be replaced
+            raise ConfigError(f"data.null_text_path: {error}") from error
+
+
+@dataclass(frozen=True)
+class AnnotatedSamples:
+    """Samples that are better or worse, good or bad; a `Reader` whose units are pairs, or single samples.
+
+    The two of a pair share timestep, noise, caption drop and first-frame choice.
+
+    Args:
+        samples: reads them.
+        rows: int [units, 1 or 2], of the manifest. roles: int [units, 1 or 2], 1 better or good, −1 worse or bad.
+        reference: see `reference_error`; None while it is being computed.
+    """
+
+    samples: FlowSamples
+    rows: np.ndarray
+    roles: np.ndarray
+    reference: np.ndarray | None = None
+
+    @property
+    def unit(self) -> int:
+        return self.rows.shape[1]
+
+    @property
+    def shapes(self) -> np.ndarray:
+        return self.samples.shapes[self.rows[:, 0]]
+
+    @property
+    def seed(self) -> int:
+        return self.samples.seed
+
+    def name(self, unit: int) -> str:
+        """Pair id, or sample id."""
+        row = self.samples.index.row(int(self.rows[unit, 0]))
+        return row.pair_id if self.unit == 2 else row.sample_id
+
+    def time(self, unit: int, visit: int) -> float:
+        """The timestep in [0, 1000] of a (unit, visit), without reading it."""
+        return self.samples.draw_time(int(self.rows[unit, 0]), self._key(unit, visit), unit)
+
+    def read(self, unit: int, visit: int | None) -> list[Batch]:
+        """The samples of a unit; of a pair the better one first.
+
+        Raises:
+            SampleError, ConfigError, TrainingError: see `FlowSamples.read`.
+            InputError: the reference's error is not known.
+        """
+        return [
+            with_role(self.samples.sample(row, visit, self._key(unit, visit), unit), role, self.samples, self.reference)
+            for row, role in zip(self.rows[unit].tolist(), self.roles[unit].tolist(), strict=True)
+        ]
+
+    def _key(self, unit: int, visit: int | None) -> Key:
+        name = self.name(unit)
+        return (self.seed, f"pair {name}" if self.unit == 2 else name, visit or 0)
+
+
+def with_role(sample: Batch, role: int, samples: FlowSamples, reference: np.ndarray | None) -> Batch:
+    """The sample marked as better (1) or worse (−1), with the reference's error."""
+    error = 0.0
+    if reference is not None:
+        error = reference_error(reference, int(sample.row), int(sample.visit), samples)
+    return sample._replace(
+        role=torch.tensor(role, dtype=torch.int8), reference=torch.tensor(error, dtype=torch.float32)
+    )
+
+
+def reference_error(reference: np.ndarray, row: int, visit: int, samples: FlowSamples) -> float:
+    """The frozen reference's flow loss of a (row, visit).
+
+    Args:
+        reference: float64 [rows, visits], NaN where it is not known.
+
+    Raises:
+        InputError: it is not known.
+    """
+    if visit >= reference.shape[1] or np.isnan(reference[row, visit]):
+        raise InputError(
+            f"the reference's error of sample {samples.name(row)} at visit {visit} is not known, only of "
+            f"{reference.shape[1]} visits; make them with `make reference CONFIG=…` for as many steps as the run has"
+        )
+    return float(reference[row, visit])
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The readers of a run. A pick names one of them."""
+
+    readers: tuple[Reader, ...]
+
+    def __call__(self, picks: Sequence[Pick]) -> Batch:
+        """The batch of picks, all of one latent shape; see `FlowSamples.read` for the errors."""
+        return stack(sample for pick in picks for sample in self.readers[pick.source].read(pick.unit, pick.visit))

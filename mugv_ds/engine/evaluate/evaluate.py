@@ -1,0 +1,169 @@
+"""Flow losses of given samples under the present weights, without gradients, on any layout."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from deepspeed.runtime.pipe.engine import PipelineEngine
+
+from mugv_ds.data.buckets import group_by_shape
+from mugv_ds.data.loader import loader
+from mugv_ds.data.manifest import Shape
+from mugv_ds.data.plan import Pick
+from mugv_ds.data.quarantine import Quarantined, Replacing
+from mugv_ds.data.readers import Batch, Reader, Sources
+from mugv_ds.engine.build import Process
+from mugv_ds.engine.feed import Feed
+
+_AT_ONCE = 4  # micro-batches of a call, times the pipeline's stages
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Samples and their losses: float64 arrays of one length.
+
+    Attributes:
+        row, visit: which samples; whole numbers. timestep: in [0, 1000]. elements: over which the loss is a mean.
+        loss: flow loss. reference: that of the frozen reference, 0 where it is not known.
+    """
+
+    row: np.ndarray
+    visit: np.ndarray
+    timestep: np.ndarray
+    elements: np.ndarray
+    loss: np.ndarray
+    reference: np.ndarray
+
+    @classmethod
+    def concatenate(cls, parts: Iterable["Measured"]) -> "Measured":
+        """All parts in one, of which there is at least one."""
+        columns = zip(*(vars(part).values() for part in parts), strict=True)
+        return cls(*map(np.concatenate, columns))
+
+    def unique(self) -> "Measured":
+        """Each (row, visit) once: one that took another's place is there twice."""
+        _, first = np.unique(np.stack([self.row, self.visit]), axis=1, return_index=True)
+        return Measured(*(column[first] for column in vars(self).values()))
+
+    def table(self, rows: int, visits: int) -> np.ndarray:
+        """The losses as [rows, visits], NaN where there is none."""
+        table = np.full((rows, visits), np.nan)
+        table[self.row.astype(np.int64), self.visit.astype(np.int64)] = self.loss
+        return table
+
+
+class Evaluator:
+    """Runs samples through the engine. All ranks call each method together.
+
+    Args:
+        process: this process. engine: see `build_engine`. feed: that of the engine.
+        num_workers: loader processes.
+    """
+
+    def __init__(self, process: Process, engine: PipelineEngine, feed: Feed, num_workers: int) -> None:
+        self._process, self._engine, self._feed, self._num_workers = process, engine, feed, num_workers
+
+    def losses(self, batches: list[Batch] | None, shape: Shape, size: int, count: int) -> Measured:
+        """The losses of all data ranks' samples, on every rank; fillers are left out.
+
+        Args:
+            batches: of this rank where it reads, `count` micro-batches of `size` samples; None elsewhere.
+        """
+        module, layout = self._engine.module, self._process.layout
+        self.set_shape(shape, size)
+        module.loss.recorded.clear()
+        self._engine.eval_batch(self._feed.stage(batches, shape, size, count), num_micro_batches=count)
+        own = torch.zeros(7, count * size, dtype=torch.float64)
+        if batches is not None and module.is_last:
+            for i, columns in enumerate(zip(*(_about(batch) for batch in batches), strict=True)):
+                own[i] = torch.cat(columns)
+            own[6] = torch.cat(module.loss.recorded).cpu()
+        rows = self._process.agreement.rows(own.flatten())
+        last = [rank for rank in range(layout.world_size) if self._reads_last(rank)]
+        columns = rows[last].unflatten(1, own.shape).transpose(0, 1).flatten(1).numpy()
+        _, row, visit, timestep, elements, reference, loss = columns[:, columns[0] > 0]
+        return Measured(row, visit, timestep, elements, loss, reference)
+
+    def _reads_last(self, rank: int) -> bool:
+        place = self._process.layout.place(rank)
+        return place.sequence == 0 and place.stage == self._process.layout.pipeline - 1
+
+    def set_shape(self, shape: Shape, size: int) -> None:
+        """Tells the engine the latent shape and the samples of the coming micro-batches."""
+        if self._engine.module.set_shape(shape, size, self._process.device):
+            self._engine.reset_activation_shape()
+
+    def measure(
+        self,
+        reader: Reader,
+        micro: Callable[[Shape], int],
+        *,
+        visits: int = 1,
+        replace: bool = False,
+        alive: Callable[[], None] = lambda: None,
+    ) -> Iterator[tuple[Shape, Measured, list[Quarantined]]]:
+        """Every unit of a reader at the visits 0, 1, …, by latent shape.
+
+        Args:
+            micro: units of a micro-batch of a shape.
+            replace: whether what cannot be read is replaced, as in training, and returned; else it is an error.
+            alive: called between the parts of the work.
+
+        Raises:
+            SampleError: a sample cannot be used. PeerError: another rank met an error.
+        """
+        layout, place, calls, own = self._process.layout, self._process.place, [], []
+        most = _AT_ONCE * layout.pipeline
+        for shape, units in zip(*group_by_shape(reader.shapes), strict=True):
+            picks = [Pick(0, int(unit), visit) for visit in range(visits) for unit in units]
+            size = micro(shape)
+            at_once = size * layout.data
+            picks += [picks[-1]._replace(visit=None)] * (-len(picks) % at_once)
+            begin = place.data * size
+            shares = [picks[start + begin : start + begin + size] for start in range(0, len(picks), at_once)]
+            calls += [(shape, len(shares[start : start + most])) for start in range(0, len(shares), most)]
+            own += shares
+        with closing(self._readings(reader, own, replace)) as readings:
+            for shape, count in calls:
+                batches, quarantined = self._next(readings, count)
+                alive()
+                yield shape, self.losses(batches, shape, micro(shape) * reader.unit, count), quarantined
+
+    def _readings(self, reader: Reader, chunks: list[list[Pick]], replace: bool) -> Iterator:
+        if not self._feed.reads:
+            return
+        sources = Sources((reader,))
+        steps = loader(
+            lambda step: [chunks[step]],
+            start_step=0,
+            stop_step=len(chunks),
+            make=Replacing(sources) if replace else sources,
+            name=lambda pick: reader.name(pick.unit),
+            num_workers=min(self._num_workers, len(chunks)),
+        )
+        with closing(steps):
+            for (reading,) in steps:
+                yield reading if replace else (reading, ())
+
+    def _next(self, readings: Iterator, count: int) -> tuple[list[Batch] | None, list[Quarantined]]:
+        """The next micro-batches where this rank reads, and what was set aside on all ranks. All succeed or none."""
+        failure, read = None, []
+        try:
+            read = list(islice(readings, count)) if self._feed.reads else []
+        except Exception as error:
+            failure = error
+        self._process.agreement.fail_together(failure)
+        reports = self._feed.module.is_first  # the last stage reads the same
+        own = [bad for _, found in read if reports for bad in found]
+        quarantined = [Quarantined(*fields) for found in self._process.agreement.values(own) for fields in found]
+        return [batch for batch, _ in read] if self._feed.reads else None, quarantined
+
+
+def _about(batch: Batch) -> tuple[torch.Tensor, ...]:
+    """weight, row, visit, timestep, elements of noised frames, reference: [B] each."""
+    channels, _, height, width = batch.target.shape[1:]
+    elements = batch.x_mask.sum(dim=1) * (channels * height * width)
+    return batch.weight, batch.row, batch.visit, batch.timestep, elements, batch.reference

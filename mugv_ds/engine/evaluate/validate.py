@@ -1,0 +1,91 @@
+"""What held-out samples say of a run: at fixed samples, timesteps and noise, comparable across layouts and stages."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from mugv_ds.config.schema import TrainConfig
+from mugv_ds.data.readers import AnnotatedSamples, Reader
+from mugv_ds.data.run_data import Manifests, flow_reader, preference_reader, sizes_of, workload
+from mugv_ds.engine.build import Process
+from mugv_ds.engine.evaluate.evaluate import Evaluator, Measured
+from mugv_ds.engine.evaluate.reference import References
+from mugv_ds.engine.metrics import preference_means
+from mugv_ds.objectives.preference import dpo_terms, kto_terms, reference_point
+
+
+class Validation:
+    """Measures the held-out manifests of a run. All ranks call it together.
+
+    Args:
+        config: the run. process: this process. evaluator: runs the samples.
+        manifests, references: of the run; held-out sets that are not given are not measured.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        process: Process,
+        evaluator: Evaluator,
+        manifests: Manifests,
+        references: References,
+    ) -> None:
+        self._config, self._evaluator = config, evaluator
+        self._load = workload(config, process.layout.data)
+        self._flows = manifests.validation and flow_reader(config, manifests.validation, held_out=True)
+        self._preferences: dict[str, AnnotatedSamples] = {}
+        for number, index in enumerate(manifests.held_out):
+            if index is not None:
+                reader = preference_reader(config, index, references.held_out[number], held_out=True)
+                self._preferences[config.preference.sources[number].name] = reader
+
+    def run(self, alive: Callable[[], None]) -> dict[str, float]:
+        """Scalars by tag: the mean flow loss, also by quarter of the timesteps and by latent shape; preferences.
+
+        Args:
+            alive: called between the parts of the work.
+
+        Raises:
+            SampleError: a held-out sample cannot be used. PeerError: another rank met an error.
+        """
+        results = {}
+        if self._flows is not None:
+            results |= self._flow_losses(alive)
+        for name, reader in self._preferences.items():
+            measured = Measured.concatenate(part for _, part in self._measure(reader, alive))
+            means = preference_means(self._terms(reader, measured))
+            results |= {f"validation/preference/{name}/{key}": value for key, value in means.items()}
+        return results
+
+    def _measure(self, reader: Reader, alive: Callable[[], None]):
+        sizes = sizes_of(self._config, reader, self._load)
+        for shape, measured, _ in self._evaluator.measure(reader, lambda shape: sizes[shape].micro, alive=alive):
+            yield shape, measured
+
+    def _flow_losses(self, alive: Callable[[], None]) -> dict[str, float]:
+        by_shape: dict[str, list[Measured]] = {}
+        for shape, measured in self._measure(self._flows, alive):
+            by_shape.setdefault("x".join(map(str, shape)), []).append(measured)
+        shapes = {name: Measured.concatenate(parts) for name, parts in by_shape.items()}
+        whole = Measured.concatenate(shapes.values())
+        results = {"validation/loss": whole.loss.mean()}
+        for q in range(4):
+            quarter = (whole.timestep // 250).clip(max=3) == q
+            if quarter.any():
+                results[f"validation/loss_t{250 * q}-{250 * (q + 1)}"] = whole.loss[quarter].mean()
+        return results | {f"validation/loss_{name}": part.loss.mean() for name, part in shapes.items()}
+
+    def _terms(self, reader: AnnotatedSamples, measured: Measured) -> dict[str, torch.Tensor]:
+        """Sums of the preference terms over held-out units."""
+        section = self._config.preference
+        size = measured.elements if section.reduction == "sum" else np.ones_like(measured.elements)
+        loss, reference = (torch.from_numpy(values * size) for values in (measured.loss, measured.reference))
+        rows = measured.row.astype(np.int64)
+        if section.objective == "dpo":
+            place = np.empty(rows.max() + 1, np.int64)
+            place[rows] = np.arange(len(rows))
+            better, worse = place[reader.rows].T
+            return dpo_terms(loss[better], loss[worse], reference[better], reference[worse], section.beta)
+        good = torch.from_numpy(reader.roles[rows, 0] > 0)
+        return kto_terms(loss, reference, good, section.beta, reference_point(reference - loss))

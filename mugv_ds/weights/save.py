@@ -1,0 +1,115 @@
+"""Writes weights in the published format: one .pt, or shards of .bin or .safetensors with their index."""
+
+import json
+import mmap
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mugv_ds.config.errors import CheckpointError
+from mugv_ds.config.model import DiTConfig
+from mugv_ds.weights.base import UNUSED, Weights
+
+Layout = Literal["pt", "bin", "safetensors"]
+
+CONFIG_NAME = "config.json"
+PT_NAME = "dit.pt"
+_SHARDS = {"bin": "pytorch_model{suffix}.bin", "safetensors": "model{suffix}.safetensors"}
+SINGLE_NAMES = (PT_NAME, *(pattern.format(suffix="") for pattern in _SHARDS.values()))
+INDEX_NAMES = {layout: pattern.format(suffix="") + ".index.json" for layout, pattern in _SHARDS.items()}
+SHARD_SIZE = "5GB"
+
+
+def save_weights(
+    weights: Weights,
+    config: DiTConfig,
+    out: Path,
+    layout: Layout,
+    *,
+    dtype: torch.dtype | None = None,
+    metadata: dict[str, str] | None = None,
+    shard_size: str = SHARD_SIZE,
+) -> Path:
+    """Writes weights with their sizes (`config.json`) to a folder, which appears when it is complete.
+
+    A shard is held in memory while it is written, in as far as it is not mapped from a file; a .pt is written a tensor
+    at a time.
+
+    Args:
+        weights: of a whole DiT (`check_weights`). They are read in their own order.
+        out: folder to make; there may be an empty one.
+        layout: "pt" for one file; "bin" or "safetensors" for shards with an index, or one file if one shard will do.
+        dtype: of what is written; None keeps each tensor's.
+        metadata: kept in every .safetensors file.
+        shard_size: largest shard, such as "5GB".
+    Returns:
+        What to open: the .pt, or the folder.
+    Raises:
+        CheckpointError: `out` cannot be used, the disk is too small, or a tensor holds NaN or Inf.
+    """
+    out = out.absolute()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise CheckpointError(f"{out}: exists already; name a new folder")
+    planned = {name: weights.meta(name).to(dtype or weights.meta(name).dtype) for name in weights if name != UNUSED}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    needed, free = sum(value.nbytes for value in planned.values()), shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise CheckpointError(f"{out}: needs {needed:,} bytes, and {free:,} are free on that disk")
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        if layout == "pt":
+            _save_pt(weights, planned, partial / PT_NAME)
+        else:
+            _save_shards(weights, planned, partial, layout, metadata or {}, shard_size)
+        (partial / CONFIG_NAME).write_text(json.dumps(asdict(config), indent=2) + "\n")
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out / PT_NAME if layout == "pt" else out
+
+
+def _save_pt(weights: Weights, planned: dict[str, Tensor], file: Path) -> None:
+    """One file, made without its data and then filled through a mapping."""
+    with torch.serialization.skip_data():
+        torch.save({name: torch.empty_like(like, device="cpu") for name, like in planned.items()}, file)
+    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+        mapped = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    for name, value in mapped.items():
+        value.copy_(_read_one(weights, name, value.dtype))
+
+
+def _save_shards(
+    weights: Weights, planned: dict[str, Tensor], out: Path, layout: Layout, metadata: dict[str, str], shard_size: str
+) -> None:
+    plan = split_torch_state_dict_into_shards(planned, filename_pattern=_SHARDS[layout], max_shard_size=shard_size)
+    for file, names in plan.filename_to_tensors.items():
+        shard = _read(weights, {name: planned[name] for name in names})
+        if layout == "safetensors":
+            save_file(shard, out / file, metadata={"format": "pt"} | metadata)
+        else:
+            torch.save(shard, out / file)
+        del shard  # not beside the next one
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (out / INDEX_NAMES[layout]).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _read(weights: Weights, planned: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The planned tensors in the planned dtypes, each alone in its storage, as files store them."""
+    read = {name: _read_one(weights, name, like.dtype) for name, like in planned.items()}
+    return {name: x if x.untyped_storage().nbytes() == x.nbytes else x.clone() for name, x in read.items()}
+
+
+def _read_one(weights: Weights, name: str, dtype: torch.dtype) -> Tensor:
+    value = weights[name].to(dtype).contiguous()
+    if not value.isfinite().all():
+        raise CheckpointError(f"{weights.path}: {name} holds NaN or Inf; these weights cannot be used")
+    return value

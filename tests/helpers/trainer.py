@@ -1,0 +1,81 @@
+"""A trainer without checkpoints, in the processes of a test."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from deepspeed.utils import safe_get_full_optimizer_state
+
+from mugv_ds.config import load_config
+from mugv_ds.config.schema import TrainConfig
+from mugv_ds.data.run_data import open_manifests
+from mugv_ds.engine.build import build_engine, start_process
+from mugv_ds.engine.ema import PowerEma
+from mugv_ds.engine.evaluate.reference import ReferenceModel, References
+from mugv_ds.engine.loop import Trainer
+from mugv_ds.engine.metrics import Recorder
+from mugv_ds.weights.start import load_into, start_digest
+from tests.parallel.test_layouts import perturb
+
+
+class NoStore:
+    def __init__(self) -> None:
+        self.state = {}
+
+
+class TestTrainer(Trainer):
+    """Takes steps one by one, from the config's weights or from initial ones that were moved off their zeros."""
+
+    __test__ = False
+
+    def __init__(self, config: TrainConfig) -> None:
+        process = start_process(config)
+        manifests = open_manifests(config, process.first_then_all)
+        init = config.checkpoint.init_from
+        weights = partial(load_into, init, config.model.dit()) if init else perturb
+        engine = build_engine(config, process, manifests.typical_shape, weights=weights)
+        self.references = References()
+        if config.preference is not None:
+            self.references = ReferenceModel(config, process, engine, manifests).references(start_digest(init, config))
+        super().__init__(
+            config,
+            process,
+            engine,
+            manifests=manifests,
+            references=self.references,
+            ema=PowerEma([], ()),
+            store=NoStore(),
+        )
+        self.recorder = Recorder(
+            config.logging, rank=process.rank, world_size=process.layout.world_size, start=0, steps=10**6, peak=None
+        )
+
+    def train(self, steps: int) -> list[float]:
+        """The losses of the first so many steps."""
+        readings = self._readings(0, steps)
+        losses = []
+        for step in range(steps):
+            batches, ahead = self._read(readings)
+            assert ahead.failure is None, ahead.failure
+            losses.append(self._train_step(step, batches, self.recorder).loss)
+        return losses
+
+    def first_gradients(self, beta1: float) -> dict[str, torch.Tensor]:
+        """This stage's gradients of the first step: its first moment is (1 − β1) times the reduced gradient."""
+        return {
+            prefix + name: safe_get_full_optimizer_state(parameter, "exp_avg") / (1 - beta1)
+            for prefix, layer in self.engine.module.named_layers()
+            for name, parameter in layer.named_parameters()
+        }
+
+
+def run(path: Path, out: Path, steps: int) -> None:
+    """Trains the config at `path`; every rank writes losses, and the gradients of one step, to `out`."""
+    config = load_config(path)
+    trainer = TestTrainer(config)
+    losses = trainer.train(steps)
+    gradients = trainer.first_gradients(config.optimizer.betas[0]) if steps == 1 else {}
+    references = [torch.from_numpy(table) for table in trainer.references.train]
+    out.mkdir(exist_ok=True)
+    results = {"losses": losses, "gradients": gradients, "references": references}
+    torch.save(results, out / f"rank{trainer.process.rank}.pt")

@@ -1,0 +1,83 @@
+"""The prediction against peaks measured on 4 × H200 (docs/performance.md has the runs) and what a block keeps."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mugv_ds.config import PRESETS, DiTConfig
+from mugv_ds.models.attention import flash4_masked
+from mugv_ds.models.layers import Block, Condition
+from mugv_ds.plan.describe import layer_parameters
+from mugv_ds.plan.memory import GIB, KEPT, predict_memory
+from mugv_kernels.dispatch import use
+from mugv_kernels.flash4 import flash4_prefix
+
+
+@pytest.mark.parametrize(
+    ("depth", "tokens", "recompute", "measured_gib"), [(56, 54_002, "selective", 93.6), (4, 579_602, "selective", 44.1)]
+)
+def test_prediction_is_within_a_tenth_of_what_was_measured(depth, tokens, recompute, measured_gib):
+    config = replace(PRESETS["mugdit_10b"], depth=depth)
+    memory = predict_memory(
+        config,
+        parameters=sum(layer_parameters(config)),
+        blocks=depth,
+        replicas=4,
+        tokens_held=-(-tokens // 4),
+        in_flight=1,
+        recompute=recompute,
+        fp32_accumulation=False,
+        averages=0,
+    )
+    assert memory.peak / GIB == pytest.approx(measured_gib, rel=0.1)
+
+
+def test_what_is_recomputed_and_sharded_is_not_held():
+    config = PRESETS["mugdit_10b"]
+    common = {
+        "parameters": 10**10,
+        "blocks": 56,
+        "tokens_held": 13_501,
+        "in_flight": 1,
+        "fp32_accumulation": False,
+        "averages": 2,
+    }
+    peaks = [
+        predict_memory(config, replicas=4, recompute=recompute, **common).backward
+        for recompute in ("full", "selective", "light", "off")
+    ]
+    assert peaks == sorted(peaks)
+    by_replicas = [predict_memory(config, replicas=n, recompute="full", **common).resident for n in (1, 2, 64)]
+    assert by_replicas[0] - by_replicas[1] == pytest.approx(20 * 10**10 / 2)
+    assert by_replicas[2] == pytest.approx(2e10 + 20e10 / 64)
+
+
+def test_a_block_keeps_what_is_counted(formula):
+    """With the kernels, in bf16, the sequence not sharded: o is kept once. Texts and rows of weights do not count."""
+    tokens, width, text_tokens = 97, 144, 3
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    block = Block(DiTConfig(width, 2, 1, caption_channels=8)).to(device, torch.bfloat16)
+    block.cross_attn.attend = flash4_masked
+    x, modulation, time, text = (
+        torch.randn(1, *shape).to(device, torch.bfloat16).requires_grad_()
+        for shape in ((tokens, width), (2, 6 * width), (2, width), (text_tokens, width))
+    )
+    angles = torch.randn(2, 1, tokens, 36, device=device)
+    text_mask, clean = (torch.ones(1, length, dtype=torch.bool, device=device) for length in (text_tokens, tokens))
+    condition = Condition(modulation, time, text, text_mask, clean, *angles)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.numel() % (tokens * width) == 0:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flash4_prefix(q, k, v, torch.tensor([tokens], dtype=torch.int32, device=device))
+
+    with use("triton"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        block(x, condition, attention)
+    assert sum(kept.values()) == round((KEPT["off"] - 1) * 2 * tokens * width)
