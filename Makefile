@@ -14,7 +14,7 @@ LAUNCH = $(BIN)/python tools/check_hostfile.py $(HOSTFILE) && $(BIN)/deepspeed -
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart demo-data train dry-run balance convert-hf import-hf widen sample test test-long \
-	reliability-report lint clean
+	reliability-report house lint clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -94,6 +94,9 @@ test-long: install  ## Also what shows only over thousands of steps
 
 reliability-report: install  ## Inject every fault and write what came of it to docs/reliability.md
 	$(BIN)/python -m pytest tests/faults -m "long or not long" --reliability-report docs/reliability.md
+
+house: install  ## Draw the rooms and who imports whom, from the code, to docs/house.md
+	$(BIN)/python tools/house.py > docs/house.md
 
 lint: install  ## Check style and formatting
 	$(BIN)/ruff check .

@@ -7,10 +7,58 @@ deepspeed --hostfile hostfiles/localhost --no_ssh --node_rank 0 --master_addr 12
 import argparse
 import os
 import sys
+from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from mugv_ds.config import TrainConfig, exit_status, load_config
 from mugv_ds.config.hostfile import check_launcher
+
+if TYPE_CHECKING:  # the rest of the package is imported when it is needed: a wrong command line answers at once
+    from mugv_ds.data.run_data import RunData
+    from mugv_ds.engine.process import Process
+
+
+@dataclass(frozen=True)
+class Start:
+    """A process that has joined its run.
+
+    Attributes:
+        process: this one. data: of the run. engine: with the weights that the run starts from.
+        init: path of those weights, resolved; None for initial weights.
+    """
+
+    process: "Process"
+    data: "RunData"
+    engine: Any  # DeepSpeed's PipelineEngine
+    init: str | None
+
+    def weights_digest(self, config: TrainConfig) -> str:
+        """The digest of the weights that the run starts from, the same on all ranks; see `weights.start`."""
+        from mugv_ds.weights.start import start_digest
+
+        return self.process.host.first(lambda: start_digest(self.init, config))
+
+
+def start(config: TrainConfig) -> Start:
+    """Joins the launch, opens the data and builds the engine.
+
+    Raises:
+        InputError: config, data or weights cannot be used. PeerError: another rank met an error.
+    """
+    from mugv_ds.data.run_data import RunData
+    from mugv_ds.engine.build import build_engine
+    from mugv_ds.engine.process import start_process
+    from mugv_ds.models.flops import SampleCost
+    from mugv_ds.weights.start import find_start, load_into
+
+    process = start_process(config)
+    data = RunData(config, SampleCost.of(config), process.layout.data, process.host.first_then_all)
+    init = config.checkpoint.init_from
+    init = init and process.host.first(lambda: str(find_start(init)))
+    weights = init and partial(load_into, init, config.model.dit())
+    engine = build_engine(config, process, shape=data.typical_shape, weights=weights)
+    return Start(process, data, engine, init)
 
 
 def train(config: TrainConfig) -> int:
@@ -23,53 +71,34 @@ def train(config: TrainConfig) -> int:
         InputError: config, data, weights or checkpoint cannot be used. TrainingError: the run cannot go on.
         PeerError: another rank met an error.
     """
-    # Imported here, so that a wrong command line or config answers at once.
     import torch.distributed as dist
 
     from mugv_ds.checkpoint.store import Store
-    from mugv_ds.data.manifest import open_index
-    from mugv_ds.data.run_data import open_manifests
-    from mugv_ds.engine.build import build_engine, start_process
     from mugv_ds.engine.ema import PowerEma
     from mugv_ds.engine.evaluate.reference import ReferenceModel, References
     from mugv_ds.engine.guard.signals import STOPPED
     from mugv_ds.engine.loop import Trainer
     from mugv_ds.engine.preview import Previews
     from mugv_ds.sampling.sampler import sample_latents
-    from mugv_ds.weights.start import find_start, load_into, start_digest
 
-    process = start_process(config)
-    manifests = open_manifests(config, process.first_then_all)
-    prompts = config.preview.manifest if config.preview.every else None
-    previewed = prompts and process.first_then_all(partial(open_index, prompts, config.data.index_dir))
-    init = config.checkpoint.init_from
-    init = init and process.first(lambda: str(find_start(init)))
-    weights = init and partial(load_into, init, config.model.dit())
-    engine = build_engine(config, process, shape=manifests.typical_shape, weights=weights)
-    previews = previewed and Previews(config, process, engine.module, previewed, sample_latents)
-    store = Store(config, process, engine, manifests.digest(config))
+    run = start(config)
+    process, data, engine = run.process, run.data, run.engine
+    previews = data.previewed and Previews(config, process, engine.module, data.previewed, sample_latents)
+    store = Store(config, process, engine, data.digest)
     ema = PowerEma([fragment.tensors["weight"] for fragment in store.fragments], config.ema.sigma_rel)
     store.extra_kinds = ema.averages
     try:
         references = References()
         if config.preference is not None:  # while the weights are those of the reference
-            digest = process.first(lambda: start_digest(init, config))
-            references = ReferenceModel(config, process, engine, manifests).references(digest)
-        start = store.restore()
+            references = ReferenceModel(config, process, engine, data).references(run.weights_digest(config))
+        taken = store.restore()
         if process.rank == 0:
-            fresh = f"starting fresh, from {init or 'initial weights'}"
-            print(f"going on after step {start}" if start else fresh, flush=True)
+            fresh = f"starting fresh, from {run.init or 'initial weights'}"
+            print(f"going on after step {taken}" if taken else fresh, flush=True)
         trainer = Trainer(
-            config,
-            process,
-            engine,
-            manifests=manifests,
-            references=references,
-            ema=ema,
-            store=store,
-            previews=previews,
+            config, process, engine, data=data, references=references, ema=ema, store=store, previews=previews
         )
-        stopped = trainer.run(start)
+        stopped = trainer.run(taken)
     finally:
         store.close()
     dist.destroy_process_group()  # without it some processes abort at exit

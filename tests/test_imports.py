@@ -1,66 +1,57 @@
 """Who may import whom. Function-local imports count too."""
 
 import ast
+import runpy
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent / "mugv_ds"
+ROOT = Path(__file__).parents[1]
+HOUSE = runpy.run_path(str(ROOT / "tools/house.py"))
+imported_modules, imported_rooms, room_of = (HOUSE[name] for name in ("imported_modules", "imported_rooms", "room_of"))
 
 ALLOWED = {
+    "kernels": set(),
     "config": set(),
     "files": {"config"},
     "objectives": {"config"},
-    "data": {"config", "files", "objectives", "models"},
-    "models": {"config"},
-    "parallel": {"models", "config"},
-    "checkpoint": {"config", "models"},
-    "weights": {"config", "models", "checkpoint", "files"},
-    "engine": {"config", "data", "files", "models", "parallel", "objectives"},
-    "plan": {"config", "data", "models", "parallel"},
-    "sampling": {"models", "data", "objectives", "config"},
-    "prepare": {"models", "data", "objectives", "config"},
+    "data": {"config", "files", "objectives"},
+    "models": {"config", "kernels"},
+    "parallel": {"config", "models"},
+    "checkpoint": {"config", "files", "models"},
+    "weights": {"checkpoint", "config", "files", "models"},
+    "engine": {"config", "data", "files", "models", "objectives", "parallel"},
+    "plan": {"config", "data", "models", "objectives", "parallel"},
+    "sampling": {"config", "data", "models", "objectives", "parallel"},
+    "prepare": {"config", "data", "models", "objectives"},
     "train.py": {
-        "config",
-        "data",
-        "models",
-        "parallel",
-        "objectives",
-        "engine",
-        "plan",
-        "checkpoint",
-        "weights",
-        "sampling",
+        *("checkpoint", "config", "data", "engine", "models", "objectives", "parallel", "plan", "sampling", "weights"),
     },
     "__init__.py": set(),
 }
 DEEPSPEED = {"parallel", "engine", "checkpoint"}
 
 
-def imported_modules(file: Path) -> set[str]:
-    """Dotted names of everything a file imports, anywhere in it."""
-    names = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: relative import"
-            names.update(f"{node.module}.{alias.name}" for alias in node.names)
-    return names
-
-
-FILES = sorted(ROOT.rglob("*.py"))
+FILES = HOUSE["files"]()
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_imports_follow_the_house(file):
-    place = file.relative_to(ROOT).parts[0]
-    modules = imported_modules(file)
-    ours = {name.split(".")[1].removesuffix(".py") for name in modules if name.startswith("mugv_ds.")}
-    allowed = ALLOWED[place] | {place}
-    assert ours <= allowed, f"{place} must not import {sorted(ours - allowed)}"
-    uses_deepspeed = any(name.split(".")[0] == "deepspeed" for name in modules)
-    assert not uses_deepspeed or place in DEEPSPEED, f"{place} must not import deepspeed"
+    room = room_of(file)
+    others = imported_rooms(file) - {room}
+    assert others <= ALLOWED[room], f"{room} must not import {sorted(others - ALLOWED[room])}"
+    uses_deepspeed = any(name.split(".")[0] == "deepspeed" for name in imported_modules(file))
+    assert not uses_deepspeed or room in DEEPSPEED, f"{room} must not import deepspeed"
+
+
+def test_planning_takes_of_the_parallel_room_the_layout_alone():
+    for file in (ROOT / "mugv_ds/plan").glob("*.py"):
+        parallel = {name for name in imported_modules(file) if name.startswith("mugv_ds.parallel.")}
+        assert all(name.startswith("mugv_ds.parallel.layout.") for name in parallel), file
+
+
+def test_the_drawing_is_up_to_date():
+    assert (ROOT / "docs/house.md").read_text() == HOUSE["page"](), "run `make house`"
 
 
 def test_the_walk_sees_local_imports(tmp_path):
@@ -70,14 +61,14 @@ def test_the_walk_sees_local_imports(tmp_path):
 
 
 def test_the_model_knows_no_ranks():
-    for file in (ROOT / "models").glob("*.py"):
+    for file in (ROOT / "mugv_ds/models").rglob("*.py"):
         assert not any("distributed" in name for name in imported_modules(file)), file
         assert "rank" not in {node.id for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Name)}
 
 
 def test_nothing_loads_code():
     """No `torch.load` without weights_only=True, no shell=True, pickle or eval anywhere in package and tools."""
-    for file in [*FILES, *(ROOT.parent / "tools").glob("*.py")]:
+    for file in [*FILES, *(ROOT / "tools").glob("*.py")]:
         tree = ast.parse(file.read_text())
         assert not any(name.split(".")[0] in {"pickle", "dill", "cloudpickle"} for name in imported_modules(file)), file
         for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Sequence
 
 from mugv_ds.config import InputError, load_config
-from mugv_ds.plan.balance import balance_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data-ranks", type=positive, help="data-parallel replicas; by default parallel.data, or 1")
     parser.add_argument("--steps", type=positive, help="steps to look at; by default one epoch, at most 2,000")
     args = parser.parse_args(argv)
+    from mugv_ds.plan.balance import balance_report  # once it is needed: a wrong command line answers at once
+
     try:
         config = load_config(args.config, args.set)
         print(balance_report(config, args.data_ranks or config.parallel.data or 1, args.steps))

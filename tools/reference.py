@@ -8,7 +8,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
 
 from mugv_ds.config import ConfigError, TrainConfig, exit_status, load_config
 from mugv_ds.config.hostfile import check_launcher
@@ -20,23 +19,14 @@ def write(config: TrainConfig) -> None:
     Raises:
         InputError: config, data or weights cannot be used. TrainingError, PeerError: as in training.
     """
-    # Imported here, so that a wrong command line or config answers at once.
     import torch.distributed as dist
 
-    from mugv_ds.data.run_data import open_manifests
-    from mugv_ds.engine.build import build_engine, start_process
     from mugv_ds.engine.evaluate.reference import ReferenceModel
-    from mugv_ds.weights.start import find_start, load_into, start_digest
+    from mugv_ds.train import start
 
-    process = start_process(config)
-    manifests = open_manifests(config, process.first_then_all)
-    init = config.checkpoint.init_from
-    init = init and process.first(lambda: str(find_start(init)))
-    weights = init and partial(load_into, init, config.model.dit())
-    engine = build_engine(config, process, shape=manifests.typical_shape, weights=weights)
-    digest = process.first(lambda: start_digest(init, config))
-    for line in ReferenceModel(config, process, engine, manifests).write(digest):
-        if process.rank == 0:
+    run = start(config)
+    for line in ReferenceModel(config, run.process, run.engine, run.data).write(run.weights_digest(config)):
+        if run.process.rank == 0:
             print(line, flush=True)
     dist.destroy_process_group()  # without it some processes abort at exit
 

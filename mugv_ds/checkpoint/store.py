@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import version
@@ -34,7 +34,6 @@ from mugv_ds.checkpoint.manifest import (
     SavedLayout,
     digest,
 )
-from mugv_ds.checkpoint.ranks import Ranks
 from mugv_ds.checkpoint.reader import CheckpointReader
 from mugv_ds.checkpoint.snapshot import HostMemory, first_non_finite
 from mugv_ds.config.errors import CheckpointError, PeerError
@@ -44,10 +43,25 @@ from mugv_ds.models.dit import DiT
 _PACKAGES = ("mugv_ds", "torch", "deepspeed", "safetensors")
 
 
-class Process(Protocol):
-    """What the store asks of the process: a layout that is a dataclass of data, sequence and pipeline."""
+class Host(Protocol):
+    """Collectives of all ranks on the host; see `engine.process.HostGroup`."""
 
-    layout: Any
+    rank: int
+    world_size: int
+
+    def gather(self, value: Any) -> list[Any]: ...
+
+    def all(self, value: bool) -> bool: ...
+
+    def agree(self, function: Callable[[], Any], error: type[Exception]) -> list[Any]: ...
+
+
+class Process(Protocol):
+    """What the store asks of the process: see `engine.process.Process`."""
+
+    layout: Any  # a dataclass of data, sequence and pipeline
+    host: Host
+    background: Host
 
 
 class Store:
@@ -76,7 +90,7 @@ class Store:
         self.extra_kinds: Mapping[str, Sequence[Tensor]] = {}
         self.state: dict[str, Any] = {}
         self._config, self._engine = config.checkpoint, engine
-        self._ranks = Ranks()
+        self._host, self._background, self._rank = process.host, process.background, process.host.rank
         self._memory = HostMemory()
         self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_yield_to_training)
         self._pending: Future | None = None
@@ -94,7 +108,7 @@ class Store:
             "config": run_config,
             "config_sha256": digest(run_config),
         }
-        self._ranks.first(self._open)
+        self._first(self._open)
 
     def _open(self) -> None:
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -132,7 +146,7 @@ class Store:
         Raises:
             CheckpointError: as `save`.
         """
-        if self._pending is not None and self._ranks.all_true(self._pending.done()):
+        if self._pending is not None and self._host.all(self._pending.done()):
             self.wait()
 
     def wait(self) -> None:
@@ -186,14 +200,14 @@ class Store:
                 raise problem
             return _bytes(tensors)
 
-        sizes = self._ranks.agree(size)
+        host, folder = self._background, files.unfinished_folder(self.dir, step)
+        sizes = self._agree(size, host)
         try:
-            self._ranks.first(lambda: files.start_folder(self.dir, step, sum(sizes)))
-            name = f"rank-{self._ranks.rank}.safetensors"
-            saved = self._ranks.agree(lambda: self._write_file(files.unfinished_folder(self.dir, step) / name, tensors))
-            self._ranks.first(lambda: self._commit(step, saved, about))
+            self._first(lambda: files.start_folder(self.dir, step, sum(sizes)), host)
+            saved = self._agree(lambda: self._write_file(folder / f"rank-{self._rank}.safetensors", tensors), host)
+            self._first(lambda: self._commit(step, saved, about), host)
         except BaseException:
-            if self._ranks.rank == 0:
+            if self._rank == 0:
                 with contextlib.suppress(OSError):  # the next start sweeps it
                     files.discard(self.dir, step)
             raise
@@ -243,7 +257,7 @@ class Store:
                 way round; or it is of another model, other data, or a newer format.
         """
         self.wait()
-        steps, note = self._ranks.first(lambda: files.candidates(self.dir))
+        steps, note = self._first(lambda: files.candidates(self.dir))
         mode = "must" if before is not None else self._config.resume
         wanted = steps if before is None else [step for step in steps if step < before]
         if mode == "never" and steps:
@@ -260,12 +274,12 @@ class Store:
             limit = "checkpoint.resume is 'must'" if before is None else f"one before step {before} is wanted"
             why = f"{what}; remove them to start afresh, or use another dir" if wanted else f"{what}, and {limit}"
             raise self._refusal(f"{self.dir}: {why}")
-        self._ranks.agree(lambda: self._load(manifest))
+        self._agree(lambda: self._load(manifest))
         refresh_weights(self._engine)
         set_counters(self._engine, manifest.counters)
         self.state, self._newest = manifest.state, manifest.step
         if before is not None:
-            self._ranks.first(lambda: self._give_up([step for step in steps if step >= before]))
+            self._first(lambda: self._give_up([step for step in steps if step >= before]))
         return manifest.step
 
     def _sound(self, step: int) -> Manifest | None:
@@ -275,14 +289,14 @@ class Store:
         def check() -> str | None:
             try:
                 manifest = files.read_manifest(folder)
-                for name in sorted(manifest.files)[self._ranks.rank :: self._ranks.size]:
+                for name in sorted(manifest.files)[self._rank :: self._host.world_size]:
                     files.verify(folder / name, manifest.files[name])
             except BrokenCheckpointError as error:
                 return str(error)
             found.append(manifest)
             return None
 
-        problems = dict.fromkeys(filter(None, self._ranks.agree(check)))
+        problems = dict.fromkeys(filter(None, self._agree(check)))
         for problem in problems:
             self._say(f"passed over: {problem}")
         return None if problems else found[0]
@@ -330,19 +344,27 @@ class Store:
         files.point_latest(self.dir, self._newest)
 
     def _warn_of_space(self) -> None:
-        needed = sum(self._ranks.gather(_bytes(self._tensors())))
-        free = self._ranks.first(lambda: files.free_bytes(self.dir))
+        needed = sum(self._host.gather(_bytes(self._tensors())))
+        free = self._first(lambda: files.free_bytes(self.dir))
         if free < 2 * needed:
             room = f"{files.gib(free)} are free, less than two checkpoints of {files.gib(needed)}"
             self._say(f"warning: {self.dir}: {room}")
 
+    def _agree(self, function: Callable[[], Any], host: Host | None = None) -> list[Any]:
+        """Calls `function` on all ranks and returns what each gave; `host` is the main thread's if not given."""
+        return (host or self._host).agree(function, CheckpointError)
+
+    def _first(self, function: Callable[[], Any], host: Host | None = None) -> Any:
+        """Calls `function` on rank 0 and returns what it gave on all."""
+        return self._agree(function if self._rank == 0 else lambda: None, host)[0]
+
     def _say(self, line: str) -> None:
-        if self._ranks.rank == 0:
+        if self._rank == 0:
             print(line, flush=True)
 
     def _refusal(self, text: str) -> Exception:
         """The error of what all ranks know: it is printed once."""
-        return CheckpointError(text) if self._ranks.rank == 0 else PeerError(text)
+        return CheckpointError(text) if self._rank == 0 else PeerError(text)
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:

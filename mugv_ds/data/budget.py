@@ -29,7 +29,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class BatchSize:
-    """Of one shape. step: units (samples, or pairs) of a global step. micro: units that a data rank holds at once."""
+    """Of one shape. step: items (samples, or pairs) of a global step. micro: items that a data rank holds at once."""
 
     step: int
     micro: int
@@ -40,39 +40,39 @@ def batch_sizes(
     data: DataSection,
     load: Workload,
     *,
-    unit: int = 1,
+    item_size: int = 1,
     companions: Callable[[int], int] = lambda samples: 0,
 ) -> dict[Shape, BatchSize]:
     """The batch sizes of each shape; those of a step do not depend on the layout.
 
     Args:
         shapes: latent (T, H, W). data: the config. load: of the samples.
-        unit: samples that stay together: 2 for pairs.
+        item_size: samples that stay together: 2 for pairs.
         companions: more samples of a step that has so many, which are split into micro-batches of the same size.
 
     Raises:
-        ConfigError: a step cannot be split evenly, or one unit is more than a device may hold.
+        ConfigError: a step cannot be split evenly, or one item is more than a device may hold.
     """
-    return {shape: _batch_size(shape, data, load, unit, companions) for shape in shapes}
+    return {shape: _batch_size(shape, data, load, item_size, companions) for shape in shapes}
 
 
 def _batch_size(
-    shape: Shape, data: DataSection, load: Workload, unit: int, companions: Callable[[int], int]
+    shape: Shape, data: DataSection, load: Workload, item_size: int, companions: Callable[[int], int]
 ) -> BatchSize:
     budget, ranks = data.budget, load.data_ranks
-    most = data.micro_batch_size // unit
-    if data.micro_batch_size % unit or data.global_batch_size % unit:
+    most = data.micro_batch_size // item_size
+    if data.micro_batch_size % item_size or data.global_batch_size % item_size:
         raise ConfigError(
             f"data.micro_batch_size = {data.micro_batch_size}, data.global_batch_size = {data.global_batch_size}: must "
-            f"be multiples of {unit}, as pairs stay together"
+            f"be multiples of {item_size}, as pairs stay together"
         )
-    step = data.global_batch_size // unit
+    step = data.global_batch_size // item_size
     if budget is not None:
         if budget.multiple % ranks:
             raise ConfigError(f"data.budget.multiple = {budget.multiple}: must be a multiple of the {ranks} data ranks")
         wanted = step * load.flops(budget.shape) / load.flops(shape)
         step = _divisible(wanted / budget.multiple) * budget.multiple
-        tokens = unit * load.tokens(shape)
+        tokens = item_size * load.tokens(shape)
         if tokens > budget.device_tokens:
             raise ConfigError(
                 f"data.budget.device_tokens = {budget.device_tokens}: latents of {'×'.join(map(str, shape))} take "
@@ -84,13 +84,13 @@ def _batch_size(
             f"data.global_batch_size = {data.global_batch_size}: must be a multiple of {ranks} data ranks × "
             f"data.micro_batch_size {data.micro_batch_size}"
         )
-    more = companions(step * unit)
-    sizes = (size for size in range(most, 0, -1) if not step % (ranks * size) and not more % (ranks * size * unit))
+    more = companions(step * item_size)
+    sizes = (size for size in range(most, 0, -1) if not step % (ranks * size) and not more % (ranks * size * item_size))
     micro = next(sizes, None)
     if micro is None:
         raise ConfigError(
-            f"preference.sft_ratio: gives {more} SFT samples beside {step * unit}, which {ranks} data ranks with "
-            f"micro-batches of multiples of {unit} cannot share evenly; use another ratio"
+            f"preference.sft_ratio: gives {more} SFT samples beside {step * item_size}, which {ranks} data ranks with "
+            f"micro-batches of multiples of {item_size} cannot share evenly; use another ratio"
         )
     return BatchSize(step, micro)
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mugv_ds.data.plan import Pick
+from mugv_ds.data.plan import SampleRef
 
 Batch = TypeVar("Batch")
 
@@ -25,12 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 def loader(
-    micro_batches: Callable[[int], list[list[Pick]]],
+    micro_batches: Callable[[int], list[list[SampleRef]]],
     *,
     start_step: int,
     stop_step: int,
-    make: Callable[[list[Pick]], Batch],
-    name: Callable[[Pick], str],
+    make: Callable[[list[SampleRef]], Batch],
+    name: Callable[[SampleRef], str],
     num_workers: int,
     pin: bool = False,
 ) -> Iterator[list[Batch]]:
@@ -42,9 +42,9 @@ def loader(
     Args:
         micro_batches: what this rank takes of a step, by micro-batch; a function of the step alone.
         start_step, stop_step: steps to yield.
-        make: turns the picks of one micro-batch into tensors; must pickle, as workers are not forked from this process
+        make: turns the refs of one micro-batch into tensors; must pickle, as workers are not forked from this process
             (which may hold a CUDA context).
-        name: of a pick, for messages.
+        name: of a ref, for messages.
         num_workers: processes, of one thread each; 0 reads in this one.
         pin: hand the tensors out in pinned memory, from which copies to a CUDA device need not be waited for; where
             there are workers, a thread of this process pins ahead of time.
@@ -69,7 +69,7 @@ def loader(
             if num_workers == 0 or not _worker_died(error) or restarts == _MAX_RESTARTS:
                 raise
             restarts += 1
-            samples = [name(pick) for picks in micro_batches(step) for pick in picks]
+            samples = [name(ref) for refs in micro_batches(step) for ref in refs]
             logger.warning(
                 "a loader worker was killed (%r); step %d, samples %s: read again, %d of %d",
                 error,
@@ -91,20 +91,20 @@ class _Failure:
 
 @dataclass(frozen=True)
 class _Reader(Dataset):
-    """The worker's side: picks in, a batch out. It has no state; the order stays in the main process."""
+    """The worker's side: refs in, a batch out. It has no state; the order stays in the main process."""
 
-    make: Callable[[list[Pick]], Batch]
+    make: Callable[[list[SampleRef]], Batch]
 
-    def __getitem__(self, picks: list[Pick]) -> Batch | _Failure:
+    def __getitem__(self, refs: list[SampleRef]) -> Batch | _Failure:
         try:
-            return self.make(picks)
+            return self.make(refs)
         except Exception as error:
             error.add_note("".join(format_tb(error.__traceback__)))  # a traceback does not pickle
             return _Failure(error)
 
 
 def _read(
-    wanted: Iterable[list[Pick]], make: Callable[[list[Pick]], Batch], num_workers: int, pin: bool
+    wanted: Iterable[list[SampleRef]], make: Callable[[list[SampleRef]], Batch], num_workers: int, pin: bool
 ) -> Iterator[Batch]:
     """The batches that are wanted, in that order."""
     batches = iter(

@@ -15,23 +15,23 @@ from mugv_ds.data.mixture import Mixture, Points
 from mugv_ds.data.noise import generator
 
 
-class Pick(NamedTuple):
-    """One unit (a sample, or a pair) to read. source: which of the run's readers. visit: None for a filler."""
+class SampleRef(NamedTuple):
+    """One item (a sample, or a pair) to read. source: which of the run's readers. visit: None for a filler."""
 
     source: int
-    unit: int
+    item: int
     visit: int | None
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Units that are played in their own order.
+    """Items that are played in their own order.
 
     Attributes:
-        name: what a run reports it as. source: the reader of its units.
-        shapes: int [n, 3], latent (T, H, W) of every unit; (0, 0, 0) for units that are not of this stream.
+        name: what a run reports it as. source: the reader of its items.
+        shapes: int [n, 3], latent (T, H, W) of every item; (0, 0, 0) for items that are not of this stream.
         sizes: batch sizes by shape.
-        unit: samples of a unit.
+        item_size: samples of an item.
         share: of the samples of the run, see `Mixture`.
     """
 
@@ -39,7 +39,7 @@ class Stream:
     source: int
     shapes: np.ndarray
     sizes: Mapping[Shape, BatchSize]
-    unit: int = 1
+    item_size: int = 1
     share: Points = ((0, 1.0),)
 
 
@@ -69,38 +69,38 @@ class PlannedStep:
         stream: name of the stream that plays.
         shape: (T, H, W) of all its latents.
         micro: samples of every micro-batch on a data rank.
-        unit: samples of a unit of `picks`.
-        picks: units of the stream. companions: samples that come along.
+        item_size: samples of an item of `refs`.
+        refs: items of the stream. companions: samples that come along.
     """
 
     position: int
     stream: str
     shape: Shape
     micro: int
-    unit: int
-    picks: tuple[Pick, ...]
-    companions: tuple[Pick, ...] = ()
+    item_size: int
+    refs: tuple[SampleRef, ...]
+    companions: tuple[SampleRef, ...] = ()
 
     @property
     def samples(self) -> int:
-        return self.unit * len(self.picks) + len(self.companions)
+        return self.item_size * len(self.refs) + len(self.companions)
 
-    def micro_batches(self, data_rank: int, data_ranks: int) -> list[list[Pick]]:
+    def micro_batches(self, data_rank: int, data_ranks: int) -> list[list[SampleRef]]:
         """What one data rank takes, by micro-batch; those of companions come last.
 
         Shares are contiguous, so that the step is the same set of samples for any number of ranks.
         """
         batches = []
-        for picks, units in ((self.picks, self.micro // self.unit), (self.companions, self.micro)):
-            share = len(picks) // data_ranks
-            own = picks[data_rank * share : (data_rank + 1) * share]
-            batches += [list(own[start : start + units]) for start in range(0, share, units)]
+        for refs, items in ((self.refs, self.micro // self.item_size), (self.companions, self.micro)):
+            share = len(refs) // data_ranks
+            own = refs[data_rank * share : (data_rank + 1) * share]
+            batches += [list(own[start : start + items]) for start in range(0, share, items)]
         return batches
 
     def counts(self, data_ranks: int) -> tuple[int, int]:
         """Micro-batches of a data rank: those of the stream, those of companions."""
         at_once = self.micro * data_ranks
-        return self.unit * len(self.picks) // at_once, len(self.companions) // at_once
+        return self.item_size * len(self.refs) // at_once, len(self.companions) // at_once
 
 
 class Plan:
@@ -114,7 +114,7 @@ class Plan:
         streams, companion: as given. mean_samples: of the steps of each stream, without companions.
 
     Raises:
-        ConfigError: a stream has no readable unit, or no companion has the shape of some unit.
+        ConfigError: a stream has no readable item, or no companion has the shape of some item.
     """
 
     def __init__(self, streams: Sequence[Stream], seed: int, companion: Companion | None = None) -> None:
@@ -126,7 +126,7 @@ class Plan:
             Order(stream.shapes, {shape: size.step for shape, size in stream.sizes.items()}, seed) for stream in streams
         ]
         self.mean_samples = [
-            stream.unit * order.samples_per_step for stream, order in zip(streams, self._orders, strict=True)
+            stream.item_size * order.samples_per_step for stream, order in zip(streams, self._orders, strict=True)
         ]
         self._mixture = Mixture([stream.share for stream in streams], self.mean_samples)
         self.step = lru_cache(4)(self.step)  # asked for by the loop and, ahead of it, by the loader
@@ -148,21 +148,21 @@ class Plan:
         number, turn = self._mixture.turn(position)
         stream = self.streams[number]
         step = self._orders[number].step(turn)
-        picks = tuple(Pick(stream.source, *pick) for pick in zip(step.rows, step.visits, strict=True))
+        refs = tuple(SampleRef(stream.source, *ref) for ref in zip(step.rows, step.visits, strict=True))
         return PlannedStep(
             position=position,
             stream=stream.name,
             shape=step.shape,
-            micro=stream.unit * stream.sizes[step.shape].micro,
-            unit=stream.unit,
-            picks=picks,
-            companions=self._draw(position, step.shape, stream.unit * len(picks)),
+            micro=stream.item_size * stream.sizes[step.shape].micro,
+            item_size=stream.item_size,
+            refs=refs,
+            companions=self._draw(position, step.shape, stream.item_size * len(refs)),
         )
 
-    def _draw(self, position: int, shape: Shape, samples: int) -> tuple[Pick, ...]:
+    def _draw(self, position: int, shape: Shape, samples: int) -> tuple[SampleRef, ...]:
         """Companions by chance; the position takes the place of the visit, so none meets the same noise again."""
         if self.companion is None:
             return ()
         rows = self._companions[shape]
         drawn = generator("companion", self._seed, position).integers(len(rows), size=self.companion.count(samples))
-        return tuple(Pick(self.companion.source, int(rows[i]), position) for i in drawn)
+        return tuple(SampleRef(self.companion.source, int(rows[i]), position) for i in drawn)

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mugv_ds.data.plan import Pick
+import numpy as np
+
+from mugv_ds.data.noise import generator
+from mugv_ds.data.plan import SampleRef
 from mugv_ds.data.readers import Batch, Sources, stack
-from mugv_ds.data.replace import replacement
 from mugv_ds.data.sample import SampleError, UnsafeFileError
 
 MAX_ATTEMPTS = 10  # replacements tried for one sample
@@ -30,26 +32,26 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class Replacing:
-    """`Sources` for training: a unit that cannot be read is replaced by another of its source and latent shape.
+    """`Sources` for training: an item that cannot be read is replaced by another of its source and latent shape.
 
-    The replacement is drawn by `data.replace.replacement`: whoever reads the same unit takes the same one.
+    The replacement is drawn by `replacement`: whoever reads the same item takes the same one.
     """
 
     sources: Sources
 
-    def __call__(self, picks: Sequence[Pick]) -> Reading:
-        """The micro-batch of these picks.
+    def __call__(self, refs: Sequence[SampleRef]) -> Reading:
+        """The micro-batch of these refs.
 
         Raises:
             SampleError: no replacement could be read either. UnsafeFileError: a file asks for more than tensors.
         """
-        read = [self._read(pick) for pick in picks]
+        read = [self._read(ref) for ref in refs]
         batch = stack(sample for samples, _ in read for sample in samples)
         return Reading(batch, tuple(bad for _, bad in read if bad is not None))
 
-    def _read(self, pick: Pick) -> tuple[list[Batch], Quarantined | None]:
-        reader = self.sources.readers[pick.source]
-        taken, name, visit, reasons = pick.unit, reader.name(pick.unit), pick.visit, []
+    def _read(self, ref: SampleRef) -> tuple[list[Batch], Quarantined | None]:
+        reader = self.sources.readers[ref.source]
+        taken, name, visit, reasons = ref.item, reader.name(ref.item), ref.visit, []
         for attempt in range(MAX_ATTEMPTS):
             try:
                 samples = reader.read(taken, visit)
@@ -58,7 +60,7 @@ class Replacing:
             except SampleError as error:
                 reasons.append(str(error))
                 where = {"seed": reader.seed, "name": name, "visit": visit or 0, "attempt": attempt}
-                taken = replacement(reader.shapes, pick.unit, **where)
+                taken = replacement(reader.shapes, ref.item, **where)
                 if taken is None:
                     break
                 continue
@@ -66,3 +68,21 @@ class Replacing:
                 return samples, None
             return samples, Quarantined(name, visit or 0, "; ".join(reasons), reader.name(taken))
         raise SampleError(f"{reasons[0]}; nor could {len(reasons) - 1} samples of its shape be read in its place")
+
+
+def replacement(shapes: np.ndarray, item: int, *, seed: int, name: str, visit: int, attempt: int) -> int | None:
+    """Another item with the latent shape of `item`; None if there is none.
+
+    It follows from (seed, name, visit, attempt) alone, so every process that reads the item takes the same one, and a
+    resumed run takes it again.
+
+    Args:
+        shapes: int [n, 3], of every item. item: the one that cannot be read, called `name`.
+        visit: how many times it was visited before.
+        attempt: from 0, raised when the replacement cannot be read either.
+    """
+    others = np.flatnonzero((shapes == shapes[item]).all(axis=1))
+    others = others[others != item]
+    if not len(others):
+        return None
+    return int(others[generator("replacement", seed, name, visit, attempt).integers(len(others))])

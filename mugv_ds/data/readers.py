@@ -15,7 +15,7 @@ from mugv_ds.config.errors import ConfigError, InputError
 from mugv_ds.config.schema import DataSection, FlowSection
 from mugv_ds.data import noise
 from mugv_ds.data.manifest import Index
-from mugv_ds.data.plan import Pick
+from mugv_ds.data.plan import SampleRef
 from mugv_ds.data.sample import SampleError, read_row, read_text
 from mugv_ds.files.retry import retried
 from mugv_ds.objectives import flow
@@ -46,15 +46,15 @@ def stack(samples: Iterable[Batch]) -> Batch:
 
 
 class Reader(Protocol):
-    """Reads the units of one source: samples, or pairs of them.
+    """Reads the items of one source: samples, or pairs of them.
 
     Attributes:
-        shapes: int [n, 3], latent (T, H, W) of every unit; (0, 0, 0) for one that is known to be unreadable.
-        unit: samples of a unit.
+        shapes: int [n, 3], latent (T, H, W) of every item; (0, 0, 0) for one that is known to be unreadable.
+        item_size: samples of an item.
         seed: of the run.
     """
 
-    unit: int
+    item_size: int
 
     @property
     def shapes(self) -> np.ndarray: ...
@@ -62,16 +62,16 @@ class Reader(Protocol):
     @property
     def seed(self) -> int: ...
 
-    def name(self, unit: int) -> str: ...
+    def name(self, item: int) -> str: ...
 
-    def read(self, unit: int, visit: int | None) -> list[Batch]: ...
+    def read(self, item: int, visit: int | None) -> list[Batch]: ...
 
-    def time(self, unit: int, visit: int) -> float: ...
+    def time(self, item: int, visit: int) -> float: ...
 
 
 @dataclass(frozen=True)
 class FlowSamples:
-    """Samples for flow matching; a `Reader` whose units are the rows of a manifest.
+    """Samples for flow matching; a `Reader` whose items are the rows of a manifest.
 
     Args:
         index: the manifest. data, flow: sections of the config. channels: width of the text features.
@@ -84,7 +84,7 @@ class FlowSamples:
     flow: FlowSection
     channels: int
     held_out: bool = False
-    unit = 1
+    item_size = 1
 
     @property
     def shapes(self) -> np.ndarray:
@@ -94,25 +94,25 @@ class FlowSamples:
     def seed(self) -> int:
         return self.data.seed
 
-    def name(self, unit: int) -> str:
+    def name(self, item: int) -> str:
         """Sample id."""
-        return self.index.row(unit).sample_id
+        return self.index.row(item).sample_id
 
-    def time(self, unit: int, visit: int) -> float:
+    def time(self, item: int, visit: int) -> float:
         """The timestep in [0, 1000] of a (row, visit), without reading it."""
-        return self.draw_time(unit, (self.seed, self.name(unit), visit), unit)
+        return self.draw_time(item, (self.seed, self.name(item), visit), item)
 
-    def read(self, unit: int, visit: int | None) -> list[Batch]:
+    def read(self, item: int, visit: int | None) -> list[Batch]:
         """One sample, as a `Batch` without the first dimension; visit None marks a filler.
 
         Raises:
             SampleError: a file of the sample cannot be used; the message names it.
             ConfigError: nor can `data.null_text_path`. TrainingError: the file system failed time and again.
         """
-        return [self.sample(unit, visit, (self.seed, self.name(unit), visit or 0), unit)]
+        return [self.sample(item, visit, (self.seed, self.name(item), visit or 0), item)]
 
-    def sample(self, row_number: int, visit: int | None, key: Key, unit: int) -> Batch:
-        """As `read`, for a row that belongs to this unit, with what is drawn from `key`."""
+    def sample(self, row_number: int, visit: int | None, key: Key, item: int) -> Batch:
+        """As `read`, for a row that belongs to this item, with what is drawn from `key`."""
         tokens = self.data.max_text_tokens
         row = self.index.row(row_number)
         drop = not self.held_out and noise.caption_uniform(*key) < self.flow.caption_drop
@@ -122,7 +122,7 @@ class FlowSamples:
         x0, frames = sample.latent, sample.latent.shape[1]
         text, text_mask = retried(self.null_text) if drop else (sample.text, sample.text_mask)
 
-        t = torch.tensor(self.draw_time(row_number, key, unit))
+        t = torch.tensor(self.draw_time(row_number, key, item))
         epsilon = noise.gaussian(*key, tuple(x0.shape))
         x_mask = torch.ones(frames, dtype=torch.bool)
         if frames > 1 and not self.held_out and noise.first_frame_uniform(*key) < self.flow.first_frame_share:
@@ -144,10 +144,10 @@ class FlowSamples:
             visit=torch.tensor(visit or 0),
         )
 
-    def draw_time(self, row_number: int, key: Key, unit: int) -> float:
-        """The timestep in [0, 1000] of a row of this unit, drawn from `key`."""
+    def draw_time(self, row_number: int, key: Key, item: int) -> float:
+        """The timestep in [0, 1000] of a row of this item, drawn from `key`."""
         if self.held_out:
-            return flow.MAX_TIME * (unit % 4 + noise.quartile_uniform(*key)) / 4
+            return flow.MAX_TIME * (item % 4 + noise.quartile_uniform(*key)) / 4
         row = self.index.row(row_number)
         shift = self._shift(row.height, row.width, row.latent_shape[0])
         return float(flow.draw_time(torch.tensor(noise.time_normal(*key)), shift))
@@ -172,13 +172,13 @@ class FlowSamples:
 
 @dataclass(frozen=True)
 class AnnotatedSamples:
-    """Samples that are better or worse, good or bad; a `Reader` whose units are pairs, or single samples.
+    """Samples that are better or worse, good or bad; a `Reader` whose items are pairs, or single samples.
 
     The two of a pair share timestep, noise, caption drop and first-frame choice.
 
     Args:
         samples: reads them.
-        rows: int [units, 1 or 2], of the manifest. roles: int [units, 1 or 2], 1 better or good, −1 worse or bad.
+        rows: int [items, 1 or 2], of the manifest. roles: int [items, 1 or 2], 1 better or good, −1 worse or bad.
         reference: see `reference_error`; None while it is being computed.
     """
 
@@ -188,7 +188,7 @@ class AnnotatedSamples:
     reference: np.ndarray | None = None
 
     @property
-    def unit(self) -> int:
+    def item_size(self) -> int:
         return self.rows.shape[1]
 
     @property
@@ -199,30 +199,30 @@ class AnnotatedSamples:
     def seed(self) -> int:
         return self.samples.seed
 
-    def name(self, unit: int) -> str:
+    def name(self, item: int) -> str:
         """Pair id, or sample id."""
-        row = self.samples.index.row(int(self.rows[unit, 0]))
-        return row.pair_id if self.unit == 2 else row.sample_id
+        row = self.samples.index.row(int(self.rows[item, 0]))
+        return row.pair_id if self.item_size == 2 else row.sample_id
 
-    def time(self, unit: int, visit: int) -> float:
-        """The timestep in [0, 1000] of a (unit, visit), without reading it."""
-        return self.samples.draw_time(int(self.rows[unit, 0]), self._key(unit, visit), unit)
+    def time(self, item: int, visit: int) -> float:
+        """The timestep in [0, 1000] of an (item, visit), without reading it."""
+        return self.samples.draw_time(int(self.rows[item, 0]), self._key(item, visit), item)
 
-    def read(self, unit: int, visit: int | None) -> list[Batch]:
-        """The samples of a unit; of a pair the better one first.
+    def read(self, item: int, visit: int | None) -> list[Batch]:
+        """The samples of an item; of a pair the better one first.
 
         Raises:
             SampleError, ConfigError, TrainingError: see `FlowSamples.read`.
             InputError: the reference's error is not known.
         """
         return [
-            with_role(self.samples.sample(row, visit, self._key(unit, visit), unit), role, self.samples, self.reference)
-            for row, role in zip(self.rows[unit].tolist(), self.roles[unit].tolist(), strict=True)
+            with_role(self.samples.sample(row, visit, self._key(item, visit), item), role, self.samples, self.reference)
+            for row, role in zip(self.rows[item].tolist(), self.roles[item].tolist(), strict=True)
         ]
 
-    def _key(self, unit: int, visit: int | None) -> Key:
-        name = self.name(unit)
-        return (self.seed, f"pair {name}" if self.unit == 2 else name, visit or 0)
+    def _key(self, item: int, visit: int | None) -> Key:
+        name = self.name(item)
+        return (self.seed, f"pair {name}" if self.item_size == 2 else name, visit or 0)
 
 
 def with_role(sample: Batch, role: int, samples: FlowSamples, reference: np.ndarray | None) -> Batch:
@@ -254,10 +254,10 @@ def reference_error(reference: np.ndarray, row: int, visit: int, samples: FlowSa
 
 @dataclass(frozen=True)
 class Sources:
-    """The readers of a run. A pick names one of them."""
+    """The readers of a run. A ref names one of them."""
 
     readers: tuple[Reader, ...]
 
-    def __call__(self, picks: Sequence[Pick]) -> Batch:
-        """The batch of picks, all of one latent shape; see `FlowSamples.read` for the errors."""
-        return stack(sample for pick in picks for sample in self.readers[pick.source].read(pick.unit, pick.visit))
+    def __call__(self, refs: Sequence[SampleRef]) -> Batch:
+        """The batch of refs, all of one latent shape; see `FlowSamples.read` for the errors."""
+        return stack(sample for ref in refs for sample in self.readers[ref.source].read(ref.item, ref.visit))

@@ -1,9 +1,10 @@
-"""What a run reads: its manifests, the plan of its steps, and the readers that the plan's picks name."""
+"""Everything that a run reads: its manifests, the readers of their samples, and the plan of its steps."""
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 
@@ -15,26 +16,63 @@ from mugv_ds.data.mixture import group_shapes
 from mugv_ds.data.pairs import labels, pairs
 from mugv_ds.data.plan import Companion, Plan, Stream
 from mugv_ds.data.readers import AnnotatedSamples, FlowSamples, Reader, Sources
-from mugv_ds.models.flops import train_flops
-from mugv_ds.models.rope import patch_grid
 
 Opener = Callable[[Callable[[], Index]], Index]
 
 _ALONE = "train"  # name of the stream where there is only one
 
 
-@dataclass(frozen=True)
-class Manifests:
-    """The indexes of a run. sources, held_out: of the preference sources, in their order; None where not given."""
+class Cost(Protocol):
+    """What a sample of a latent shape asks of a device; see `models.flops.SampleCost`."""
 
-    train: Index
-    validation: Index | None
-    sources: tuple[Index, ...] = ()
-    held_out: tuple[Index | None, ...] = ()
+    def tokens(self, shape: Shape) -> int: ...
 
-    def digest(self, config: TrainConfig) -> str:
+    def flops(self, shape: Shape) -> float: ...
+
+
+def call(function: Callable[[], Index]) -> Index:
+    """Calls a function; what opens an index in a process that is alone."""
+    return function()
+
+
+class RunData:
+    """The data of one run, the same for training, for measuring its reference and for planning it.
+
+    Args:
+        config: the run. cost: of its samples. data_ranks: replicas that share a step.
+        opener: calls what it is given; on several ranks one has to build an index before the others open it.
+
+    Attributes:
+        train, validation, previewed: indexes of data.manifest, data.val_manifest and preview.manifest; None: not given.
+        sources, held_out: indexes of the preference sources and of their held-out annotations, in the config's order.
+        readers: of the training set first, then of the preference sources.
+        plan: the steps of the run.
+
+    Raises:
+        ManifestError, PathError: a manifest cannot be used, see `data.manifest.open_index` and `data.pairs`.
+        ConfigError: the sets, the batch sizes and the layout do not fit together.
+    """
+
+    def __init__(self, config: TrainConfig, cost: Cost, data_ranks: int, opener: Opener = call) -> None:
+        self._config = config
+        self._load = Workload(cost.tokens, cost.flops, data_ranks)
+        sources = config.preference.sources if config.preference else ()
+
+        def open_(path: str | None) -> Index | None:
+            return None if path is None else opener(partial(open_index, path, config.data.index_dir))
+
+        self.train: Index = open_(config.data.manifest)
+        self.validation = open_(config.data.val_manifest)
+        self.previewed = open_(config.preview.manifest if config.preview.every else None)
+        self.sources: tuple[Index, ...] = tuple(open_(source.manifest) for source in sources)
+        self.held_out = tuple(open_(source.val_manifest) for source in sources)
+        self.readers = Sources((self._flows(self.train), *map(self._annotated, self.sources)))
+        self.plan = self._plan()
+
+    @property
+    def digest(self) -> str:
         """SHA-256 of what decides the order of samples beside seed and global batch size."""
-        data, preference = config.data, config.preference
+        data, preference = self._config.data, self._config.preference
         if data.budget is None and not data.mixture and preference is None:
             return self.train.digest
         parts = [index.digest for index in (self.train, *self.sources)]
@@ -50,98 +88,73 @@ class Manifests:
         indexes = self.sources or (self.train,)
         return tuple(int(side) for side in np.concatenate([index.shapes() for index in indexes]).max(axis=0))
 
+    def readers_with(self, references: Sequence[np.ndarray]) -> Sources:
+        """Returns the readers, those of the preference sources with the reference's losses, one table for each."""
+        flows, *annotated = self.readers.readers
+        given = zip(annotated, references, strict=True)
+        return Sources((flows, *(replace(reader, reference=table) for reader, table in given)))
 
-def open_manifests(config: TrainConfig, opener: Opener = lambda call: call()) -> Manifests:
-    """Opens all manifests of a run.
+    def held_out_flows(self) -> FlowSamples | None:
+        """Returns the reader of data.val_manifest; None where there is none."""
+        return None if self.validation is None else self._flows(self.validation, held_out=True)
 
-    Args:
-        opener: calls what it is given; on several ranks one has to build the index before the others open it.
+    def held_out_annotations(self, source: int, reference: np.ndarray | None = None) -> AnnotatedSamples | None:
+        """Returns the reader of a source's held-out annotations, with the reference's losses; None: there are none.
 
-    Raises:
-        ManifestError, PathError: see `data.manifest.open_index`.
-    """
+        Raises:
+            ManifestError: see `data.pairs`.
+        """
+        index = self.held_out[source]
+        return None if index is None else replace(self._annotated(index, held_out=True), reference=reference)
 
-    def open_(path: str | None) -> Index | None:
-        return None if path is None else opener(partial(open_index, path, config.data.index_dir))
+    def batch_sizes(self, reader: Reader, companion: Companion | None = None) -> dict[Shape, BatchSize]:
+        """Returns the batch sizes of a reader's latent shapes; see `data.budget.batch_sizes`."""
+        return self._batch_sizes(reader.shapes, reader.item_size, companion)
 
-    sources = config.preference.sources if config.preference else ()
-    return Manifests(
-        train=open_(config.data.manifest),
-        validation=open_(config.data.val_manifest),
-        sources=tuple(open_(source.manifest) for source in sources),
-        held_out=tuple(open_(source.val_manifest) for source in sources),
-    )
-
-
-def workload(config: TrainConfig, data_ranks: int) -> Workload:
-    """What the config's model asks of a device for a latent shape."""
-    dit, sequence, text_tokens = config.model.dit(), config.parallel.sequence, config.data.max_text_tokens
-    return Workload(
-        tokens=lambda shape: -(-patch_grid(*shape).tokens // sequence),
-        flops=lambda shape: train_flops(dit, patch_grid(*shape).tokens, text_tokens),
-        data_ranks=data_ranks,
-    )
-
-
-def preference_reader(
-    config: TrainConfig, index: Index, reference: np.ndarray | None = None, held_out: bool = False
-) -> AnnotatedSamples:
-    """The reader of an annotation source.
-
-    Raises:
-        ManifestError: see `data.pairs`.
-    """
-    samples = FlowSamples(index, config.data, config.flow, config.model.dit().caption_channels, held_out)
-    if config.preference.objective == "dpo":
-        rows = pairs(index)
-        return AnnotatedSamples(samples, rows, np.broadcast_to([1, -1], rows.shape), reference)
-    roles = np.where(labels(index), 1, -1)
-    return AnnotatedSamples(samples, np.arange(len(index))[:, None], roles[:, None], reference)
-
-
-def flow_reader(config: TrainConfig, index: Index, held_out: bool = False) -> FlowSamples:
-    """The reader of a manifest for the flow loss."""
-    return FlowSamples(index, config.data, config.flow, config.model.dit().caption_channels, held_out)
-
-
-def sizes_of(
-    config: TrainConfig, reader: Reader, load: Workload, companion: Companion | None = None
-) -> dict[Shape, BatchSize]:
-    """Batch sizes of a reader's shapes; see `data.budget.batch_sizes`."""
-    shapes, _ = group_by_shape(reader.shapes)
-    companions = companion.count if companion else lambda samples: 0
-    return batch_sizes(shapes, config.data, load, unit=reader.unit, companions=companions)
-
-
-def make_plan(config: TrainConfig, manifests: Manifests, readers: Sources, data_ranks: int) -> Plan:
-    """The steps of a run.
-
-    Args:
-        readers: of the flow set first, then of the preference sources.
-
-    Raises:
-        ConfigError: the sets, the batch sizes and the layout do not fit together.
-    """
-    load, data, preference = workload(config, data_ranks), config.data, config.preference
-    flows, *annotated = readers.readers
-    if preference is None:
-        groups = group_shapes(manifests.train, data.mixture) if data.mixture else [flows.shapes]
-        named = [(group.name, group.share) for group in data.mixture] or [(_ALONE, ((0, 1.0),))]
-        streams = [
-            Stream(name, 0, shapes, batch_sizes(group_by_shape(shapes)[0], data, load), share=share)
-            for (name, share), shapes in zip(named, groups, strict=True)
-        ]
-        return Plan(streams, data.seed)
-    companion = Companion(0, flows.shapes, preference.sft_ratio) if preference.sft_weight > 0 else None
-    streams = [
-        Stream(
-            source.name,
-            number,
-            reader.shapes,
-            sizes_of(config, reader, load, companion),
-            unit=reader.unit,
-            share=((0, source.weight),),
+    def _batch_sizes(self, shapes: np.ndarray, item_size: int = 1, companion: Companion | None = None):
+        companions = companion.count if companion else lambda samples: 0
+        return batch_sizes(
+            group_by_shape(shapes)[0], self._config.data, self._load, item_size=item_size, companions=companions
         )
-        for number, (source, reader) in enumerate(zip(preference.sources, annotated, strict=True), 1)
-    ]
-    return Plan(streams, data.seed, companion)
+
+    def _flows(self, index: Index, held_out: bool = False) -> FlowSamples:
+        config = self._config
+        return FlowSamples(index, config.data, config.flow, config.model.dit().caption_channels, held_out)
+
+    def _annotated(self, index: Index, held_out: bool = False) -> AnnotatedSamples:
+        samples = self._flows(index, held_out)
+        if self._config.preference.objective == "dpo":
+            rows = pairs(index)
+            return AnnotatedSamples(samples, rows, np.broadcast_to([1, -1], rows.shape))
+        roles = np.where(labels(index), 1, -1)
+        return AnnotatedSamples(samples, np.arange(len(index))[:, None], roles[:, None])
+
+    def _plan(self) -> Plan:
+        seed, preference = self._config.data.seed, self._config.preference
+        if preference is None:
+            return Plan(self._flow_streams(), seed)
+        flows, *annotated = self.readers.readers
+        companion = Companion(0, flows.shapes, preference.sft_ratio) if preference.sft_weight > 0 else None
+        streams = [
+            Stream(
+                source.name,
+                number,
+                reader.shapes,
+                self.batch_sizes(reader, companion),
+                item_size=reader.item_size,
+                share=((0, source.weight),),
+            )
+            for number, (source, reader) in enumerate(zip(preference.sources, annotated, strict=True), 1)
+        ]
+        return Plan(streams, seed, companion)
+
+    def _flow_streams(self) -> list[Stream]:
+        """The groups of data.mixture or, without one, all of the training set."""
+        mixture = self._config.data.mixture
+        if not mixture:
+            shapes = self.train.shapes()
+            return [Stream(_ALONE, 0, shapes, self._batch_sizes(shapes))]
+        return [
+            Stream(group.name, 0, shapes, self._batch_sizes(shapes), share=group.share)
+            for group, shapes in zip(mixture, group_shapes(self.train, mixture), strict=True)
+        ]

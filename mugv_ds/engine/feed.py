@@ -14,7 +14,7 @@ from mugv_ds.config.errors import PeerError
 from mugv_ds.config.model import LATENT_CHANNELS
 from mugv_ds.config.schema import DataSection
 from mugv_ds.data.readers import Batch
-from mugv_ds.engine.build import Process
+from mugv_ds.engine.process import Process
 from mugv_ds.objectives import flow
 from mugv_ds.parallel.pipeline import DiTPipeline, Inputs, labels
 
@@ -57,7 +57,7 @@ class Feed:
     @property
     def reads(self) -> bool:
         """Whether this rank reads samples."""
-        return self.process.place.sequence == 0 and (self.module.is_first or self.module.is_last)
+        return self.process.coordinates.sequence == 0 and (self.module.is_first or self.module.is_last)
 
     def stage(
         self, batches: Iterable[Batch] | None, shape: tuple[int, int, int], size: int, count: int, preferred: int = 0

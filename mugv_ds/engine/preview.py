@@ -18,8 +18,8 @@ from mugv_ds.data.noise import gaussian
 from mugv_ds.data.readers import FlowSamples
 from mugv_ds.data.sample import SampleError, read_row
 from mugv_ds.data.video import encode_gif, to_frames, video_name, write_mp4
-from mugv_ds.engine.build import Process
 from mugv_ds.engine.metrics import Recorder
+from mugv_ds.engine.process import Process
 from mugv_ds.files.retry import retried
 from mugv_ds.models.codec import LinearCodec
 from mugv_ds.parallel.inference import PipelinedModel
@@ -62,12 +62,7 @@ class Previews:
     ) -> None:
         self._section, self._data, self._flow = config.preview, config.data, config.flow
         self._process, self._model, self._sample = process, PipelinedModel(module), sample
-        failure = None
-        try:
-            self._read(index, config.model.dit().caption_channels)
-        except Exception as error:
-            failure = error
-        process.agreement.fail_together(failure)
+        process.host.attempt(lambda: self._read(index, config.model.dit().caption_channels))
 
     def _read(self, index: Index, channels: int) -> None:
         count = self._section.count
@@ -77,7 +72,7 @@ class Previews:
             )
         self._rows = [index.row(row) for row in range(count)]
         # Replicas without a row of their own repeat the last, so that all stay in step.
-        first, step = self._process.place.data, self._process.layout.data
+        first, step = self._process.coordinates.data, self._process.layout.data
         mine = [min(begin + first, count - 1) for begin in range(0, count, step)]
         self._prompts = [self._prompt(index, row, channels) for row in mine]
         self._null_text = retried(FlowSamples(index, self._data, self._flow, channels).null_text)
@@ -115,15 +110,7 @@ class Previews:
             ConfigError: on rank 0, the folder cannot be written to. PeerError: on the others.
         """
         latents = self._latents(alive)
-        failure = None
-        if self._process.rank == 0:
-            try:
-                self._write(step, latents, recorder)
-            except OSError as error:
-                failure = ConfigError(f"preview.dir = {self._section.dir}: {error}; make room or name another folder")
-            except Exception as error:
-                failure = error
-        self._process.agreement.fail_together(failure)
+        self._process.host.first(lambda: self._write(step, latents, recorder))
 
     def _latents(self, alive: Callable[[], None]) -> list[Tensor]:
         """[24, T, H, W] of every row, on the CPU of rank 0; nothing on other ranks."""
@@ -132,7 +119,7 @@ class Previews:
             mine = self._latent(prompt, alive)
             rows = self._rows[turn * layout.data : (turn + 1) * layout.data]
             for replica, row in enumerate(rows):
-                own = replica == self._process.place.data
+                own = replica == self._process.coordinates.data
                 latent = mine if own else mine.new_empty(LATENT_CHANNELS, *row.latent_shape)
                 dist.broadcast(latent, replica * layout.sequence)
                 if self._process.rank == 0:
@@ -176,15 +163,22 @@ class Previews:
 
     def _write(self, step: int, latents: list[Tensor], recorder: Recorder) -> None:
         folder = Path(self._section.dir) / f"step-{step:06d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        for number, (row, latent) in enumerate(zip(self._rows, latents, strict=True)):
-            name, fps = video_name(number, row.caption or row.sample_id), self._fps(row)
-            if self._codec is None:
-                save_file({"latent": latent}, folder / f"{name}.safetensors")
-                continue
-            frames = to_frames(self._codec.decode(latent[None]))[0].numpy()
-            write_mp4(folder / f"{name}.mp4", frames, fps)
-            recorder.write_gif(step, f"preview/{name}", encode_gif(frames, fps))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for number, (row, latent) in enumerate(zip(self._rows, latents, strict=True)):
+                self._write_one(folder / video_name(number, row.caption or row.sample_id), row, latent, step, recorder)
+        except OSError as error:
+            raise ConfigError(
+                f"preview.dir = {self._section.dir}: {error}; make room or name another folder"
+            ) from error
+
+    def _write_one(self, path: Path, row: Row, latent: Tensor, step: int, recorder: Recorder) -> None:
+        if self._codec is None:
+            save_file({"latent": latent}, f"{path}.safetensors")
+            return
+        frames = to_frames(self._codec.decode(latent[None]))[0].numpy()
+        write_mp4(Path(f"{path}.mp4"), frames, self._fps(row))
+        recorder.write_gif(step, f"preview/{path.name}", encode_gif(frames, self._fps(row)))
 
     def _fps(self, row: Row) -> float:
         return row.fps or self._data.default_fps

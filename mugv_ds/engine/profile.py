@@ -8,7 +8,7 @@ from pathlib import Path
 from torch.profiler import ProfilerActivity, profile
 
 from mugv_ds.config.schema import LoggingSection
-from mugv_ds.engine.build import Process
+from mugv_ds.engine.process import Process
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,11 @@ Model FLOPs (MFU) count no recomputation. Hardware FLOPs (HFU) also count the pa
 `parallel.activation_checkpointing` runs again; neither counts what a fused attention kernel recomputes inside itself.
 """
 
+from dataclasses import dataclass
+
 from mugv_ds.config.model import DiTConfig
+from mugv_ds.config.schema import TrainConfig
+from mugv_ds.models.rope import patch_grid
 
 # The parts of a block that the backward pass runs again, as `layers.Block.forward` cuts it into segments.
 RECOMPUTED = {
@@ -60,3 +64,30 @@ def train_flops(config: DiTConfig, tokens: int, text_tokens: int, recompute: str
     """
     again = config.depth * recomputed_flops(config, tokens, text_tokens, recompute)
     return 3.0 * sum(layer_flops(config, tokens, text_tokens)) + again
+
+
+@dataclass(frozen=True)
+class SampleCost:
+    """What one sample asks of a device, by its latent shape (T, H, W).
+
+    Args:
+        config: sizes of the model. text_tokens: length that captions are padded to.
+        sequence: ranks that share a sample's tokens.
+    """
+
+    config: DiTConfig
+    text_tokens: int
+    sequence: int
+
+    @classmethod
+    def of(cls, run: TrainConfig) -> "SampleCost":
+        """Returns the costs of a run's samples."""
+        return cls(run.model.dit(), run.data.max_text_tokens, run.parallel.sequence)
+
+    def tokens(self, shape: tuple[int, int, int]) -> int:
+        """Counts the tokens that one device holds of a sample."""
+        return -(-patch_grid(*shape).tokens // self.sequence)
+
+    def flops(self, shape: tuple[int, int, int]) -> float:
+        """Counts the model FLOPs of a sample's forward and backward pass, over all devices."""
+        return train_flops(self.config, patch_grid(*shape).tokens, self.text_tokens)

@@ -14,13 +14,10 @@ from typing import NamedTuple
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
-from deepspeed.runtime.utils import partition_balanced
 from torch import Tensor
 
-from mugv_ds.config.errors import ConfigError
 from mugv_ds.config.model import DiTConfig
 from mugv_ds.models.dit import Embedders, describe_tokens, init_weights, patch_pixels
-from mugv_ds.models.flops import layer_flops
 from mugv_ds.models.layers import Block, Condition, FinalLayer
 from mugv_ds.models.rope import Grid, patch_grid, positions
 from mugv_ds.parallel.layout import Layout
@@ -57,21 +54,6 @@ def layer_prefix(layer: int, depth: int) -> str:
     if layer == 0:
         return ""
     return "final_layer." if layer == depth + 1 else f"blocks.{layer - 1}."
-
-
-def stage_boundaries(config: DiTConfig, stages: int, tokens: int, text_tokens: int) -> list[int]:
-    """First layer of each stage, then the number of layers: stages cost about the same and each has a block.
-
-    Raises:
-        ConfigError: there are more stages than blocks.
-    """
-    if stages > config.depth:
-        raise ConfigError(f"parallel.pipeline = {stages}: more than the {config.depth} blocks of the model; use fewer")
-    flops = layer_flops(config, tokens, text_tokens)
-    # The ends go with their neighbouring blocks, so that no stage is without a block.
-    costs = [flops[0] + flops[1], *flops[2:-2], flops[-2] + flops[-1]] if config.depth > 1 else [sum(flops)]
-    first, *rest = partition_balanced(costs, stages)
-    return [first, *[boundary + 1 for boundary in rest[:-1]], config.depth + 2]
 
 
 def labels(

@@ -13,8 +13,9 @@ from mugv_ds.config.schema import TrainConfig
 from mugv_ds.data.buckets import group_by_shape
 from mugv_ds.data.manifest import Index, Shape
 from mugv_ds.data.plan import Plan, Stream
-from mugv_ds.data.readers import AnnotatedSamples, Reader, Sources
-from mugv_ds.data.run_data import flow_reader, make_plan, open_manifests, preference_reader, workload
+from mugv_ds.data.readers import AnnotatedSamples, Reader
+from mugv_ds.data.run_data import RunData
+from mugv_ds.models.flops import SampleCost
 from mugv_ds.plan.describe import buckets_of
 
 MOST_STEPS = 2000  # looked at unless asked for
@@ -69,11 +70,10 @@ def balance_report(config: TrainConfig, data_ranks: int, steps: int | None = Non
     Raises:
         ConfigError: the config cannot run on so many data ranks. ManifestError: a manifest cannot be used.
     """
-    manifests = open_manifests(config)
-    indexes = (manifests.train, *manifests.sources)
-    readers = (flow_reader(config, manifests.train), *(preference_reader(config, index) for index in manifests.sources))
-    plan = make_plan(config, manifests, Sources(readers), data_ranks)
-    cost, run = workload(config, data_ranks).flops, config.schedule.steps
+    costs = SampleCost.of(config)
+    data = RunData(config, costs, data_ranks)
+    indexes, readers, plan = (data.train, *data.sources), data.readers.readers, data.plan
+    cost, run = costs.flops, config.schedule.steps
     positions = choose_positions(plan, run, steps or min(epoch(plan), MOST_STEPS))
     balance = measure(plan, readers, cost, positions, data_ranks)
     rows = count_rows(plan, indexes, readers, run)
@@ -98,9 +98,7 @@ def measure(plan: Plan, readers: Sequence[Reader], cost: Cost, positions: np.nda
         step = plan.step(position)
         flops.append(
             [
-                sum(
-                    flops_of[pick.source][pick.unit] for batch in step.micro_batches(rank, data_ranks) for pick in batch
-                )
+                sum(flops_of[ref.source][ref.item] for batch in step.micro_batches(rank, data_ranks) for ref in batch)
                 for rank in range(data_ranks)
             ]
         )
@@ -123,8 +121,8 @@ def count_rows(plan: Plan, indexes: Sequence[Index], readers: Sequence[Reader], 
             if stream.source == number:
                 can[rows[stream.shapes.any(axis=1)]] = True
         if plan.companion is not None and plan.companion.source == number:
-            for shape, units in zip(*group_by_shape(plan.companion.shapes), strict=True):
-                can[units] |= shape in shapes
+            for shape, items in zip(*group_by_shape(plan.companion.shapes), strict=True):
+                can[items] |= shape in shapes
         total += len(index)
         unreadable += int((~index.shapes().any(axis=1)).sum())
         held += int(can.sum())
@@ -132,8 +130,8 @@ def count_rows(plan: Plan, indexes: Sequence[Index], readers: Sequence[Reader], 
 
 
 def epoch(plan: Plan) -> int:
-    """Steps that hold as many units as all streams have."""
-    samples = (stream.unit * stream.shapes.any(axis=1).sum() for stream in plan.streams)
+    """Steps that hold as many items as all streams have."""
+    samples = (stream.item_size * stream.shapes.any(axis=1).sum() for stream in plan.streams)
     return math.ceil(sum(n / mean for n, mean in zip(samples, plan.mean_samples, strict=True)))
 
 
@@ -152,11 +150,11 @@ def choose_positions(plan: Plan, run: int, steps: int) -> np.ndarray:
 
 
 def _unit_flops(reader: Reader, cost: Cost) -> list[float]:
-    """Of every unit; 0 where it cannot be read."""
+    """Of every item; 0 where it cannot be read."""
     shapes = reader.shapes
     flops = np.zeros(len(shapes))
-    for shape, units in zip(*group_by_shape(shapes), strict=True):
-        flops[units] = reader.unit * cost(shape)
+    for shape, items in zip(*group_by_shape(shapes), strict=True):
+        flops[items] = reader.item_size * cost(shape)
     return flops.tolist()
 
 
@@ -176,7 +174,7 @@ def _bucket_lines(plan: Plan, cost: Cost, balance: Balance, data_ranks: int) -> 
         yield (
             bucket.stream,
             "×".join(map(str, bucket.shape)),
-            f"{bucket.units:,}",
+            f"{bucket.items:,}",
             f"{bucket.tokens:,}",
             f"{bucket.samples:,}" + f" + {companions:,}" * bool(companions),
             f"{bucket.micro}",

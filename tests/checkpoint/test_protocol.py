@@ -17,7 +17,8 @@ from mugv_ds.checkpoint.fragments import read_counters
 from mugv_ds.checkpoint.manifest import digest
 from mugv_ds.checkpoint.store import Store
 from mugv_ds.config import CheckpointError, PeerError
-from mugv_ds.engine.build import build_engine, start_process
+from mugv_ds.engine.build import build_engine
+from mugv_ds.engine.process import start_process
 from tests.checkpoint.test_store import DATA, settings
 from tests.helpers.distributed import run_ranks
 from tests.helpers.saved import write_checkpoint

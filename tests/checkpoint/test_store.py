@@ -9,9 +9,10 @@ from mugv_ds.checkpoint.reader import open_checkpoint
 from mugv_ds.checkpoint.store import Store
 from mugv_ds.config import TrainConfig
 from mugv_ds.data.readers import Batch
-from mugv_ds.engine.build import Process, build_engine, start_process
+from mugv_ds.engine.build import build_engine
 from mugv_ds.engine.ema import PowerEma
 from mugv_ds.engine.feed import Feed
+from mugv_ds.engine.process import Process, start_process
 from mugv_ds.weights.published import export
 from tests.helpers.distributed import run_ranks
 from tests.parallel.test_layouts import CHANNELS, GLOBAL_BATCH, SHAPE, global_batch, perturb
@@ -51,7 +52,7 @@ class Run:
     def train(self, start: int, stop: int) -> None:
         module = self.engine.module
         for step in range(start, stop):
-            begin = self.process.place.data * (GLOBAL_BATCH // self.process.layout.data)
+            begin = self.process.coordinates.data * (GLOBAL_BATCH // self.process.layout.data)
             whole = global_batch(step)
             parts = [Batch(*(t[i : i + self.micro] for t in whole)) for i in (begin, begin + self.micro)]
             if module.set_shape(SHAPE, self.micro, self.process.device):

@@ -35,10 +35,10 @@ def section(step=32, micro=1, **budget):
     )
 
 
-@pytest.mark.parametrize(("step", "multiple", "unit"), [(32, 8, 1), (40, 8, 1), (64, 16, 2), (7, 4, 1)])
-def test_steps_cost_the_same_up_to_half_a_multiple_or_3_percent(step, multiple, unit):
-    sizes = batch_sizes(SHAPES, section(step, 64, multiple=multiple, device_tokens=10**6), load(), unit=unit)
-    budget = step // unit * flops(LARGEST)
+@pytest.mark.parametrize(("step", "multiple", "item_size"), [(32, 8, 1), (40, 8, 1), (64, 16, 2), (7, 4, 1)])
+def test_steps_cost_the_same_up_to_half_a_multiple_or_3_percent(step, multiple, item_size):
+    sizes = batch_sizes(SHAPES, section(step, 64, multiple=multiple, device_tokens=10**6), load(), item_size=item_size)
+    budget = step // item_size * flops(LARGEST)
     for shape, size in sizes.items():
         assert size.step % multiple == 0
         assert abs(size.step * flops(shape) - budget) <= max(multiple / 2 * flops(shape), 0.03 * budget), shape
@@ -50,16 +50,18 @@ def test_a_step_never_holds_less_than_one_multiple():
     assert sizes == {LARGEST: BatchSize(16, 1)}
 
 
-@pytest.mark.parametrize("unit", [1, 2])
+@pytest.mark.parametrize("item_size", [1, 2])
 @pytest.mark.parametrize("most", [2, 12, 1000])
-def test_a_micro_batch_is_the_largest_that_fits_and_divides(most, unit):
+def test_a_micro_batch_is_the_largest_that_fits_and_divides(most, item_size):
     ranks, limit = 4, 2 * tokens(LARGEST)
-    sizes = batch_sizes(SHAPES, section(32, most, multiple=8, device_tokens=limit), load(ranks), unit=unit)
+    sizes = batch_sizes(SHAPES, section(32, most, multiple=8, device_tokens=limit), load(ranks), item_size=item_size)
     assert len(sizes) == len(SHAPES)
     for shape, size in sizes.items():
 
         def fits(micro, shape=shape, step=size.step):
-            return micro * unit <= most and micro * unit * tokens(shape) <= limit and step % (ranks * micro) == 0
+            return (
+                micro * item_size <= most and micro * item_size * tokens(shape) <= limit and step % (ranks * micro) == 0
+            )
 
         assert fits(size.micro) and not any(fits(micro) for micro in range(size.micro + 1, size.step + 1)), shape
 
@@ -85,14 +87,14 @@ def test_steps_do_not_depend_on_the_layout():
 
 def test_without_a_budget_all_steps_are_alike():
     assert batch_sizes(SHAPES, section(32, 4), load(4)) == dict.fromkeys(SHAPES, BatchSize(32, 4))
-    assert batch_sizes(SHAPES, section(32, 4), load(4), unit=2) == dict.fromkeys(SHAPES, BatchSize(16, 2))
+    assert batch_sizes(SHAPES, section(32, 4), load(4), item_size=2) == dict.fromkeys(SHAPES, BatchSize(16, 2))
 
 
 def test_companions_are_split_into_micro_batches_of_the_same_size():
     def companions(samples):
         return round(0.75 * samples)
 
-    sizes = batch_sizes(SHAPES, section(32, 8), load(2), unit=2, companions=companions)
+    sizes = batch_sizes(SHAPES, section(32, 8), load(2), item_size=2, companions=companions)
     assert sizes == dict.fromkeys(SHAPES, BatchSize(16, 2)), "24 companions: 12 a rank, by 4 but not by 8"
 
 
@@ -105,14 +107,14 @@ def test_companions_are_split_into_micro_batches_of_the_same_size():
             {},
             r"data\.budget\.device_tokens = 10000: latents of 15×45×80 take 13,502 tokens a device; raise it",
         ),
-        (section(micro=2, device_tokens=15_000), {"unit": 2}, r"latents of 9×60×60 take 16,204 tokens"),
+        (section(micro=2, device_tokens=15_000), {"item_size": 2}, r"latents of 9×60×60 take 16,204 tokens"),
         (section(30), {}, r"data\.global_batch_size = 30: must be a multiple of 4 data ranks × .*micro_batch_size 1"),
         (section(32, 16), {}, r"must be a multiple of 4 data ranks × data\.micro_batch_size 16"),
-        (section(32, 1), {"unit": 2}, r"data\.micro_batch_size = 1, .*multiples of 2, as pairs stay together"),
-        (section(33, 2), {"unit": 2}, r"data\.global_batch_size = 33: must be multiples of 2"),
+        (section(32, 1), {"item_size": 2}, r"data\.micro_batch_size = 1, .*multiples of 2, as pairs stay together"),
+        (section(33, 2), {"item_size": 2}, r"data\.global_batch_size = 33: must be multiples of 2"),
         (
             section(32, 2),
-            {"unit": 2, "companions": lambda samples: 3 * samples // 8},
+            {"item_size": 2, "companions": lambda samples: 3 * samples // 8},
             r"preference\.sft_ratio: gives 12 SFT samples beside 32, which 4 data ranks .* multiples of 2 cannot share",
         ),
     ],

@@ -30,15 +30,15 @@ PLAN = plan(1)
 WORKERS = [0, 2]
 
 
-def draw(picks):
-    """A batch as training makes them: picks, and noise keyed by them."""
+def draw(refs):
+    """A batch as training makes them: refs, and noise keyed by them."""
     return {
-        "picks": torch.tensor(picks),
-        "noise": torch.stack([noise.gaussian(0, str(row), visit, (3,)) for _, row, visit in picks]),
+        "refs": torch.tensor(refs),
+        "noise": torch.stack([noise.gaussian(0, str(row), visit, (3,)) for _, row, visit in refs]),
     }
 
 
-def threads(picks):
+def threads(refs):
     torch.rand(1)
     return torch.tensor([torch.get_num_threads(), torch.cuda.is_initialized()])
 
@@ -47,31 +47,31 @@ def threads(picks):
 class FailAt:
     row: int
 
-    def __call__(self, picks):
-        if self.row in [pick.unit for pick in picks]:
+    def __call__(self, refs):
+        if self.row in [ref.item for ref in refs]:
             raise SampleError(f"data/x.pt: row {self.row} is bad")
-        return draw(picks)
+        return draw(refs)
 
 
 @dataclass(frozen=True)
 class DieAt:
-    """Kills its own process at each of `picks`: the first time, or always if not `once`."""
+    """Kills its own process at each of `refs`: the first time, or always if not `once`."""
 
-    picks: tuple
+    refs: tuple
     folder: Path
     once: bool
 
-    def __call__(self, picks):
-        for pick in set(picks) & set(self.picks):
-            sentinel = self.folder / str(pick)
+    def __call__(self, refs):
+        for ref in set(refs) & set(self.refs):
+            sentinel = self.folder / str(ref)
             if not (self.once and sentinel.exists()):
                 sentinel.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-        return draw(picks)
+        return draw(refs)
 
 
 def first_pick(index):
-    return PLAN.step(index).picks[0]
+    return PLAN.step(index).refs[0]
 
 
 def read(start, stop, *, workers=0, rank=0, ranks=1, micro=1, make=draw, pin=False):
@@ -81,17 +81,17 @@ def read(start, stop, *, workers=0, rank=0, ranks=1, micro=1, make=draw, pin=Fal
         start_step=start,
         stop_step=stop,
         make=make,
-        name=lambda pick: f"row-{pick.unit}",
+        name=lambda ref: f"row-{ref.item}",
         num_workers=workers,
         pin=pin,
     )
 
 
 def plain(steps):
-    return [[(batch["picks"].tolist(), batch["noise"].tolist()) for batch in batches] for batches in steps]
+    return [[(batch["refs"].tolist(), batch["noise"].tolist()) for batch in batches] for batches in steps]
 
 
-EXPECTED = plain([draw([pick]) for pick in PLAN.step(i).picks] for i in range(12))
+EXPECTED = plain([draw([ref]) for ref in PLAN.step(i).refs] for i in range(12))
 
 
 @pytest.mark.parametrize("workers", WORKERS)
@@ -104,11 +104,11 @@ def test_resuming_is_going_on(workers, start):
 def test_ranks_share_each_step(ranks, micro):
     by_rank = [list(read(0, 6, rank=rank, ranks=ranks, micro=micro)) for rank in range(ranks)]
     for index, shares in enumerate(zip(*by_rank, strict=True)):
-        picks = PLAN.step(index).picks
-        assert {len(batch["picks"]) for batches in shares for batch in batches} == {micro}
-        assert {len(batches) for batches in shares} == {len(picks) // ranks // micro}
-        together = torch.cat([batch["picks"] for batches in shares for batch in batches])
-        assert together.tolist() == [list(pick) for pick in picks]
+        refs = PLAN.step(index).refs
+        assert {len(batch["refs"]) for batches in shares for batch in batches} == {micro}
+        assert {len(batches) for batches in shares} == {len(refs) // ranks // micro}
+        together = torch.cat([batch["refs"] for batches in shares for batch in batches])
+        assert together.tolist() == [list(ref) for ref in refs]
 
 
 def test_nothing_to_read():
@@ -125,13 +125,13 @@ def test_ambient_random_state_is_left_alone(workers):
 
 def test_workers_have_one_thread_and_no_cuda():
     assert [batch.tolist() for batches in read(0, 1, workers=1, make=threads) for batch in batches] == [[1, 0]] * len(
-        PLAN.step(0).picks
+        PLAN.step(0).refs
     )
 
 
 @pytest.mark.parametrize("workers", WORKERS)
 def test_an_error_keeps_its_class_and_message(workers):
-    bad = PLAN.step(2).picks[1].unit
+    bad = PLAN.step(2).refs[1].item
     with pytest.raises(SampleError, match=rf"data/x\.pt: row {bad} is bad"):
         list(read(0, 4, workers=workers, make=FailAt(bad)))
 
@@ -141,12 +141,12 @@ def test_killed_workers_are_replaced(tmp_path, caplog, impatient):
     killers = (first_pick(3), first_pick(8))
     with caplog.at_level(logging.WARNING):
         assert plain(read(0, 12, workers=2, make=DieAt(killers, tmp_path, once=True))) == EXPECTED
-    assert {path.name for path in tmp_path.iterdir()} == {str(pick) for pick in killers}
+    assert {path.name for path in tmp_path.iterdir()} == {str(ref) for ref in killers}
     assert len(caplog.records) == 2
     for record in caplog.records:
         step = record.args[1]
         assert (
-            f"step {step}, samples {[f'row-{pick.unit}' for pick in PLAN.step(step).picks]}: read again, 1 of 1"
+            f"step {step}, samples {[f'row-{ref.item}' for ref in PLAN.step(step).refs]}: read again, 1 of 1"
             in record.getMessage()
         )
 

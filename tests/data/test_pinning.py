@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mugv_ds.data.loader import loader
-from mugv_ds.data.plan import Pick
+from mugv_ds.data.plan import SampleRef
 from mugv_ds.data.quarantine import Quarantined, Reading, Replacing
 from mugv_ds.data.readers import Batch
 from mugv_ds.data.sample import SampleError
@@ -33,7 +33,7 @@ def test_resuming_is_going_on(workers):
 
 
 def test_an_error_keeps_its_class_and_message():
-    bad = PLAN.step(2).picks[1].unit
+    bad = PLAN.step(2).refs[1].item
     with pytest.raises(SampleError, match=rf"data/x\.pt: row {bad} is bad"):
         list(read(0, 4, workers=2, make=FailAt(bad), pin=True))
 
@@ -52,9 +52,9 @@ def readings(tmp_path):
     write_config(tmp_path, write_dataset(tmp_path, [(2, 4, 6)] * 4))
     make = Replacing(samples(tmp_path, caption_drop=0.0))
     (tmp_path / "latents/train-2.pt").write_bytes(b"")  # after the index was built, which would leave it out
-    picks = [Pick(0, row, 0) for row in range(4)]
+    refs = [SampleRef(0, row, 0) for row in range(4)]
     steps = loader(
-        lambda _: [picks[:2], picks[2:]],
+        lambda _: [refs[:2], refs[2:]],
         start_step=0,
         stop_step=1,
         make=make,
@@ -63,7 +63,7 @@ def readings(tmp_path):
         pin=True,
     )
     (made,) = steps
-    return made, [make(picks[:2]), make(picks[2:])]
+    return made, [make(refs[:2]), make(refs[2:])]
 
 
 def test_what_training_reads_keeps_its_types_and_values(readings, pinned):

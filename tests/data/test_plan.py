@@ -23,7 +23,7 @@ def shapes(*counts):
 STREAMS = (
     Stream("images", 0, shapes(37, 0, 0), {SMALL: BatchSize(16, 2)}, share=((0, 0.5), (STEPS, 0.1))),
     Stream("clips", 0, shapes(0, 11, 5), {MIDDLE: BatchSize(16, 2), LARGE: BatchSize(8, 1)}, share=((0, 0.3),)),
-    Stream("pairs", 2, shapes(6, 9, 3), dict.fromkeys((SMALL, MIDDLE, LARGE), BatchSize(8, 1)), unit=2),
+    Stream("pairs", 2, shapes(6, 9, 3), dict.fromkeys((SMALL, MIDDLE, LARGE), BatchSize(8, 1)), item_size=2),
 )
 COMPANION = Companion(1, shapes(5, 1, 12), ratio=0.5)
 
@@ -38,18 +38,18 @@ def test_every_unit_once_per_visit_in_every_stream(ranks):
         seen[step.stream].update(chain.from_iterable(chain.from_iterable(shares)))
         positions[step.stream] += 1
     for stream in STREAMS:
-        picks = seen[stream.name]
-        assert set(picks.values()) == {1} and {pick.source for pick in picks} == {stream.source}
+        refs = seen[stream.name]
+        assert set(refs.values()) == {1} and {ref.source for ref in refs} == {stream.source}
         assert positions[stream.name] > 40
         for shape in stream.sizes:
-            units = set(np.flatnonzero((stream.shapes == shape).all(axis=1)).tolist())
+            items = set(np.flatnonzero((stream.shapes == shape).all(axis=1)).tolist())
             by_visit = defaultdict(set)
-            for pick in picks:
-                if tuple(stream.shapes[pick.unit]) == shape:
-                    by_visit[pick.visit].add(pick.unit)
+            for ref in refs:
+                if tuple(stream.shapes[ref.item]) == shape:
+                    by_visit[ref.visit].add(ref.item)
             assert sorted(by_visit) == list(range(len(by_visit))) and len(by_visit) > 1
-            assert all(by_visit[visit] == units for visit in range(len(by_visit) - 1)), (stream.name, shape)
-            assert by_visit[len(by_visit) - 1] <= units
+            assert all(by_visit[visit] == items for visit in range(len(by_visit) - 1)), (stream.name, shape)
+            assert by_visit[len(by_visit) - 1] <= items
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -60,26 +60,26 @@ def test_ranks_share_a_step_in_micro_batches_of_one_size(ranks):
         shares = [step.micro_batches(rank, ranks) for rank in range(ranks)]
         streamed, companions = step.counts(ranks)
         assert {len(share) for share in shares} == {streamed + companions}
-        assert streamed * step.micro * ranks == step.unit * len(step.picks)
+        assert streamed * step.micro * ranks == step.item_size * len(step.refs)
         assert companions * step.micro * ranks == len(step.companions)
-        for picks, part in ((step.picks, slice(0, streamed)), (step.companions, slice(streamed, None))):
-            unit = step.unit if picks is step.picks else 1
-            assert {len(batch) * unit for share in shares for batch in share[part]} == {step.micro}
-            assert tuple(chain.from_iterable(batch for share in shares for batch in share[part])) == picks
-        assert step.samples == step.unit * len(step.picks) + len(step.companions)
+        for refs, part in ((step.refs, slice(0, streamed)), (step.companions, slice(streamed, None))):
+            item = step.item_size if refs is step.refs else 1
+            assert {len(batch) * item for share in shares for batch in share[part]} == {step.micro}
+            assert tuple(chain.from_iterable(batch for share in shares for batch in share[part])) == refs
+        assert step.samples == step.item_size * len(step.refs) + len(step.companions)
 
 
 def test_companions_have_the_step_s_shape_and_follow_from_its_position():
     plan = Plan(STREAMS, 1, COMPANION)
     steps = [plan.step(position) for position in range(STEPS)]
     for step in steps:
-        assert len(step.companions) == step.unit * len(step.picks) // 2
-        assert {pick.source for pick in step.companions} == {1}
-        assert {tuple(COMPANION.shapes[pick.unit]) for pick in step.companions} == {step.shape}
-        assert {pick.visit for pick in step.companions} == {step.position}, "so no noise is drawn twice over steps"
+        assert len(step.companions) == step.item_size * len(step.refs) // 2
+        assert {ref.source for ref in step.companions} == {1}
+        assert {tuple(COMPANION.shapes[ref.item]) for ref in step.companions} == {step.shape}
+        assert {ref.visit for ref in step.companions} == {step.position}, "so no noise is drawn twice over steps"
     other = Plan(STREAMS, 1, COMPANION)
     assert [other.step(position) for position in reversed(range(STEPS))] == steps[::-1]
-    drawn = Counter(pick.unit for step in steps if step.shape == LARGE for pick in step.companions)
+    drawn = Counter(ref.item for step in steps if step.shape == LARGE for ref in step.companions)
     assert len(drawn) == 12 and max(drawn.values()) < 3 * min(drawn.values())
     again = [Plan(STREAMS, 2, COMPANION).step(position).companions for position in range(20)]
     assert again != [step.companions for step in steps[:20]]
@@ -87,7 +87,7 @@ def test_companions_have_the_step_s_shape_and_follow_from_its_position():
 
 def test_what_comes_along_does_not_change_what_is_played():
     alone, together = Plan(STREAMS, 1), Plan(STREAMS, 1, COMPANION)
-    assert [alone.step(i).picks for i in range(50)] == [together.step(i).picks for i in range(50)]
+    assert [alone.step(i).refs for i in range(50)] == [together.step(i).refs for i in range(50)]
     assert alone.step(0).companions == ()
 
 

@@ -5,10 +5,9 @@ import pytest
 import torch
 
 from mugv_ds.config.errors import ConfigError, TrainingError
-from mugv_ds.data.plan import Pick
-from mugv_ds.data.quarantine import Replacing
+from mugv_ds.data.plan import SampleRef
+from mugv_ds.data.quarantine import Replacing, replacement
 from mugv_ds.data.readers import Sources
-from mugv_ds.data.replace import replacement
 from mugv_ds.data.sample import SampleError, UnsafeFileError
 from mugv_ds.files import retry
 from tests.engine.test_feed import samples
@@ -42,23 +41,23 @@ def test_the_replacement_follows_from_the_sample_and_its_visit():
 
 def test_a_bad_sample_is_replaced_and_reported(root):
     read = samples(root, caption_drop=0.0)
-    whole = Replacing(read)([Pick(0, 0, 0), Pick(0, 2, 3)])
+    whole = Replacing(read)([SampleRef(0, 0, 0), SampleRef(0, 2, 3)])
     assert whole.quarantined == ()
     spoil(root, 2, 4)
-    reading = Replacing(read)([Pick(0, 0, 0), Pick(0, 2, 3)])
+    reading = Replacing(read)([SampleRef(0, 0, 0), SampleRef(0, 2, 3)])
     (bad,) = reading.quarantined
     assert (bad.sample_id, bad.visit) == ("train-2", 3) and "latents/train-2.pt: 0 NaN and " in bad.why
     instead = int(bad.replaced_by.removeprefix("train-"))
     assert instead in {0, 1, 3, 5}
-    expected = read([Pick(0, 0, 0), Pick(0, instead, 3)])
+    expected = read([SampleRef(0, 0, 0), SampleRef(0, instead, 3)])
     assert all(torch.equal(one, other) for one, other in zip(reading.batch, expected, strict=True))
 
 
 def test_bad_text_counts_too_but_not_where_the_caption_is_dropped(root):
     (root / "text_features/train-2_text.pt").write_bytes(b"")
-    (bad,) = Replacing(samples(root, caption_drop=0.0))([Pick(0, 2, 0)]).quarantined
+    (bad,) = Replacing(samples(root, caption_drop=0.0))([SampleRef(0, 2, 0)]).quarantined
     assert "train-2_text.pt: 0 bytes" in bad.why
-    assert not Replacing(samples(root, caption_drop=1.0))([Pick(0, 2, 0)]).quarantined
+    assert not Replacing(samples(root, caption_drop=1.0))([SampleRef(0, 2, 0)]).quarantined
 
 
 def test_the_replacement_is_of_the_same_source(root, tmp_path_factory):
@@ -67,11 +66,11 @@ def test_the_replacement_is_of_the_same_source(root, tmp_path_factory):
     read = Sources((*samples(root, caption_drop=0.0).readers, *samples(other, caption_drop=0.0).readers))
     torch.save(torch.full((24, *SHAPES[0]), torch.inf), other / "latents/other-1.pt")
     for visit in range(6):
-        reading = Replacing(read)([Pick(0, 1, visit), Pick(1, 1, visit)])
+        reading = Replacing(read)([SampleRef(0, 1, visit), SampleRef(1, 1, visit)])
         (bad,) = reading.quarantined
         assert bad.sample_id == "other-1" and bad.replaced_by in {"other-0", "other-2"}
         instead = int(bad.replaced_by.removeprefix("other-"))
-        expected = read([Pick(0, 1, visit), Pick(1, instead, visit)])
+        expected = read([SampleRef(0, 1, visit), SampleRef(1, instead, visit)])
         assert all(torch.equal(one, two) for one, two in zip(reading.batch, expected, strict=True))
 
 
@@ -80,17 +79,17 @@ def test_without_a_readable_replacement_the_sample_is_an_error(root, row):
     read = samples(root, caption_drop=0.0)
     spoil(root, *range(7))
     with pytest.raises(SampleError, match=rf"train-{row}\.pt: .* of its shape be read in its place"):
-        Replacing(read)([Pick(0, row, 0)])
+        Replacing(read)([SampleRef(0, row, 0)])
 
 
 def test_what_is_no_sample_s_fault_replaces_none(root):
     read = samples(root, caption_drop=1.0)
     (root / "text_features/negative.pt").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"data\.null_text_path: .*negative\.pt: 0 bytes"):
-        Replacing(read)([Pick(0, 0, 0)])
+        Replacing(read)([SampleRef(0, 0, 0)])
     (root / "latents/train-0.pt").write_bytes(b"\x80\x04.")
     with pytest.raises(UnsafeFileError, match="a bare pickle"):
-        Replacing(read)([Pick(0, 0, 0)])
+        Replacing(read)([SampleRef(0, 0, 0)])
 
 
 def test_a_file_system_that_fails_is_asked_again_and_then_ends_the_run(root, monkeypatch):
@@ -99,7 +98,7 @@ def test_a_file_system_that_fails_is_asked_again_and_then_ends_the_run(root, mon
     hidden = root.with_name("elsewhere")
     root.rename(hidden)
     with pytest.raises(TrainingError, match=r"No such file.*failed 3 times"):
-        Replacing(read)([Pick(0, 0, 0)])
+        Replacing(read)([SampleRef(0, 0, 0)])
     assert pauses == [2.0, 4.0]
     monkeypatch.setattr(retry.time, "sleep", lambda _: hidden.rename(root))
-    assert not Replacing(read)([Pick(0, 0, 0)]).quarantined
+    assert not Replacing(read)([SampleRef(0, 0, 0)]).quarantined

@@ -11,11 +11,13 @@ from mugv_ds.checkpoint.fragments import fragments
 from mugv_ds.config import load_config
 from mugv_ds.config.power_profile import exponent
 from mugv_ds.config.schema import TrainConfig
-from mugv_ds.data.run_data import open_manifests
-from mugv_ds.engine.build import build_engine, start_process
+from mugv_ds.data.run_data import RunData
+from mugv_ds.engine.build import build_engine
 from mugv_ds.engine.ema import PowerEma
 from mugv_ds.engine.evaluate.reference import References
 from mugv_ds.engine.loop import Trainer
+from mugv_ds.engine.process import start_process
+from mugv_ds.models.flops import SampleCost
 from tests.helpers.dataset import write_config, write_dataset
 from tests.helpers.distributed import run_ranks
 
@@ -101,8 +103,8 @@ def follow_run(config: TrainConfig, process) -> None:
         elif done == 3:
             poison.pop().remove()
 
-    manifests = open_manifests(config)
-    trainer = Trainer(config, process, engine, manifests=manifests, references=References(), ema=ema, store=Compare())
+    data = RunData(config, SampleCost.of(config), process.layout.data)
+    trainer = Trainer(config, process, engine, data=data, references=References(), ema=ema, store=Compare())
     trainer.run(0)
     assert taken == [True, True, False, True, True]
     held = sum(a.numel() for a in ema.averages["ema_0.050"])

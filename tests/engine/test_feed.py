@@ -5,7 +5,7 @@ import torch
 
 from mugv_ds.config import load_config
 from mugv_ds.data.manifest import open_index
-from mugv_ds.data.plan import Pick
+from mugv_ds.data.plan import SampleRef
 from mugv_ds.data.readers import Batch, FlowSamples, Sources
 from mugv_ds.data.sample import read_text
 from mugv_ds.engine.feed import empty_batch
@@ -27,8 +27,8 @@ def samples(root, **flow) -> Sources:
     return Sources((FlowSamples(open_index(config.data.manifest), config.data, config.flow, CHANNELS),))
 
 
-def visits(count: int) -> list[Pick]:
-    return [Pick(0, i % 4, i // 4) for i in range(count)]
+def visits(count: int) -> list[SampleRef]:
+    return [SampleRef(0, i % 4, i // 4) for i in range(count)]
 
 
 def test_a_batch_is_the_flow_at_its_timestep(root):
@@ -45,12 +45,12 @@ def test_a_batch_is_the_flow_at_its_timestep(root):
 def test_the_same_visit_gives_the_same_numbers_and_another_does_not(root):
     """Whatever else is in the micro-batch, and whatever was drawn before."""
     torch.manual_seed(1)
-    a = samples(root)([Pick(0, 0, 0), Pick(0, 1, 5), Pick(0, 2, 1)])
+    a = samples(root)([SampleRef(0, 0, 0), SampleRef(0, 1, 5), SampleRef(0, 2, 1)])
     torch.manual_seed(2)
-    b = samples(root)([Pick(0, 1, 5)])
+    b = samples(root)([SampleRef(0, 1, 5)])
     for name, one, other in zip(Batch._fields, a, b, strict=True):
         assert torch.equal(one[1], other[0]), name
-    c = samples(root)([Pick(0, 1, 6)])
+    c = samples(root)([SampleRef(0, 1, 6)])
     assert not torch.equal(b.target, c.target) and not torch.equal(b.timestep, c.timestep)
 
 
@@ -86,4 +86,4 @@ def test_a_batch_can_be_received_in_what_is_made_for_it(root):
 
 
 def test_fillers_count_nowhere(root):
-    assert samples(root)([Pick(0, 0, 0), Pick(0, 0, None)]).weight.tolist() == [1, 0]
+    assert samples(root)([SampleRef(0, 0, 0), SampleRef(0, 0, None)]).weight.tolist() == [1, 0]

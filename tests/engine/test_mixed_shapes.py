@@ -54,14 +54,13 @@ def test_mixed_shapes_train_alike_under_pipelines(losses, layout):
 def test_the_steps_were_of_every_shape(tmp_path):
     """What the test above rests on: all six shapes, micro-batches and accumulations of several sizes."""
     from mugv_ds.config import load_config
-    from mugv_ds.data.readers import Sources
-    from mugv_ds.data.run_data import flow_reader, make_plan, open_manifests
+    from mugv_ds.data.run_data import RunData
+    from mugv_ds.models.flops import SampleCost
 
     manifest = write_dataset(tmp_path, SHAPES * 5)
     budget = {"shape": [2, 6, 5], "multiple": 2, "device_tokens": 64}
     config = load_config(write_config(tmp_path, manifest, data={"micro_batch_size": 4, "budget": budget}))
-    manifests = open_manifests(config)
-    plan = make_plan(config, manifests, Sources((flow_reader(config, manifests.train),)), 1)
+    plan = RunData(config, SampleCost.of(config), 1).plan
     steps = [plan.step(i) for i in range(STEPS)]
     assert {step.shape for step in steps} == set(SHAPES)
     assert len({step.micro for step in steps}) > 1 and len({step.counts(1) for step in steps}) > 1

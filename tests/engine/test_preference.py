@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mugv_ds.config import load_config
-from mugv_ds.data.readers import Sources
 from mugv_ds.data.reference import KeyMismatch, read_reference
-from mugv_ds.data.run_data import flow_reader, make_plan, open_manifests, preference_reader
+from mugv_ds.data.run_data import RunData
 from mugv_ds.engine.evaluate.reference import reference_key
 from mugv_ds.models import DiT, DiTConfig
 from mugv_ds.models.dit import init_weights
+from mugv_ds.models.flops import SampleCost
 from mugv_ds.objectives.flow import flow_loss
 from mugv_ds.objectives.preference import dpo_loss, kto_loss, reference_point
 from mugv_ds.weights.start import start_digest
@@ -93,23 +93,21 @@ def expected(path: Path) -> tuple[float, dict[str, torch.Tensor], torch.Tensor]:
     A policy that differs from the reference is what the objective is for: its loss counts 1% more here and there.
     """
     config = load_config(path)
-    manifests = open_manifests(config)
-    flows, annotated = flow_reader(config, manifests.train), preference_reader(config, manifests.sources[0])
-    sources = Sources((flows, annotated))
-    step = make_plan(config, manifests, sources, 1).step(0)
+    data = RunData(config, SampleCost.of(config), 1)
+    sources, step = data.readers, data.plan.step(0)
     model = policy()
 
-    def losses(picks) -> torch.Tensor:
-        batch = sources(picks)
+    def losses(refs) -> torch.Tensor:
+        batch = sources(refs)
         out = model(batch.x, batch.timestep, batch.text, batch.text_mask, batch.x_mask, batch.fps)
         return flow_loss(out, batch.target, batch.x_mask)
 
-    now = losses(step.picks)
-    then = now.detach() * offsets(sources(step.picks).row)
+    now = losses(step.refs)
+    then = now.detach() * offsets(sources(step.refs).row)
     if config.preference.objective == "dpo":
         loss = dpo_loss(now[0::2], now[1::2], then[0::2], then[1::2], BETA).mean()
     else:
-        good = sources(step.picks).role > 0
+        good = sources(step.refs).role > 0
         weights = {"good_weight": 1.0, "bad_weight": 1.5}
         loss = kto_loss(now, then, good, beta=BETA, point=reference_point(then - now), **weights).mean()
         assert reference_point(then - now) > 0
@@ -183,18 +181,19 @@ def test_a_cached_reference_equals_one_of_the_run(root, results, tmp_path):
         for rank in results["dpo", name]:
             torch.testing.assert_close(rank["references"][0], cached, rtol=1e-6, atol=0)
     refused = load_config(path, ["data.seed=1"])
-    index, weights = open_manifests(refused).sources[0], start_digest(root / "policy.safetensors", refused)
+    index = RunData(refused, SampleCost.of(refused), 1).sources[0]
+    weights = start_digest(root / "policy.safetensors", refused)
     with pytest.raises(KeyMismatch, match="noise"):
         read_reference(cache, reference_key(refused, index, weights), ["unused"])
 
 
 def test_both_sides_of_a_pair_share_timestep_and_noise_held_out_too(root, tmp_path):
-    config = load_config(configure(tmp_path, root, "dpo", (1, 1, 1)))
-    for held_out in (False, True):
-        reader = preference_reader(config, open_manifests(config).sources[0], held_out=held_out)
-        for unit in range(len(reader.rows)):
-            better, worse = reader.read(unit, 0)
-            assert better.timestep == worse.timestep == pytest.approx(reader.time(unit, 0))
+    config = load_config(configure(tmp_path, root, "dpo", (1, 1, 1), val_manifest=str(root / "dpo.csv")))
+    data = RunData(config, SampleCost.of(config), 1)
+    for reader in (data.readers.readers[1], data.held_out_annotations(0)):
+        for item in range(len(reader.rows)):
+            better, worse = reader.read(item, 0)
+            assert better.timestep == worse.timestep == pytest.approx(reader.time(item, 0))
             noise = [side.x - (1 - side.timestep / 1000) * side.target for side in (better, worse)]  # ε, where noised
             noised = better.x_mask[None, :, None, None] & worse.x_mask[None, :, None, None]
             torch.testing.assert_close(noise[0] * noised, noise[1] * noised, rtol=0, atol=1e-5)

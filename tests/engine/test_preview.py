@@ -18,17 +18,18 @@ from mugv_ds.config.errors import ConfigError
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.data.manifest import open_index
 from mugv_ds.data.noise import gaussian
-from mugv_ds.data.run_data import Manifests
+from mugv_ds.data.run_data import RunData
 from mugv_ds.data.sample import read_row, read_text
 from mugv_ds.data.video import read_mp4
-from mugv_ds.engine.build import Process, build_engine, start_process
+from mugv_ds.engine.build import build_engine
 from mugv_ds.engine.ema import PowerEma
 from mugv_ds.engine.evaluate.reference import References
 from mugv_ds.engine.loop import Trainer
 from mugv_ds.engine.preview import Previews
-from mugv_ds.engine.process import Agreement
+from mugv_ds.engine.process import HostGroup, Process, start_process
 from mugv_ds.models import DiT
 from mugv_ds.models.codec import LinearCodec
+from mugv_ds.models.flops import SampleCost
 from mugv_ds.parallel.layout import Layout
 from mugv_ds.sampling.sampler import sample_latents
 from mugv_ds.train import train
@@ -108,26 +109,26 @@ class NoStore:
 def run_case(config: TrainConfig, folder: Path) -> None:
     """Trains; the stages' last weights go into the folder."""
     process = start_process(config)
-    training = open_index(config.data.manifest)
+    data = RunData(config, SampleCost.of(config), process.layout.data)
     module = (engine := build_engine(config, process, TRAINED[0], weights=unsettle)).module
     previews = None
     if config.preview.every:
-        previews = Previews(config, process, module, open_index(config.preview.manifest), sample_latents)
+        previews = Previews(config, process, module, data.previewed, sample_latents)
     ema = PowerEma([], ())
     trainer = Trainer(
         config,
         process,
         engine,
-        manifests=Manifests(training, None),
+        data=data,
         references=References(),
         ema=ema,
         store=NoStore(),
         previews=previews,
     )
     trainer.run(0)
-    if process.place.data == process.place.sequence == 0:
+    if process.coordinates.data == process.coordinates.sequence == 0:
         weights = {prefix + name: p for prefix, layer in module.named_layers() for name, p in layer.named_parameters()}
-        save_file(weights, folder / f"stage-{process.place.stage}.safetensors")
+        save_file(weights, folder / f"stage-{process.coordinates.stage}.safetensors")
 
 
 def run_cases(cases: list[tuple[TrainConfig, Path]], command: TrainConfig | None) -> None:
@@ -235,7 +236,8 @@ def test_videos_are_on_disk_and_in_tensorboard(runs):
 def alone() -> Iterator[Process]:
     """This process, without the others."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield Process(0, Layout(), Layout().place(0), torch.device("cpu"), None, Agreement(dist.group.WORLD))
+    host = HostGroup(dist.group.WORLD)
+    yield Process(0, Layout(), Layout().coordinates(0), torch.device("cpu"), None, host, host)
     dist.destroy_process_group()
 
 

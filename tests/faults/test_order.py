@@ -12,17 +12,16 @@ CODE = """
 import sys
 from mugv_ds.config import load_config
 from mugv_ds.data.quarantine import Replacing
-from mugv_ds.data.readers import Sources
-from mugv_ds.data.run_data import flow_reader, make_plan, open_manifests
+from mugv_ds.data.run_data import RunData
+from mugv_ds.models.flops import SampleCost
 from tests.faults.runs import digest
 config = load_config(sys.argv[1])
-manifests = open_manifests(config)
-sources = Sources((flow_reader(config, manifests.train),))
-plan, read = make_plan(config, manifests, sources, 1), Replacing(sources)
+data = RunData(config, SampleCost.of(config), 1)
+plan, read = data.plan, Replacing(data.readers)
 for number in range(8):
-    picks = plan.step(number).picks
-    batch, _ = read(picks)
-    print(tuple(map(tuple, picks)), digest(batch))
+    refs = plan.step(number).refs
+    batch, _ = read(refs)
+    print(tuple(map(tuple, refs)), digest(batch))
 """
 
 

@@ -8,12 +8,14 @@ from deepspeed.utils import safe_get_full_optimizer_state
 
 from mugv_ds.config import load_config
 from mugv_ds.config.schema import TrainConfig
-from mugv_ds.data.run_data import open_manifests
-from mugv_ds.engine.build import build_engine, start_process
+from mugv_ds.data.run_data import RunData
+from mugv_ds.engine.build import build_engine
 from mugv_ds.engine.ema import PowerEma
 from mugv_ds.engine.evaluate.reference import ReferenceModel, References
 from mugv_ds.engine.loop import Trainer
 from mugv_ds.engine.metrics import Recorder
+from mugv_ds.engine.process import start_process
+from mugv_ds.models.flops import SampleCost
 from mugv_ds.weights.start import load_into, start_digest
 from tests.parallel.test_layouts import perturb
 
@@ -30,18 +32,18 @@ class TestTrainer(Trainer):
 
     def __init__(self, config: TrainConfig) -> None:
         process = start_process(config)
-        manifests = open_manifests(config, process.first_then_all)
+        data = RunData(config, SampleCost.of(config), process.layout.data, process.host.first_then_all)
         init = config.checkpoint.init_from
         weights = partial(load_into, init, config.model.dit()) if init else perturb
-        engine = build_engine(config, process, manifests.typical_shape, weights=weights)
+        engine = build_engine(config, process, data.typical_shape, weights=weights)
         self.references = References()
         if config.preference is not None:
-            self.references = ReferenceModel(config, process, engine, manifests).references(start_digest(init, config))
+            self.references = ReferenceModel(config, process, engine, data).references(start_digest(init, config))
         super().__init__(
             config,
             process,
             engine,
-            manifests=manifests,
+            data=data,
             references=self.references,
             ema=PowerEma([], ()),
             store=NoStore(),

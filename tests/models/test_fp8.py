@@ -16,7 +16,8 @@ from torch._dynamo.backends.debugging import aot_eager
 from mugv_ds.config import ConfigError, PeerError, load_config
 from mugv_ds.config.model import DiTConfig
 from mugv_ds.engine import build
-from mugv_ds.engine.build import build_engine, start_process
+from mugv_ds.engine.build import build_engine
+from mugv_ds.engine.process import start_process
 from mugv_ds.models import DiT
 from mugv_ds.models.attention import sdpa
 from mugv_ds.models.dit import init_weights
@@ -245,7 +246,7 @@ def refuse_then_train(config_path: str) -> None:
     process = start_process(config)
     failure = ZeroDivisionError() if process.rank == 1 else None
     with pytest.raises(ZeroDivisionError if process.rank == 1 else PeerError):
-        process.agreement.fail_together(failure)
+        process.host.raise_together(failure)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setitem(sys.modules, "transformer_engine", None)
         with pytest.raises(ConfigError, match="needs Transformer Engine"):

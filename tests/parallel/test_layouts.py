@@ -9,8 +9,9 @@ from deepspeed.utils import safe_get_full_optimizer_state
 
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.data.readers import Batch
-from mugv_ds.engine.build import build_engine, start_process
+from mugv_ds.engine.build import build_engine
 from mugv_ds.engine.feed import Feed
+from mugv_ds.engine.process import start_process
 from mugv_ds.models import DiT
 from mugv_ds.models.dit import init_weights
 from mugv_ds.objectives.flow import flow_loss
@@ -110,7 +111,7 @@ def train_layout(settings: TrainConfig, out: Path, steps: int) -> None:
     losses, gradients, terms = [], {}, {}
     for step in range(steps):
         whole = global_batch(step)
-        begin = process.place.data * (GLOBAL_BATCH // process.layout.data)
+        begin = process.coordinates.data * (GLOBAL_BATCH // process.layout.data)
         parts = [Batch(*(t[i : i + micro] for t in whole)) for i in range(begin, begin + 2 * micro, micro)]
         if module.set_shape(SHAPE, micro, process.device):
             engine.reset_activation_shape()

@@ -1,7 +1,8 @@
 """Layout, stage boundaries and what crosses between stages, without processes."""
 
-from itertools import pairwise
+from itertools import combinations, pairwise
 
+import numpy as np
 import pytest
 import torch
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
@@ -10,8 +11,8 @@ from mugv_ds.config import PRESETS, ConfigError, DiTConfig
 from mugv_ds.config.schema import ParallelSection
 from mugv_ds.models.layers import Condition
 from mugv_ds.models.rope import patch_grid
-from mugv_ds.parallel.layout import Layout
-from mugv_ds.parallel.pipeline import labels, pack, stage_boundaries, unpack
+from mugv_ds.parallel.layout import Layout, balanced_partition, stage_boundaries
+from mugv_ds.parallel.pipeline import labels, pack, unpack
 from mugv_ds.parallel.ulysses import Ulysses, _with_spaces
 
 
@@ -28,10 +29,12 @@ def test_places_agree_with_deepspeeds_topology(sizes):
     groups = layout.sequence_ranks()
     assert sorted(rank for group in groups for rank in group) == list(range(layout.world_size))
     for rank in range(layout.world_size):
-        place, coordinate = layout.place(rank), topology.get_coord(rank)
+        place, coordinate = layout.coordinates(rank), topology.get_coord(rank)
         assert place.stage == coordinate.pipe
         assert place.data * layout.sequence + place.sequence == coordinate.data
-        mates = {(layout.place(mate).stage, layout.place(mate).data) for mate in groups[rank // layout.sequence]}
+        mates = {
+            (layout.coordinates(mate).stage, layout.coordinates(mate).data) for mate in groups[rank // layout.sequence]
+        }
         assert mates == {(place.stage, place.data)}
 
 
@@ -53,6 +56,19 @@ def test_stages_get_their_share_of_the_blocks(stages):
     layers[0] -= 1  # the embedders
     layers[-1] -= 1  # the final layer
     assert min(layers) >= 1 and max(layers) - min(layers) <= 1
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5, 9])
+def test_the_costliest_part_costs_no_more_than_in_any_other_cut(parts):
+    costs = np.random.default_rng(parts).uniform(0.5, 2, 9).tolist()
+    cuts = ([0, *inner, 9] for inner in combinations(range(1, 9), parts - 1))
+
+    def worst(cut):
+        return max(sum(costs[first:last]) for first, last in pairwise(cut))
+
+    found = balanced_partition(costs, parts)
+    assert found[0] == 0 and found[-1] == 9 and len(found) == parts + 1 and found == sorted(set(found))
+    assert worst(found) == pytest.approx(min(map(worst, cuts)))
 
 
 def test_more_stages_than_blocks_are_refused():

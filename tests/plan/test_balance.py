@@ -12,8 +12,8 @@ import pytest
 from mugv_ds.config import load_config
 from mugv_ds.data.manifest import REQUIRED_COLUMNS
 from mugv_ds.data.plan import PlannedStep
-from mugv_ds.data.readers import Sources
-from mugv_ds.data.run_data import flow_reader, make_plan, open_manifests
+from mugv_ds.data.run_data import RunData
+from mugv_ds.models.flops import SampleCost
 from mugv_ds.plan import balance
 from tests.helpers.dataset import CHANNELS, TEXT_TOKENS, write_config
 from tools.balance import main
@@ -79,8 +79,7 @@ def flops(shape):
 
 def plan_of(path, overrides=(), ranks=1):
     config = load_config(path, overrides)
-    manifests = open_manifests(config)
-    return make_plan(config, manifests, Sources((flow_reader(config, manifests.train),)), ranks)
+    return RunData(config, SampleCost.of(config), ranks).plan
 
 
 def test_what_is_printed_is_what_the_plan_does(config, capsys):
@@ -128,7 +127,7 @@ def test_the_figures_are_those_of_the_steps_looked_at(config, capsys):
     options = [word for override in overrides for word in ("--set", override)]
     text, plan = printed(capsys, "--config", config, "--steps", 60, *options), plan_of(config, overrides)
     steps = [plan.step(position) for position in range(60)]
-    cost = np.array([len(step.picks) * flops(step.shape) for step in steps])
+    cost = np.array([len(step.refs) * flops(step.shape) for step in steps])
     assert percent(text, "imbalance between steps") == pytest.approx(np.abs(cost / cost.mean() - 1).max(), abs=1e-4)
     for (_, latent), values in table(text).items():
         shape = tuple(map(int, latent.split("×")))
@@ -141,7 +140,7 @@ def test_ranks_that_are_loaded_unevenly_show(config, capsys, monkeypatch):
     whole = PlannedStep.micro_batches
 
     def uneven(step, rank, ranks):
-        own = [pick for batch in whole(step, rank, ranks) for pick in batch]
+        own = [ref for batch in whole(step, rank, ranks) for ref in batch]
         return [own[: len(own) // 2]] if rank == 1 else [own]
 
     monkeypatch.setattr(PlannedStep, "micro_batches", uneven)

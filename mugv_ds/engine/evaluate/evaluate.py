@@ -12,11 +12,11 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from mugv_ds.data.buckets import group_by_shape
 from mugv_ds.data.loader import loader
 from mugv_ds.data.manifest import Shape
-from mugv_ds.data.plan import Pick
+from mugv_ds.data.plan import SampleRef
 from mugv_ds.data.quarantine import Quarantined, Replacing
 from mugv_ds.data.readers import Batch, Reader, Sources
-from mugv_ds.engine.build import Process
 from mugv_ds.engine.feed import Feed
+from mugv_ds.engine.process import Process
 
 _AT_ONCE = 4  # micro-batches of a call, times the pipeline's stages
 
@@ -81,14 +81,14 @@ class Evaluator:
             for i, columns in enumerate(zip(*(_about(batch) for batch in batches), strict=True)):
                 own[i] = torch.cat(columns)
             own[6] = torch.cat(module.loss.recorded).cpu()
-        rows = self._process.agreement.rows(own.flatten())
+        rows = self._process.host.rows(own.flatten())
         last = [rank for rank in range(layout.world_size) if self._reads_last(rank)]
         columns = rows[last].unflatten(1, own.shape).transpose(0, 1).flatten(1).numpy()
         _, row, visit, timestep, elements, reference, loss = columns[:, columns[0] > 0]
         return Measured(row, visit, timestep, elements, loss, reference)
 
     def _reads_last(self, rank: int) -> bool:
-        place = self._process.layout.place(rank)
+        place = self._process.layout.coordinates(rank)
         return place.sequence == 0 and place.stage == self._process.layout.pipeline - 1
 
     def set_shape(self, shape: Shape, size: int) -> None:
@@ -105,34 +105,34 @@ class Evaluator:
         replace: bool = False,
         alive: Callable[[], None] = lambda: None,
     ) -> Iterator[tuple[Shape, Measured, list[Quarantined]]]:
-        """Every unit of a reader at the visits 0, 1, …, by latent shape.
+        """Every item of a reader at the visits 0, 1, …, by latent shape.
 
         Args:
-            micro: units of a micro-batch of a shape.
+            micro: items of a micro-batch of a shape.
             replace: whether what cannot be read is replaced, as in training, and returned; else it is an error.
             alive: called between the parts of the work.
 
         Raises:
             SampleError: a sample cannot be used. PeerError: another rank met an error.
         """
-        layout, place, calls, own = self._process.layout, self._process.place, [], []
+        layout, place, calls, own = self._process.layout, self._process.coordinates, [], []
         most = _AT_ONCE * layout.pipeline
-        for shape, units in zip(*group_by_shape(reader.shapes), strict=True):
-            picks = [Pick(0, int(unit), visit) for visit in range(visits) for unit in units]
+        for shape, items in zip(*group_by_shape(reader.shapes), strict=True):
+            refs = [SampleRef(0, int(item), visit) for visit in range(visits) for item in items]
             size = micro(shape)
             at_once = size * layout.data
-            picks += [picks[-1]._replace(visit=None)] * (-len(picks) % at_once)
+            refs += [refs[-1]._replace(visit=None)] * (-len(refs) % at_once)
             begin = place.data * size
-            shares = [picks[start + begin : start + begin + size] for start in range(0, len(picks), at_once)]
+            shares = [refs[start + begin : start + begin + size] for start in range(0, len(refs), at_once)]
             calls += [(shape, len(shares[start : start + most])) for start in range(0, len(shares), most)]
             own += shares
         with closing(self._readings(reader, own, replace)) as readings:
             for shape, count in calls:
                 batches, quarantined = self._next(readings, count)
                 alive()
-                yield shape, self.losses(batches, shape, micro(shape) * reader.unit, count), quarantined
+                yield shape, self.losses(batches, shape, micro(shape) * reader.item_size, count), quarantined
 
-    def _readings(self, reader: Reader, chunks: list[list[Pick]], replace: bool) -> Iterator:
+    def _readings(self, reader: Reader, chunks: list[list[SampleRef]], replace: bool) -> Iterator:
         if not self._feed.reads:
             return
         sources = Sources((reader,))
@@ -141,7 +141,7 @@ class Evaluator:
             start_step=0,
             stop_step=len(chunks),
             make=Replacing(sources) if replace else sources,
-            name=lambda pick: reader.name(pick.unit),
+            name=lambda ref: reader.name(ref.item),
             num_workers=min(self._num_workers, len(chunks)),
         )
         with closing(steps):
@@ -150,15 +150,10 @@ class Evaluator:
 
     def _next(self, readings: Iterator, count: int) -> tuple[list[Batch] | None, list[Quarantined]]:
         """The next micro-batches where this rank reads, and what was set aside on all ranks. All succeed or none."""
-        failure, read = None, []
-        try:
-            read = list(islice(readings, count)) if self._feed.reads else []
-        except Exception as error:
-            failure = error
-        self._process.agreement.fail_together(failure)
+        read = self._process.host.attempt(lambda: list(islice(readings, count)) if self._feed.reads else [])
         reports = self._feed.module.is_first  # the last stage reads the same
         own = [bad for _, found in read if reports for bad in found]
-        quarantined = [Quarantined(*fields) for found in self._process.agreement.values(own) for fields in found]
+        quarantined = [Quarantined(*fields) for found in self._process.host.gather(own) for fields in found]
         return [batch for batch, _ in read] if self._feed.reads else None, quarantined
 
 

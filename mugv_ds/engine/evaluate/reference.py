@@ -18,12 +18,11 @@ from mugv_ds.config.errors import InputError
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.data.manifest import Index
 from mugv_ds.data.plan import Plan
-from mugv_ds.data.readers import Sources
 from mugv_ds.data.reference import REFERENCE_SCHEMA, ReferenceKey, read_reference, write_reference
-from mugv_ds.data.run_data import Manifests, flow_reader, make_plan, preference_reader, sizes_of, workload
-from mugv_ds.engine.build import Process
+from mugv_ds.data.run_data import RunData
 from mugv_ds.engine.evaluate.evaluate import Evaluator, Measured
 from mugv_ds.engine.feed import Feed
+from mugv_ds.engine.process import Process
 
 
 @dataclass(frozen=True)
@@ -49,13 +48,10 @@ def reference_key(config: TrainConfig, index: Index, weights: str) -> ReferenceK
 class ReferenceModel:
     """Measures with the weights that the engine holds: to be used before they change. All ranks call it together."""
 
-    def __init__(self, config: TrainConfig, process: Process, engine: PipelineEngine, manifests: Manifests) -> None:
-        self._config, self._process, self._manifests = config, process, manifests
+    def __init__(self, config: TrainConfig, process: Process, engine: PipelineEngine, data: RunData) -> None:
+        self._config, self._process, self._data = config, process, data
         feed = Feed(engine.module, process, config.data, config.model.dit().caption_channels)
         self._evaluator = Evaluator(process, engine, feed, config.data.num_workers)
-        readers = (preference_reader(config, index) for index in manifests.sources)
-        self._readers = Sources((flow_reader(config, manifests.train), *readers))
-        self._plan = make_plan(config, manifests, self._readers, process.layout.data)
 
     def references(self, weights: str) -> References:
         """Of every source: from its file, or measured where it names none. weights: see `reference_key`.
@@ -65,13 +61,13 @@ class ReferenceModel:
         """
         train, held_out = [], []
         for number, source in enumerate(self._config.preference.sources):
-            index, other = self._manifests.sources[number], self._manifests.held_out[number]
+            index = self._data.sources[number]
             if source.reference is None:
                 train.append(self.measure(number).table(len(index), self._visits(number)))
             else:
                 key, ids = reference_key(self._config, index, weights), index.column("sample_id").to_pylist()
-                train.append(self._process.first_then_all(partial(read_reference, source.reference, key, ids)))
-            held_out.append(None if other is None else self._measure_held_out(other))
+                train.append(self._process.host.first_then_all(partial(read_reference, source.reference, key, ids)))
+            held_out.append(self._measure_held_out(number))
         return References(tuple(train), tuple(held_out))
 
     def write(self, weights: str) -> Iterator[str]:
@@ -83,22 +79,21 @@ class ReferenceModel:
         for number, source in enumerate(self._config.preference.sources):
             if source.reference is None:
                 continue
-            index, visits = self._manifests.sources[number], self._visits(number)
             measured = self.measure(number)
-            failure = None
-            if self._process.rank == 0:
-                try:
-                    write_reference(
-                        source.reference, reference_key(self._config, index, weights), rows(measured, index)
-                    )
-                except (InputError, OSError) as error:
-                    failure = InputError(f"{source.reference}: {error}")
-            self._process.agreement.fail_together(failure)
-            yield f"{source.reference}: {len(measured.loss)} losses of {visits} visits"
+            self._process.host.first(
+                partial(self._write, source.reference, weights, self._data.sources[number], measured)
+            )
+            yield f"{source.reference}: {len(measured.loss)} losses of {self._visits(number)} visits"
+
+    def _write(self, path: str, weights: str, index: Index, measured: Measured) -> None:
+        try:
+            write_reference(path, reference_key(self._config, index, weights), rows(measured, index))
+        except (InputError, OSError) as error:
+            raise InputError(f"{path}: {error}") from error
 
     def measure(self, source: int) -> Measured:
         """A source's training samples at every visit of the run; those that cannot be read are named and left out."""
-        reader, sizes = self._readers.readers[source + 1], self._plan.streams[source].sizes
+        reader, sizes = self._data.readers.readers[source + 1], self._data.plan.streams[source].sizes
         parts = []
         for _, measured, quarantined in self._evaluator.measure(
             reader, lambda shape: sizes[shape].micro, visits=self._visits(source), replace=True
@@ -108,20 +103,22 @@ class ReferenceModel:
                 print(f"reference: {bad.sample_id} is left out: {bad.why}", flush=True)
         return Measured.concatenate(parts).unique()
 
-    def _measure_held_out(self, index: Index) -> np.ndarray:
-        reader = preference_reader(self._config, index, held_out=True)
-        sizes = sizes_of(self._config, reader, workload(self._config, self._process.layout.data))
+    def _measure_held_out(self, source: int) -> np.ndarray | None:
+        reader = self._data.held_out_annotations(source)
+        if reader is None:
+            return None
+        sizes = self._data.batch_sizes(reader)
         parts = self._evaluator.measure(reader, lambda shape: sizes[shape].micro)
-        return Measured.concatenate(measured for _, measured, _ in parts).table(len(index), 1)
+        return Measured.concatenate(measured for _, measured, _ in parts).table(len(reader.samples.index), 1)
 
     def _visits(self, source: int) -> int:
-        return visits_of(self._plan, source + 1, self._config.schedule.steps)
+        return visits_of(self._data.plan, source + 1, self._config.schedule.steps)
 
 
 def visits_of(plan: Plan, source: int, steps: int) -> int:
-    """How often a run of so many steps visits the units of a source at most."""
-    picks = (pick for step in range(steps) for pick in plan.step(step).picks)
-    return max((pick.visit + 1 for pick in picks if pick.source == source), default=1)
+    """How often a run of so many steps visits the items of a source at most."""
+    refs = (ref for step in range(steps) for ref in plan.step(step).refs)
+    return max((ref.visit + 1 for ref in refs if ref.source == source), default=1)
 
 
 def rows(measured: Measured, index: Index) -> pa.Table:

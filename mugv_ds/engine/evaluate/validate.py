@@ -5,10 +5,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from mugv_ds.config.schema import TrainConfig
+from mugv_ds.config.schema import PreferenceSection
 from mugv_ds.data.readers import AnnotatedSamples, Reader
-from mugv_ds.data.run_data import Manifests, flow_reader, preference_reader, sizes_of, workload
-from mugv_ds.engine.build import Process
+from mugv_ds.data.run_data import RunData
 from mugv_ds.engine.evaluate.evaluate import Evaluator, Measured
 from mugv_ds.engine.evaluate.reference import References
 from mugv_ds.engine.metrics import preference_means
@@ -19,26 +18,20 @@ class Validation:
     """Measures the held-out manifests of a run. All ranks call it together.
 
     Args:
-        config: the run. process: this process. evaluator: runs the samples.
-        manifests, references: of the run; held-out sets that are not given are not measured.
+        preference: section of the config. data: of the run; held-out sets that are not given are not measured.
+        references: of the run. evaluator: runs the samples.
     """
 
     def __init__(
-        self,
-        config: TrainConfig,
-        process: Process,
-        evaluator: Evaluator,
-        manifests: Manifests,
-        references: References,
+        self, preference: PreferenceSection | None, data: RunData, references: References, evaluator: Evaluator
     ) -> None:
-        self._config, self._evaluator = config, evaluator
-        self._load = workload(config, process.layout.data)
-        self._flows = manifests.validation and flow_reader(config, manifests.validation, held_out=True)
+        self._section, self._data, self._evaluator = preference, data, evaluator
+        self._flows = data.held_out_flows()
         self._preferences: dict[str, AnnotatedSamples] = {}
-        for number, index in enumerate(manifests.held_out):
-            if index is not None:
-                reader = preference_reader(config, index, references.held_out[number], held_out=True)
-                self._preferences[config.preference.sources[number].name] = reader
+        for number, reference in enumerate(references.held_out):
+            reader = data.held_out_annotations(number, reference)
+            if reader is not None:
+                self._preferences[preference.sources[number].name] = reader
 
     def run(self, alive: Callable[[], None]) -> dict[str, float]:
         """Scalars by tag: the mean flow loss, also by quarter of the timesteps and by latent shape; preferences.
@@ -59,7 +52,7 @@ class Validation:
         return results
 
     def _measure(self, reader: Reader, alive: Callable[[], None]):
-        sizes = sizes_of(self._config, reader, self._load)
+        sizes = self._data.batch_sizes(reader)
         for shape, measured, _ in self._evaluator.measure(reader, lambda shape: sizes[shape].micro, alive=alive):
             yield shape, measured
 
@@ -77,8 +70,8 @@ class Validation:
         return results | {f"validation/loss_{name}": part.loss.mean() for name, part in shapes.items()}
 
     def _terms(self, reader: AnnotatedSamples, measured: Measured) -> dict[str, torch.Tensor]:
-        """Sums of the preference terms over held-out units."""
-        section = self._config.preference
+        """Sums of the preference terms over held-out items."""
+        section = self._section
         size = measured.elements if section.reduction == "sum" else np.ones_like(measured.elements)
         loss, reference = (torch.from_numpy(values * size) for values in (measured.loss, measured.reference))
         rows = measured.row.astype(np.int64)

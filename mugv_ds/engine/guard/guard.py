@@ -20,16 +20,16 @@ from pydantic import ValidationError
 from mugv_ds.config.errors import InputError, PeerError, TrainingError
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.data.quarantine import Quarantined
-from mugv_ds.engine.build import Process
 from mugv_ds.engine.guard.history import History
 from mugv_ds.engine.guard.incidents import Incidents
 from mugv_ds.engine.guard.replicas import fingerprint, odd_ones
 from mugv_ds.engine.guard.signals import StopSignals
 from mugv_ds.engine.guard.stragglers import Stopwatch, Stragglers
 from mugv_ds.engine.guard.watchdog import Watchdog
+from mugv_ds.engine.process import Process
 
 
-class GoBack(Exception):
+class Rollback(Exception):
     """The run must go on from a checkpoint of at most `before` steps, and not play again what led here."""
 
     def __init__(self, why: str, step: int, before: int) -> None:
@@ -38,7 +38,7 @@ class GoBack(Exception):
 
 
 @dataclass(frozen=True)
-class Taken:
+class StepResult:
     """A step that was taken. loss: mean over all ranks. applied: whether it updated the weights. samples: its size."""
 
     loss: float
@@ -47,7 +47,7 @@ class Taken:
 
 
 @dataclass(frozen=True)
-class Ahead:
+class Prefetched:
     """What a rank read for the next step. quarantined: samples it had to replace. failure: why it could not read."""
 
     quarantined: Sequence[Quarantined] = ()
@@ -70,7 +70,7 @@ class Guard:
         self._replaced = 0  # samples of the coming step
         self._signals = StopSignals()
         name = f"rank {process.rank} (host {socket.gethostname()}, pid {os.getpid()})"
-        self._watchdog = Watchdog(process.rank, process.agreement.values(name), config.guard.timeout_s)
+        self._watchdog = Watchdog(process.rank, process.host.gather(name), config.guard.timeout_s)
         self._stopwatch = Stopwatch(engine.module.blocks[0].mlp, process.device)
         self._stragglers = Stragglers(config.guard.straggler_factor, config.guard.straggler_window)
         self._incidents = Incidents(Path(config.checkpoint.dir), process.rank)
@@ -97,14 +97,14 @@ class Guard:
         """Ends the watch. Signals stay noted and without effect."""
         self._watchdog.close()
 
-    def boundary(self, step: int, taken: Taken | None, ahead: Ahead) -> bool:
+    def boundary(self, step: int, taken: StepResult | None, ahead: Prefetched) -> bool:
         """What all ranks decide after `step` steps; returns whether to save and stop. All ranks call it.
 
         Args:
             taken: the last step; None at the start. ahead: what this rank read for the next.
 
         Raises:
-            GoBack: too many updates were skipped, or the loss jumped.
+            Rollback: too many updates were skipped, or the loss jumped.
             TrainingError: the run cannot go on, says rank 0; what this rank met when reading. PeerError: on the others.
         """
         signal = self._signals.received
@@ -116,10 +116,10 @@ class Guard:
             len(ahead.quarantined),
             self._stopwatch.read(),
         ]
-        rows = self._process.agreement.rows(torch.tensor(own, dtype=torch.float64))
+        rows = self._process.host.rows(torch.tensor(own, dtype=torch.float64))
         self._watchdog.reached(step)
         signals, failed, losses, applied, bad, seconds = rows.T.tolist()
-        self._process.agreement.raise_if(failed, ahead.failure)
+        self._process.host.raise_if(failed, ahead.failure)
         if taken is not None:
             self._count_samples(taken.samples)
             self._judge(step, losses[0], all(applied))
@@ -134,10 +134,10 @@ class Guard:
             self._incidents.write("stop", step, rank=rank, signal=Signals(number).name)
         return any(signals)
 
-    def gone_back(self, cause: GoBack, step: int, state: dict[str, Any]) -> None:
+    def rolled_back(self, cause: Rollback, step: int, state: dict[str, Any]) -> None:
         """The checkpoint of `step` steps, which held `state`, was loaded because of `cause`."""
         history = self._read(state)
-        history.gone_back(step, cause.step, self.history)
+        history.rolled_back(step, cause.step, self.history)
         self.history = history
         first, stop = history.jumped[-1]
         self._say(f"step {cause.step}: {cause}; back to step {step}, data steps {first} to {stop - 1} are not played")
@@ -153,7 +153,7 @@ class Guard:
 
     def _name_replaced(self, step: int, own: Sequence[Quarantined]) -> None:
         """Records the samples that were replaced in the coming step, of all ranks."""
-        for bad in (Quarantined(*fields) for found in self._process.agreement.values(own) for fields in found):
+        for bad in (Quarantined(*fields) for found in self._process.host.gather(own) for fields in found):
             self._say(f"step {step}: sample {bad.sample_id} is set aside, {bad.replaced_by} taken instead: {bad.why}")
             self._incidents.write("quarantine", step, **bad._asdict())
 
@@ -185,7 +185,7 @@ class Guard:
             return
         if self.history.rollbacks >= self._section.max_rollbacks:
             self.fail(f"step {step}: {why}, and the run went back {self.history.rollbacks} times already")
-        raise GoBack(why, step, before)
+        raise Rollback(why, step, before)
 
     def _name_stragglers(self, step: int, seconds: list[float]) -> None:
         for rank, times in self._stragglers.note(seconds):
@@ -198,8 +198,8 @@ class Guard:
         if not every or step % every or layout.replicas == 1:
             return
         own = torch.tensor([fingerprint(self._engine.module.parameters())])
-        prints = self._process.agreement.rows(own).flatten().tolist()
-        odd = odd_ones(prints, [layout.place(rank).stage for rank in range(layout.world_size)])
+        prints = self._process.host.rows(own).flatten().tolist()
+        odd = odd_ones(prints, [layout.coordinates(rank).stage for rank in range(layout.world_size)])
         if odd:
             self._incidents.write("replicas", step, ranks=odd)
             self.fail(

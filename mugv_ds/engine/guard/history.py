@@ -57,7 +57,7 @@ class History(BaseModel):
             self.losses = [*self.losses, loss][-section.spike_window :]
         return None
 
-    def gone_back(self, to: int, from_: int, before: "History") -> None:
+    def rolled_back(self, to: int, from_: int, before: "History") -> None:
         """This, which a checkpoint of step `to` held, goes on in place of `before`, which step `from_` made bad.
 
         The data steps in between are jumped over; what is counted over the whole run is kept.

@@ -40,16 +40,16 @@ def test_positions_jump_over_what_went_wrong():
     """Step 12 was bad, the run went back to 8; then 10 was, and it went back to 8 again, and to 9 in the end."""
     saved = History(losses=[1.0])
     before = History(skips=3, skips_in_a_row=2, seen=48, bad=1)
-    saved.gone_back(8, 12, before)
+    saved.rolled_back(8, 12, before)
     assert saved.jumped == [(8, 12)] and [saved.position(step) for step in (8, 9)] == [12, 13]
     assert (saved.rollbacks, saved.skips, saved.skips_in_a_row, saved.seen, saved.bad) == (1, 3, 0, 48, 1)
     assert saved.losses == [1.0], "the median is that of the checkpoint"
 
     again = History()
-    again.gone_back(8, 10, saved)
+    again.rolled_back(8, 10, saved)
     assert again.jumped == [(8, 14)] and again.position(8) == 14 and again.rollbacks == 2
     later = again.model_copy(deep=True)
-    later.gone_back(9, 11, again)
+    later.rolled_back(9, 11, again)
     assert later.jumped == [(8, 14), (15, 17)] and later.position(9) == 17
 
 
