@@ -159,15 +159,6 @@ class Recorder:
             Means of the preference terms, by stream; the same on all ranks.
         """
         loss = torch.stack(self._losses).nanmean().item()  # waits for the device
-        seconds = time.perf_counter() - self._begin
-        device = self._losses[0].device
-        memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
-        worst = torch.tensor([waited, memory], dtype=torch.float64, device=device)
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        waited, memory = worst.tolist()
-        model_tflops, hardware_tflops = (
-            self._window[name] / seconds / self._world_size / 1e12 for name in ("model_flops", "hardware_flops")
-        )
         preferences = self._preference_means()
         scalars = {
             "train/loss": loss,
@@ -177,6 +168,28 @@ class Recorder:
             "train/lr": rate,
             "train/grad_norm": norm,
             **{f"train/{name}": value for name, value in probe.read().items()},
+            **self._speeds(waited),
+        }
+        self.write(done, scalars.items())
+        utilisation = {name: scalars[f"speed/{name}"] for name in ("mfu", "hfu") if f"speed/{name}" in scalars}
+        self._bar.set_postfix(
+            {"loss": f"{loss:.4f}", "lr": f"{rate:.2e}", **{name: f"{u:.1%}" for name, u in utilisation.items()}}
+        )
+        self._begin_window()
+        return preferences
+
+    def _speeds(self, waited: float) -> dict[str, float]:
+        """Returns speed and memory since the last record, after the device has finished. All ranks call it."""
+        seconds = time.perf_counter() - self._begin
+        device = self._losses[0].device
+        memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+        worst = torch.tensor([waited, memory], dtype=torch.float64, device=device)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        waited, memory = worst.tolist()
+        model_tflops, hardware_tflops = (
+            self._window[name] / seconds / self._world_size / 1e12 for name in ("model_flops", "hardware_flops")
+        )
+        speeds = {
             "speed/seconds_per_step": seconds / self._window["steps"],
             "speed/samples_per_second": self._window["samples"] / seconds,
             "speed/tokens_per_second": self._window["tokens"] / seconds,
@@ -184,17 +197,11 @@ class Recorder:
             "speed/data_wait_seconds": waited,
             "speed/data_wait_share": waited / seconds,
         }
-        shown = {"loss": f"{loss:.4f}", "lr": f"{rate:.2e}"}
         if self._peak is not None:
-            for name, tflops in (("mfu", model_tflops), ("hfu", hardware_tflops)):
-                scalars[f"speed/{name}"] = tflops / self._peak
-                shown[name] = f"{tflops / self._peak:.1%}"
+            speeds |= {"speed/mfu": model_tflops / self._peak, "speed/hfu": hardware_tflops / self._peak}
         if device.type == "cuda":
-            scalars["memory/peak_gib"] = memory
-        self.write(done, scalars.items())
-        self._bar.set_postfix(shown)
-        self._begin_window()
-        return preferences
+            speeds["memory/peak_gib"] = memory
+        return speeds
 
     @contextmanager
     def excluded(self) -> Iterator[None]:

@@ -87,12 +87,13 @@ def _stage_lines(
 ) -> Iterator[str]:
     """A line for each pipeline stage: its layers, their parameters and the predicted memory of a device."""
     dit, tokens = config.model.dit(), patch_grid(*typical_shape).tokens
-    accumulation_dtype = deepspeed_config(config, layout.data)["data_types"]["grad_accum_dtype"]
+
     boundaries = stage_boundaries(dit, layout.pipeline, tokens, config.data.max_text_tokens)
     for stage, (first, last) in enumerate(pairwise(boundaries)):
         here = sum(parameters[first:last])
         line = f"  stage {stage}: layers {first}–{last - 1}, {here:,} parameters"
         if config.model.precision == "bf16":
+            accumulation = deepspeed_config(config, layout.data)["data_types"]["grad_accum_dtype"]
             peaks = (
                 predict_memory(
                     dit,
@@ -102,7 +103,7 @@ def _stage_lines(
                     tokens_held=bucket.micro * -(-bucket.tokens // layout.sequence),
                     in_flight=min(layout.pipeline - stage, bucket.accumulation),
                     recompute=config.parallel.activation_checkpointing,
-                    fp32_accumulation=accumulation_dtype == "fp32",
+                    fp32_accumulation=accumulation == "fp32",
                     averages=len(config.ema.sigma_rel),
                 ).peak
                 for bucket in buckets
