@@ -89,8 +89,8 @@ def page() -> str:
     lines = [
         "# The house",
         "",
-        "Made by `make house` from the imports; a test holds that it is up to date. An arrow leads from a room to one that",
-        "it imports from; arrows that follow from others are left out.",
+        "Made by `make house` from the imports; a test holds that it is up to date. An arrow leads from a room to one",
+        "that it imports from; arrows that follow from others are left out.",
         "",
         "```mermaid",
         "flowchart BT",
