@@ -43,7 +43,7 @@ def kto_loss(
     good: Tensor,
     *,
     beta: float,
-    point: Tensor,
+    kl_reference_point: Tensor,
     good_weight: float,
     bad_weight: float,
 ) -> Tensor:
@@ -51,16 +51,17 @@ def kto_loss(
 
     Args:
         loss: ℓ, fp32 [B]. reference: ℓ_ref [B], without gradient. good: bool [B].
-        beta: β > 0. point: z, see `reference_point`. good_weight, bad_weight: λ.
+        beta: β > 0. kl_reference_point: z, see `kl_reference_point`. good_weight, bad_weight: λ.
 
     Returns:
         [B].
     """
-    doubt = torch.sigmoid(-_kto_margin(loss, reference, good, beta, point))  # σ(−x) is 1 − σ(x) without rounding to 0
+    margin = _kto_margin(loss, reference, good, beta, kl_reference_point)
+    doubt = torch.sigmoid(-margin)  # σ(−x) is 1 − σ(x) without rounding to 0
     return torch.where(good, good_weight * doubt, bad_weight * doubt)
 
 
-def reference_point(gains: Tensor) -> Tensor:
+def kl_reference_point(gains: Tensor) -> Tensor:
     """KTO's z = max(0, mean of g), a scalar without gradient: how far the policy has moved from the reference.
 
     Args:
@@ -86,14 +87,16 @@ def dpo_terms(better: Tensor, worse: Tensor, better_ref: Tensor, worse_ref: Tens
     return _terms(_dpo_margin(better, worse, better_ref, worse_ref, beta), better, worse, better_ref, worse_ref)
 
 
-def kto_terms(loss: Tensor, reference: Tensor, good: Tensor, beta: float, point: Tensor) -> dict[str, Tensor]:
+def kto_terms(
+    loss: Tensor, reference: Tensor, good: Tensor, beta: float, kl_reference_point: Tensor
+) -> dict[str, Tensor]:
     """What a run reports of KTO, summed over the samples, without gradient; arguments as those of `kto_loss`.
 
     The same names as `dpo_terms`, with good samples for better and bad ones for worse; their counts differ. The margin
     is s·β·(g − z), so that good samples with g above z and bad ones with g below it are correct. At both ends a
     saturated sample's gradient is below 1% of λ·β: it hardly moves the policy any more.
     """
-    margin = _kto_margin(loss, reference, good, beta, point)
+    margin = _kto_margin(loss, reference, good, beta, kl_reference_point)
     return _terms(margin, loss[good], loss[~good], reference[good], reference[~good])
 
 
@@ -102,9 +105,9 @@ def _dpo_margin(better: Tensor, worse: Tensor, better_ref: Tensor, worse_ref: Te
     return beta / 2 * ((better_ref - better) - (worse_ref - worse))
 
 
-def _kto_margin(loss: Tensor, reference: Tensor, good: Tensor, beta: float, point: Tensor) -> Tensor:
+def _kto_margin(loss: Tensor, reference: Tensor, good: Tensor, beta: float, kl_reference_point: Tensor) -> Tensor:
     """s·β·(g − z) [B]."""
-    margin = beta * (reference - loss - point)
+    margin = beta * (reference - loss - kl_reference_point)
     return torch.where(good, margin, -margin)
 
 
