@@ -178,7 +178,7 @@ class DiT(Embedders):
 
 
 def keyed_generator(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """Returns a generator keyed by (seed, name), so that what it draws depends neither on earlier draws nor on the rank."""
+    """Returns a generator keyed by (seed, name): what it draws depends neither on earlier draws nor on the rank."""
     key = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(key) >> 1)
 

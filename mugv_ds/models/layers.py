@@ -90,7 +90,7 @@ def _in_fp8(linear: nn.Module) -> bool:
 
 
 def _modulated(linear: nn.Module, x_BND: Tensor, modulation: Modulation) -> Tensor:
-    """Returns `linear` of the modulated LayerNorm of x; the latter is not kept for the backward pass unless in fp8."""
+    """Returns `linear` of the modulated LayerNorm of x, whose output is saved for the backward pass only in fp8."""
     if _in_fp8(linear):
         return linear(modulate(x_BND, *modulation))
     return modulated_linear(x_BND, *modulation, linear.weight, linear.bias)
@@ -153,8 +153,8 @@ class SelfAttention(nn.Module):
 
         [B, N, D] → [G, B, N, 3, H/G, 72], by `groups` groups of heads.
         """
-        qkv_BN3D = _modulated(self.qkv, x_BND, modulation)  # [B, N, 3·D]
-        return qk_norm_rope(qkv_BN3D, self.q_norm.weight, self.k_norm.weight, cos, sin, groups)
+        qkv = _modulated(self.qkv, x_BND, modulation)  # [B, N, 3·D]
+        return qk_norm_rope(qkv, self.q_norm.weight, self.k_norm.weight, cos, sin, groups)
 
 
 class CrossAttention(nn.Module):
@@ -266,7 +266,7 @@ class Block(nn.Module):
         return gated_residual(x_BND, fed_BND, bias_D, gate, condition.clean_BN)
 
     def _rows(self, condition: Condition) -> tuple[Tensor, ...]:
-        """Returns shift, scale, gate of attention, then of the feed-forward layer, each with a row a class, [B, 2, D]."""
+        """Returns shift, scale, gate of attention, then of the feed-forward layer, each [B, 2, D], a row a class."""
         rows = condition.modulation_BKD + self.scale_shift_table.flatten()
         return rows.chunk(6, dim=-1)
 
