@@ -1,4 +1,4 @@
-"""Times the backward pass through GELU at the 10B's size: the kernel beside plain PyTorch, step by step and compiled."""
+"""Times the backward pass through GELU at the 10B's size: the kernel beside PyTorch, step by step and compiled."""
 
 from collections.abc import Callable
 

@@ -223,7 +223,8 @@ class Block(nn.Module):
                     feed-forward layer's output (1).
                 "off": also what lies between self-attention and the feed-forward layer: the projection of o, the
                     residual after it, cross-attention's q before and after its norm, and its o (5).
-                No level saves the outputs of the modulated LayerNorms or of GELU; see `models.modulated`.
+                No level saves the outputs of the modulated LayerNorms or of GELU (see `models.modulated`), except that
+                the fp8 linears save their input.
         """
         if recompute == "full":
             return _checkpoint(self.forward, x_BND, condition, attention)
