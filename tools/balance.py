@@ -16,6 +16,7 @@ from mugv_ds.config import InputError, load_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status, 2 where the config cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="JSON file of ds_configs/")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a value")
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def positive(text: str) -> int:
+    """Parses a whole number from 1 on; argparse turns the ValueError of others into its own message."""
     number = int(text)
     if number < 1:
         raise ValueError

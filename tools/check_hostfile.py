@@ -8,6 +8,7 @@ from mugv_ds.config.hostfile import HostfileError, parse_hostfile
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status, 2 where the hostfile cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", help="hostfile, with lines such as 'localhost slots=2'")
     args = parser.parse_args(argv)

@@ -10,6 +10,7 @@ from mugv_ds.weights.published import export
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status, 2 where the checkpoint cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ckpt", type=Path, required=True, help="a run's checkpoint folder, or a step-<n> in it")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")

@@ -21,6 +21,7 @@ TOLERANCE = 0.05  # error of the profile's fit from which on it is reported as a
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status, 2 where the checkpoints or the width cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     power = commands.add_parser("reconstruct", help="a power-function average of any width, from the stored ones")
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write_reconstruction(args: argparse.Namespace) -> Path:
+    """Writes a power-function average of the width that was asked for, and warns if the stored ones fit it badly."""
     checkpoints = open_run(args.checkpoints)
     model = newest_model(checkpoints)
     average, fit = reconstruct(checkpoints, args.sigma_rel, DTYPES[model.dtype])
@@ -57,17 +59,19 @@ def write_reconstruction(args: argparse.Namespace) -> Path:
 
 
 def write_ensemble(args: argparse.Namespace) -> Path:
+    """Writes an exponentially decaying average of the checkpoints that were named."""
     checkpoints = [open_checkpoint(path) for path in args.checkpoints]
     model = newest_model(checkpoints)
     return write(ensemble(checkpoints, args.gamma, DTYPES[model.dtype]), model, args.out, gamma=str(args.gamma))
 
 
 def newest_model(checkpoints: Sequence[CheckpointReader]) -> ModelSection:
+    """Returns the model section of the config of the checkpoint of the latest step."""
     return max(checkpoints, key=lambda checkpoint: checkpoint.manifest.step).run_config().model
 
 
 def write(average: Average, model: ModelSection, out: Path, **facts: str) -> Path:
-    """Writes the average with what it was made from; returns the folder."""
+    """Writes the average, with what it was made from and the `facts` as metadata; returns the folder."""
     check_weights(average, model.dit())
     return save_weights(average, model.dit(), out, "safetensors", metadata={"average": average.recipe(), **facts})
 

@@ -12,6 +12,7 @@ from mugv_ds.weights.convert import DTYPES, import_weights
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status, 2 where the weights cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--weights",

@@ -8,6 +8,7 @@ from mugv_ds.prepare.demo.sets import Sizes, make_demo_data
 
 
 def main() -> None:
+    """Parses the command line and makes the data set; exits with a message where the arguments cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="data/demo", help="folder to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn (default: %(default)s)")

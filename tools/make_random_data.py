@@ -36,6 +36,7 @@ COLUMNS = ["sample_id", "source", "latent_path", "text_feat_path"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Parses the command line and writes the data; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--samples", type=int, default=8, help="rows of the manifest")
@@ -64,7 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def written_rows(
     out: Path, samples: int, shape: Sequence[int], text: Sequence[int], seed: int
 ) -> Iterator[tuple[int | str, ...]]:
-    """Writes the files of each sample, with latents [24, *shape] and features [1, 1, L, C]; yields its row."""
+    """Writes the files of each sample and yields its row.
+
+    Args:
+        out: folder of the data set. samples: how many.
+        shape: latent (T, H, W); latents are bf16 [24, T, H, W].
+        text: shape [1, 1, L, C] of the text features.
+        seed: seed of the random values.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*sizes: int) -> torch.Tensor:
@@ -81,7 +89,7 @@ def written_rows(
 
 
 def drawn_rows(samples: int, seed: int) -> Iterator[tuple[int | str, ...]]:
-    """Rows whose frames and sizes are drawn from the table; a thousand files to a folder."""
+    """Yields rows whose frames and sizes are drawn from the table, with a thousand files to a folder."""
     generator = np.random.default_rng(seed)
     frames, sizes = list(FRAMES), list(SIZES)
     drawn_frames = generator.choice(len(frames), samples, p=list(FRAMES.values()))

@@ -14,6 +14,7 @@ from mugv_ds.prepare.demo.motion import LEAST_MOTION, horizontal_motion
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status, 2 where the videos cannot be read."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--videos", type=Path, required=True, help="folder of the mp4 files")
     args = parser.parse_args(argv)
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def judge(frames: np.ndarray) -> tuple[str, str]:
-    """The verdict (left, right or no motion) and what was seen, of uint8 frames [F, H, W, 3]."""
+    """Returns the verdict on uint8 frames [F, H, W, 3] (left, right or no motion), and what it rests on."""
     try:
         speed = horizontal_motion(frames)
     except ValueError as error:

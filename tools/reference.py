@@ -14,10 +14,11 @@ from mugv_ds.config.hostfile import check_launcher
 
 
 def write(config: TrainConfig) -> None:
-    """Writes the file of every source that names one, as one of the processes of the launch.
+    """Writes the reference file of every source that names one, as one of the processes of the launch.
 
     Raises:
-        InputError: config, data or weights cannot be used. TrainingError, PeerError: as in training.
+        InputError: config, data or weights cannot be used.
+        TrainingError, PeerError: as in training.
     """
     import torch.distributed as dist
 
@@ -32,7 +33,7 @@ def write(config: TrainConfig) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parses the command line; returns the exit status, as `mugv_ds/train.py`."""
+    """Parses the command line and writes the files; returns the exit status, as `mugv_ds/train.py` does."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="JSON file with a preference section")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a value")

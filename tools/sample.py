@@ -17,6 +17,7 @@ from mugv_ds.weights.published import load_dit
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status, 2 where an input cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", type=Path, required=True, help="folder or file, with config.json beside it")
     parser.add_argument("--codec", type=Path, required=True, help="codec.safetensors of the data that was trained on")
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not blank.
+    """Reads the lines of a text file that are not blank.
 
     Raises:
         InputError: the file is not UTF-8, or all of it is blank.

@@ -8,6 +8,7 @@ from mugv_ds.config.hostfile import HostfileError, write_slurm_hostfile
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status, 2 where there is no usable allocation."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", help="hostfile to write")
     parser.add_argument("--slots", type=int, help="processes a host (default: SLURM_GPUS_ON_NODE)")

@@ -9,6 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Parses the command line and prints the summary; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run's TensorBoard events")
     parser.add_argument("--weights", type=Path, required=True, help="folder of the converted weights")

@@ -12,6 +12,7 @@ from mugv_ds.weights.widen import Noise
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status, 2 where the weights or an argument cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", type=Path, required=True, help="anything that import_hf.py takes")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")

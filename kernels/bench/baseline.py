@@ -1,7 +1,9 @@
-"""The block as the published code computes it, written plainly: what `block.py` measures ours against.
+"""The DiT block as the published code computes it, written plainly, for `block.py` to measure ours against.
 
-Complex rotary embedding, both modulations of every token computed in full and then selected, FlashAttention-2 or cuDNN
-through PyTorch's SDPA. Same parameters as `mugv_ds.models.layers.Block`.
+The rotary embedding is complex, both modulations of every token are computed in full and then selected, and attention
+is FlashAttention-2 or cuDNN through PyTorch's SDPA. The parameters are those of `mugv_ds.models.layers.Block`.
+
+Shape suffixes: B batch, N tokens, L text tokens, D hidden size, H heads, d = 72 head dimension.
 """
 
 import torch
@@ -15,29 +17,32 @@ HEAD_DIM = 72
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """Computes RMSNorm over the last dimension in fp32."""
     y = x.float()
     y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + 1e-6)
     return weight * y.to(x.dtype)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """x [B, heads, N, 72] times the complex rotation [B, 1, N, 36]."""
+    """Multiplies x [B, H, N, 72], as complex pairs, by the rotation [B, 1, N, 36]."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Scales and shifts x [B, N, D] by rows that broadcast to it."""
     return x * (1 + scale) + shift
 
 
 class PublishedBlock(nn.Module):
-    """The published block around the parameters of ours; `backend` computes self-attention."""
+    """Computes the published block with the parameters of ours; `backend` computes self-attention."""
 
     def __init__(self, block: Block, backend: SDPBackend) -> None:
         super().__init__()
         self.block, self.backend = block, backend
 
     def forward(self, x: Tensor, condition: Condition) -> Tensor:
+        """Runs the block: [B, N, D] → [B, N, D]."""
         block, batch = self.block, x.shape[0]
         noised, clean = (
             (block.scale_shift_table[None] + condition.modulation_BKD[:, k].reshape(batch, 6, -1)).chunk(6, dim=1)
@@ -46,6 +51,7 @@ class PublishedBlock(nn.Module):
         mask = condition.clean_BN[..., None]
 
         def select(half: int, function) -> Tensor:
+            """Applies `function` to shift, scale and gate of both classes, and takes each token's class of the two."""
             return torch.where(mask, function(*clean[half : half + 3]), function(*noised[half : half + 3]))
 
         normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
@@ -57,6 +63,7 @@ class PublishedBlock(nn.Module):
         return x + select(3, lambda _shift, _scale, gate: gate * fed)
 
     def attend(self, x: Tensor, condition: Condition) -> Tensor:
+        """Computes self-attention with its projections, [B, N, D] → [B, N, D]."""
         attention, (batch, tokens, width) = self.block.attn, x.shape
         qkv = attention.qkv(x).view(batch, tokens, 3, -1, HEAD_DIM).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
@@ -68,6 +75,7 @@ class PublishedBlock(nn.Module):
         return attention.proj(o.transpose(1, 2).reshape(batch, tokens, width))
 
     def cross(self, x: Tensor, condition: Condition) -> Tensor:
+        """Computes cross-attention with its projections, [B, N, D] → [B, N, D]."""
         cross, (batch, tokens, width) = self.block.cross_attn, x.shape
         q = cross.q_linear(x).view(batch, tokens, -1, HEAD_DIM).transpose(1, 2)
         k, v = (

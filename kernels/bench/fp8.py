@@ -1,4 +1,4 @@
-"""Loss curves of the same run in bf16 and in fp8, on one GPU: same weights, samples, noise and timesteps.
+"""Compares the loss curves of one run in bf16 and in fp8, on one GPU: same weights, samples, noise and timesteps.
 
 It needs Transformer Engine, and the demo data (`make demo-data`) for the default config.
 """
@@ -16,7 +16,7 @@ PRECISIONS = ("bf16", "fp8")
 
 
 def train(config: str, precision: str, steps: int, folder: Path) -> None:
-    """Trains on one process, as the README says, and writes the scalars of every tenth step into `folder`."""
+    """Trains with one process, as the README says, which writes the scalars of every tenth step into `folder`."""
     hostfile = folder / "hostfile"
     folder.mkdir()
     hostfile.write_text("localhost slots=1\n")
@@ -41,12 +41,14 @@ def train(config: str, precision: str, steps: int, folder: Path) -> None:
 
 
 def curve(folder: Path, tag: str) -> dict[int, float]:
+    """Reads a scalar of a run by step."""
     events = EventAccumulator(str(folder))
     events.Reload()
     return {event.step: event.value for event in events.Scalars(tag)}
 
 
 def main() -> None:
+    """Trains in both precisions, and reports their losses and times side by side."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="ds_configs/debug.json")
     parser.add_argument("--steps", type=int, default=200)

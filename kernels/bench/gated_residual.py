@@ -1,4 +1,4 @@
-"""Gated residual at the 10B's size: the Triton kernel beside its reference, eager and compiled."""
+"""Times the gated residual at the 10B's size: the Triton kernel beside its reference, eager and compiled."""
 
 import torch
 from harness import compare
@@ -10,6 +10,7 @@ TENSOR = 2 * N * D  # bytes of [N, D] in bf16
 
 
 def main() -> None:
+    """Measures and reports the operation."""
     torch.manual_seed(0)
     residual, x, gate = (torch.randn(1, rows, D, device="cuda", dtype=torch.bfloat16) for rows in (N, N, 2))
     bias = torch.randn(D, device="cuda", dtype=torch.bfloat16)

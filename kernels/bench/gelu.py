@@ -1,4 +1,4 @@
-"""The backward pass through GELU at the 10B's size: the Triton kernel beside plain PyTorch, one by one and compiled."""
+"""Times the backward pass through GELU at the 10B's size: the kernel beside PyTorch, step by step and compiled."""
 
 from collections.abc import Callable
 
@@ -14,13 +14,13 @@ CHECKED_TOKENS = 4096
 
 
 def separately(x: Tensor, gradient: Tensor) -> Tensor:
-    """As autograd would: GELU again, its gradient, the sum."""
+    """Computes what autograd would: GELU again, its gradient, and the sum over rows; not in place."""
     F.gelu(x, approximate="tanh")
     return torch.ops.aten.gelu_backward(gradient, x, approximate="tanh").sum(dim=0)
 
 
 def error(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, gradient: Tensor) -> float:
-    """The largest of GELU(x), the gradient and its sum, against PyTorch in fp32."""
+    """Returns the largest relative error of GELU(x), the gradient and its sum, against PyTorch in fp32."""
     x, gradient = x[:CHECKED_TOKENS].clone(), gradient[:CHECKED_TOKENS].clone()
     exact = [x.float(), gradient.float()]
     got, expected = [x, gradient, function(x, gradient)], [*exact, gelu_backward_reference(*exact)]
@@ -28,6 +28,7 @@ def error(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, gradient: Ten
 
 
 def main() -> None:
+    """Measures and reports the operation."""
     torch.manual_seed(0)
     x, gradient = (torch.randn(N, WIDTH, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     traffic = 4 * x.nbytes  # reads x and its gradient, writes both

@@ -1,4 +1,4 @@
-"""Timing, memory and records of the bench scripts. They run from the repository root, on a CUDA device:
+"""Timing, memory and records for the bench scripts, which run from the repository root, on a CUDA device:
 
 python kernels/bench/attention.py
 """
@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-RECORDS = Path("runs/bench.jsonl")
+RECORDS = Path("runs/bench.jsonl")  # one JSON line a report
 
 
 def median_ms(function: Callable[[], object], *, seconds: float = 1.0, warmup: int = 3) -> float:
-    """Median time of a call in milliseconds, by CUDA events, over at least 5 calls and about `seconds`."""
+    """Returns the median time of a call in milliseconds, by CUDA events, over 5 to 200 calls in about `seconds`."""
     for _ in range(warmup):
         function()
     torch.cuda.synchronize()
@@ -37,7 +37,7 @@ def median_ms(function: Callable[[], object], *, seconds: float = 1.0, warmup: i
 def forward_backward(
     function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor]
 ) -> Callable[[], None]:
-    """A call of forward and backward; outputs get random gradients, drawn once."""
+    """Makes a function that runs forward and backward once; the outputs get random gradients, which are drawn once."""
     gradients: list[Tensor] = []
 
     def call() -> None:
@@ -53,7 +53,7 @@ def forward_backward(
 
 
 def kept_mib(function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor]) -> float:
-    """Memory that a forward leaves allocated in MiB: its outputs and what it keeps for the backward pass."""
+    """Returns the MiB that a forward pass leaves allocated: its outputs, and what it saves for the backward pass."""
     function(*inputs)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -65,7 +65,7 @@ def kept_mib(function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Seque
 
 
 def peak_gib(function: Callable[[], object]) -> float:
-    """Peak memory while a call runs in GiB, everything allocated before it included."""
+    """Returns the peak memory while a call runs in GiB, including everything that was allocated before."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     function()
@@ -74,7 +74,7 @@ def peak_gib(function: Callable[[], object]) -> float:
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
-    """‖value − reference‖ / ‖reference‖, in fp64."""
+    """Returns ‖value − reference‖ / ‖reference‖, computed in fp64."""
     return float((value.double() - reference.double()).norm() / reference.double().norm())
 
 
@@ -89,15 +89,17 @@ def compare(
     both_bytes: float,
     checked_tokens: int = 4096,
 ) -> None:
-    """Reports a fused kernel beside its reference, eager and compiled: time, traffic, memory kept, errors.
+    """Reports a fused kernel beside its reference, eager and compiled: time, traffic, saved memory and errors.
 
     Args:
-        inputs: leading arguments, of which the first is [B, tokens, …]; gradients are taken of those that want them.
+        title: of the report.
+        kernel, reference: the operation and its plain-PyTorch reference.
+        inputs: leading arguments, of which the first is [B, tokens, …]; those that require gradients get them.
         fixed: the arguments that follow, which get no gradient.
         forward_bytes, both_bytes: the fewest bytes that forward, and forward with backward, can move.
-        checked_tokens: the first tokens, on which output and gradients are held against the reference in fp32.
+        checked_tokens: how many tokens, the first ones, are compared with the reference in fp32.
     """
-    # Static shapes: the shorter check must not make it compile, and measure, a dynamic kernel.
+    # Shapes are static: the shorter check would else make torch.compile generate a dynamic kernel, to be measured.
     functions = {"kernel": kernel, "eager": reference, "compiled": torch.compile(reference, dynamic=False)}
     rows = []
     for name, function in functions.items():
@@ -128,10 +130,11 @@ def _largest_error(
     fixed: Sequence[object],
     checked_tokens: int,
 ) -> float:
-    """Of output and gradients, relative, against the reference in fp32."""
+    """Returns the largest relative error of output and gradients against the reference in fp32."""
     tokens = inputs[0].shape[1]
 
     def head(value: object) -> object:
+        """Returns the part of an argument that belongs to the checked tokens."""
         is_by_token = isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == tokens
         return value[:, :checked_tokens] if is_by_token else value
 
@@ -167,6 +170,7 @@ def _show(value: object) -> str:
 
 
 def _machine() -> dict[str, object]:
+    """Returns what a record must name to be compared with another: device, versions and commit."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {
         "device": torch.cuda.get_device_name(),

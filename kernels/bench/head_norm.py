@@ -1,4 +1,4 @@
-"""head_norm at the 10B's size: the Triton kernel beside its reference, eager and compiled."""
+"""Times head_norm at the 10B's size: the Triton kernel beside its reference, eager and compiled."""
 
 import torch
 from harness import compare
@@ -10,6 +10,7 @@ TENSOR = 2 * N * HEADS * HEAD_DIM  # bytes of x in bf16
 
 
 def main() -> None:
+    """Measures and reports the operation."""
     torch.manual_seed(0)
     x, weight = (torch.randn(shape, device="cuda").bfloat16() for shape in ((1, N, HEADS, HEAD_DIM), (HEAD_DIM,)))
     compare(

@@ -1,4 +1,4 @@
-"""qk_norm_rope at the 10B's size: the Triton kernel beside its reference, eager and compiled."""
+"""Times qk_norm_rope at the 10B's size: the Triton kernel beside its reference, eager and compiled."""
 
 import torch
 from harness import compare
@@ -9,6 +9,7 @@ N, HEADS = 54_002, 48
 
 
 def main() -> None:
+    """Measures and reports the operation for one rank and for four."""
     torch.manual_seed(0)
     shapes = (1, N, 3 * HEADS * HEAD_DIM), (HEAD_DIM,), (HEAD_DIM,)
     inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_() for shape in shapes]

@@ -1,4 +1,4 @@
-"""One compiled block of the 10B under Ulysses, on 1, 2 and 4 GPUs of a host: time, efficiency, share of the all-to-all.
+"""Times a compiled block of the 10B under Ulysses on 1, 2 and 4 GPUs of a host: efficiency, and the all-to-all's share.
 
 torchrun --nproc-per-node 4 kernels/bench/scaling.py
 """
@@ -21,11 +21,17 @@ from mugv_ds.parallel.layout import Layout, sequence_group
 from mugv_ds.parallel.ulysses import Ulysses
 from mugv_kernels.qk_norm_rope import ROW
 
-PEAK_TFLOPS = 989.0
+PEAK_TFLOPS = 989.0  # dense bf16 of an H100 or H200 (SXM)
 
 
 def measure(size: int, frames: int, name: str, recompute: str) -> dict[str, object]:
-    """One layout: every group of `size` ranks shares a sequence; times are the slowest rank's."""
+    """Measures one layout, in which every group of `size` ranks shares a sequence; times are the slowest rank's.
+
+    Args:
+        frames: latent frames of the clip. name: the attention backend. recompute: see `Block.forward`.
+    Returns:
+        The row of the report.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", torch.cuda.current_device())
     group = sequence_group(Layout(data=world // size, sequence=size), rank)
@@ -46,7 +52,7 @@ def measure(size: int, frames: int, name: str, recompute: str) -> dict[str, obje
         block(x, condition, ulysses, recompute).backward(gradient)
 
     def exchange_only() -> None:
-        """The same exchanges, forward and backward, around an attention that does nothing."""
+        """Runs the same exchanges, forward and backward, around an attention that does next to nothing."""
         bare.grouped(qkv.detach().requires_grad_()).backward(o_gradient)
 
     bare = Ulysses(group, size, rank % size, lambda q, k, v: q + k + v)
@@ -77,6 +83,7 @@ def measure(size: int, frames: int, name: str, recompute: str) -> dict[str, obje
 
 
 def main() -> None:
+    """Chooses the attention on rank 0 for all ranks, measures every layout, and reports them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=15, help="latent frames of 720p; 15 are 54,002 tokens")
     parser.add_argument("--recompute", default="light", choices=list(RECOMPUTED))

@@ -1,1 +1,4 @@
-"""Fused operations of the DiT block: each a Triton kernel with its plain-PyTorch reference and autograd function."""
+"""Fused operations of the DiT block.
+
+Each file holds one operation: a Triton kernel, its plain-PyTorch reference, and its gradient. `dispatch` picks.
+"""

@@ -1,4 +1,7 @@
-"""The fused operations as the model calls them: the Triton kernel on CUDA, plain PyTorch elsewhere."""
+"""The fused operations as the model calls them: the Triton kernel on CUDA, plain PyTorch elsewhere.
+
+Shape suffixes: B batch, N tokens, D hidden size, K = 2 token classes (0 noised, 1 clean), H heads of 72 channels.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,12 +25,12 @@ _forced: Literal["reference", "triton"] | None = None
 
 @contextmanager
 def use(implementation: Literal["reference", "triton"]) -> Iterator[None]:
-    """Every operation runs as told inside, in all threads. For tests and benches.
+    """Makes every operation run as told inside the context, in all threads, for tests and benches.
 
     Triton kernels take tensors of the CPU only with TRITON_INTERPRET=1 set before triton is imported.
 
     Raises:
-        ValueError: no such implementation.
+        ValueError: there is no such implementation.
     """
     global _forced
     if implementation not in ("reference", "triton"):
@@ -40,7 +43,7 @@ def use(implementation: Literal["reference", "triton"]) -> Iterator[None]:
 
 
 def modulate(x_BND: Tensor, shift_BKD: Tensor, scale_BKD: Tensor, clean_BN: Tensor) -> Tensor:
-    """LayerNorm without affine, scaled and shifted by each token's class; see `mugv_kernels.modulate`.
+    """Computes LayerNorm without affine, then scales and shifts by each token's class; see `mugv_kernels.modulate`.
 
     Args:
         x_BND: [B, N, D].
@@ -56,7 +59,7 @@ def modulate(x_BND: Tensor, shift_BKD: Tensor, scale_BKD: Tensor, clean_BN: Tens
 def modulate_forward(
     x_BND: Tensor, shift_BKD: Tensor, scale_BKD: Tensor, clean_BN: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`modulate`, and mean and rstd [B, N] of x, for `modulate_backward`."""
+    """Does what `modulate` does, and returns mean and rstd [B, N] of x too, which `modulate_backward` takes."""
     run = _modulate.modulate_forward if _uses_triton(x_BND) else _modulate.modulate_forward_reference
     return run(x_BND, shift_BKD, scale_BKD, clean_BN)
 
@@ -64,17 +67,20 @@ def modulate_forward(
 def modulate_backward(
     dy_BND: Tensor, x_BND: Tensor, scale_BKD: Tensor, clean_BN: Tensor, mean_BN: Tensor, rstd_BN: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, shift and scale from that of `modulate_forward`'s first output, for a backward pass by hand."""
+    """Returns the gradients of x, shift and scale from that of `modulate_forward`'s first output.
+
+    It is for a backward pass that is written by hand, as in `mugv_ds.models.modulated`.
+    """
     run = _modulate.modulate_backward if _uses_triton(x_BND) else _modulate.modulate_backward_reference
     return run(dy_BND, x_BND, scale_BKD, clean_BN, mean_BN, rstd_BN)
 
 
 def gated_residual(residual_BND: Tensor, x_BND: Tensor, bias_D: Tensor, gate_BKD: Tensor, clean_BN: Tensor) -> Tensor:
-    """residual + gate · (x + bias), the gate by each token's class; see `mugv_kernels.gated_residual`.
+    """Computes residual + gate · (x + bias), the gate by each token's class; see `mugv_kernels.gated_residual`.
 
     Args:
         residual_BND, x_BND: [B, N, D].
-        bias_D: [D], of the linear that made x.
+        bias_D: [D], the bias of the linear that made x.
         gate_BKD: [B, 2, D], of class 0 (noised) and 1 (clean).
         clean_BN: [B, N] bool, each token's class.
     Returns:
@@ -85,10 +91,10 @@ def gated_residual(residual_BND: Tensor, x_BND: Tensor, bias_D: Tensor, gate_BKD
 
 
 def gelu_backward(x: Tensor, gradient: Tensor) -> Tensor:
-    """In place, GELU(x) and the gradient of x from that of GELU(x); see `mugv_kernels.gelu`.
+    """Replaces x by GELU(x) and the gradient of GELU(x) by that of x, in place; see `mugv_kernels.gelu`.
 
     Args:
-        x, gradient: [R, F], contiguous.
+        x, gradient: [R, F], R rows of F channels, contiguous.
     Returns:
         [F], the sum of x's gradient over the rows.
     """
@@ -97,7 +103,7 @@ def gelu_backward(x: Tensor, gradient: Tensor) -> Tensor:
 
 
 def head_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """RMSNorm over the last side of x; see `mugv_kernels.head_norm`.
+    """Computes RMSNorm over the last dimension of x; see `mugv_kernels.head_norm`.
 
     Args:
         x: [..., d].
@@ -110,24 +116,27 @@ def head_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def qk_norm_rope(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, ranks: int) -> Tensor:
-    """q and k normalised and rotated, with v in the order that the all-to-all sends; see `mugv_kernels.qk_norm_rope`.
+    """Normalises and rotates q and k, and lays q, k and v out as the all-to-all of Ulysses sends them.
+
+    See `mugv_kernels.qk_norm_rope`.
 
     Args:
         qkv: [B, N, 3·H·72].
         q_weight, k_weight: [72].
         cos, sin: [B, N, 36] fp32.
-        ranks: divides H.
+        ranks: ranks of the sequence-parallel group; divides H.
     Returns:
         [ranks, B, N, 3, H/ranks, 72].
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: the shapes do not fit together.
     """
     run = _qk_norm_rope.qk_norm_rope if _uses_triton(qkv) else _qk_norm_rope.qk_norm_rope_reference
     return run(qkv, q_weight, k_weight, cos, sin, ranks)
 
 
 def _uses_triton(x: Tensor) -> bool:
+    """Tells whether an operation on x runs its Triton kernel."""
     if _forced is not None:
         return _forced == "triton"
     return x.is_cuda and _TRITON

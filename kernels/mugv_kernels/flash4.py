@@ -1,14 +1,17 @@
-"""FlashAttention-4 (flash_attn.cute) at head_dim 72.
+"""FlashAttention-4 (flash_attn.cute) at head_dim 72, with its gradient of q corrected and a backward loop of our own.
 
-On Hopper its backward accumulates dq in tiles whose head dimension is rounded up to a multiple of 16 (80 for 72), while
-the kernel that converts them assumes a multiple of 32 (96): dq is wrong, silently, and nothing else is. It takes
-the multiple as a keyword, so it is given 16. (The kernel before the backward takes it too, to clear the accumulator; it
-clears enough as it is, and at 16 it corrupts dk and dv at some lengths.)
+On Hopper the library's backward kernel accumulates dq in tiles whose head dimension is rounded up to a multiple of 16
+(80 for 72), while its postprocessing kernel, which converts them, assumes a multiple of 32 (96). dq is then wrong, and
+nothing says so; o, dk and dv are right. The postprocessing kernel takes the multiple as a keyword, so it is given 16.
+(The preprocessing kernel takes it too, to clear the accumulator. It clears enough as it is, and with 16 it corrupts dk
+and dv at some lengths.)
 
-Up to 80 its backward loop is `flash4_backward`'s, where that fits the release that is installed.
+For head dimensions up to 80 the backward loop is that of `flash4_backward`, where it fits the installed release.
 
-A row of 72 is 144 bytes, and memory moves 32 at once: every second row would start in the middle of such a piece. Rows
-are therefore kept 160 bytes apart (`ROW`).
+A row of 72 channels is 144 bytes, and memory moves 32 bytes at once, so every second row would start in the middle of
+such a sector. Rows are therefore kept 160 bytes apart (`ROW`).
+
+Shape suffixes: B batch, N tokens (queries), L keys, H heads, d = 72 head dimension.
 """
 
 import dataclasses
@@ -24,40 +27,49 @@ from torch import Tensor
 from mugv_kernels.qk_norm_rope import ROW
 
 _LIBRARY = "flash_attn.cute.interface"
-_PADDED = 96
-_QUERIES = 65_536  # of a head that go through its backward pass together
+_PADDED = 96  # head dimension of `flash4_padded`
+_QUERIES = 65_536  # most queries that go through the backward pass together; see `_backward`
 _HOOK, _KEYWORD = "_bwd_postprocess_convert", "hdim_multiple_of"
 
 
 def flash4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Bidirectional attention of q, k, v [B, N, heads, 72] in bf16 or fp16 on Hopper or Blackwell; o of that shape.
+    """Computes bidirectional attention with the softmax scale 72^-½, on Hopper or Blackwell.
 
+    Args:
+        q, k, v: [B, N, H, 72] in bf16 or fp16.
+    Returns:
+        [B, N, H, 72].
     Raises:
         ImportError: flash-attn-4 is not installed.
-        NotImplementedError: it is a release whose dq cannot be mended; `flash4_padded` is right there too.
+        NotImplementedError: it is a release whose dq cannot be corrected; `flash4_padded` is right there too.
     """
     return _Separate.apply(q, k, v)
 
 
 def flash4_packed(qkv: Tensor, tokens: int) -> Tensor:
-    """The same among the first `tokens` tokens of q, k and v in one tensor; the others' o is zero.
+    """Computes the attention of `flash4` on q, k and v in one tensor, which saves copying them and their gradients.
 
     Args:
-        qkv: [B, N, 3, heads, 72], of which `qk_norm_rope` returns one for each rank. Its gradient is one tensor too.
+        qkv: [B, N, 3, H, 72], of which `qk_norm_rope` returns one for each rank. Its gradient is one tensor too.
+        tokens: how many tokens take part, the first ones; the others are padding.
     Returns:
-        [B, N, heads, 72].
+        o [B, N, H, 72], zero for padding.
+    Raises:
+        As `flash4`.
     """
     return _Packed.apply(qkv, tokens)
 
 
 def spaced_rows(x: Tensor) -> Tensor:
-    """x [..., d], or a copy whose rows are `ROW` apart where those of x do not start at multiples of 32 bytes."""
+    """Returns x [..., d] if its rows start at multiples of 32 bytes, else a copy with rows `ROW` elements apart."""
     if x.stride(-1) == 1 and all(stride * x.element_size() % 32 == 0 for stride in x.stride()[:-1]):
         return x
     return x.new_empty(*x.shape[:-1], ROW)[..., : x.shape[-1]].copy_(x)
 
 
 class _Separate(torch.autograd.Function):
+    """`flash4` for q, k and v in three tensors."""
+
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = map(spaced_rows, (q, k, v))
@@ -73,6 +85,8 @@ class _Separate(torch.autograd.Function):
 
 
 class _Packed(torch.autograd.Function):
+    """`flash4_packed`, for q, k and v in one tensor."""
+
     @staticmethod
     def forward(ctx, qkv: Tensor, tokens: int) -> Tensor:
         B, N, _, heads, head_dim = qkv.shape
@@ -98,8 +112,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Writes dq, dk and dv, and returns them.
 
-    In parts of at most `_QUERIES` queries: the multiprocessors, each with its block of keys, go through the queries out
-    of step, so that all of q, do and dq are wanted at once. They are to stay in the cache, 0.6 KB a query.
+    It takes at most `_QUERIES` queries of a head at once. The multiprocessors, each with its block of keys, go through
+    the queries out of step, so that all of q, do and dq are wanted at once; they should fit the L2 cache at 0.6 KB a
+    query. dk and dv of the parts are summed in fp32.
     """
     parts = -(-q.shape[1] // _QUERIES)
     k_sum, v_sum = (x.new_zeros(x.shape, dtype=torch.float32) if parts > 1 else x for x in (dk, dv))
@@ -116,21 +131,26 @@ def _backward(
 
 
 def flash4_padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same with q, k and v padded to a head dimension of 96, for which the library is right as it comes."""
+    """Computes the attention of `flash4` with heads padded to 96, for which the library is right as it comes.
+
+    Raises:
+        ImportError: flash-attn-4 is not installed.
+    """
     head_dim = q.shape[-1]
     q, k, v = (F.pad(x, (0, _PADDED - head_dim)) for x in (q, k, v))
     return importlib.import_module(_LIBRARY).flash_attn_func(q, k, v, softmax_scale=head_dim**-0.5)[0][..., :head_dim]
 
 
 def flash4_prefix(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-    """Attention over the first keys of each sample. torch.compile takes it as it is, without a graph break.
+    """Computes attention over the first keys of each sample; torch.compile takes it without a graph break.
 
     Args:
-        q: [B, N, heads, 72]. k, v: [B, L, heads, 72]; finite beyond the keys that take part.
-        lengths: int32 [B], keys that take part, at least 1.
+        q: [B, N, H, 72].
+        k, v: [B, L, H, 72]; finite beyond the keys that take part.
+        lengths: int32 [B], how many keys take part, at least 1.
 
     Returns:
-        [B, N, heads, 72]. The gradients of keys that take no part are undefined, and may be NaN.
+        [B, N, H, 72]. The gradients of keys that take no part are undefined, and may be NaN.
 
     Raises:
         As `flash4`.
@@ -141,7 +161,7 @@ def flash4_prefix(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
 
 @torch.library.custom_op("mugv::flash4_prefix", mutates_args=())
 def _prefix_forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """o, and the logarithm of the softmax's denominator [B, heads, N] fp32."""
+    """Returns o, and the logarithm of the softmax's denominator [B, H, N] fp32."""
     o, log_sum, *_ = _interface()._flash_attn_fwd(q, k, v, seqused_k=lengths, return_lse=True)
     return o, log_sum
 
@@ -156,7 +176,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]
 def _prefix_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sum: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv."""
+    """Returns dq, dk and dv."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # the library gives the gradients their strides
     return _interface()._flash_attn_bwd(q, k, v, o, do, log_sum, seqused_k=lengths)
 
@@ -184,7 +204,7 @@ _prefix_forward.register_autograd(_prefix_differentiate, setup_context=_prefix_s
 
 @functools.cache
 def _interface() -> ModuleType:
-    """The library's module, mended and with our loop."""
+    """Returns the library's module, with its postprocessing corrected and our loop; it is imported when first used."""
     interface = importlib.import_module(_LIBRARY)
     hook = getattr(interface, _HOOK, None)
     if hook is None or _KEYWORD not in inspect.signature(hook).parameters:
@@ -195,7 +215,10 @@ def _interface() -> ModuleType:
 
 
 def _pipeline(interface: ModuleType) -> None:
-    """Gives the library `flash4_backward` for plain attention of heads from 65 to 80; beyond its own loop is faster."""
+    """Gives the library our backward loop for plain attention with heads of 65 to 80 channels.
+
+    For wider heads the library's own loop is faster.
+    """
     try:
         from mugv_kernels.flash4_backward import STAGES, PipelinedBackward
     except ImportError:  # a release with other parts: its own loop serves
@@ -220,7 +243,10 @@ def _pipeline(interface: ModuleType) -> None:
 
 
 def _mended(hook):
-    """`hook` with the accumulator's own multiple for head dimensions that 16 and 32 round up differently on Hopper."""
+    """Wraps the postprocessing `hook` so that it assumes the accumulator's multiple of 16 on Hopper.
+
+    It does so for head dimensions that multiples of 16 and 32 round up differently; the others are right as they are.
+    """
     signature = inspect.signature(hook)
 
     @functools.wraps(hook)  # keeps the attribute in which the library caches compiled kernels

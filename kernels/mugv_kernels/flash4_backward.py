@@ -4,8 +4,9 @@ For a block of keys and each block of queries in turn the library computes
 
     S = Q·Kᵀ, dP = dO·Vᵀ;  P = exp(S − lse), dS = P∘(dP − Σ);  dV += Pᵀ·dO, dQ = dS·K, dK += dSᵀ·Q
 
-in that order (Dao 2023, algorithm 2), so that one of the five products runs while exponentials are computed and none
-while dS is. Here the scores of the next block are issued before dQ and dK of this one:
+in that order (Dao 2023, FlashAttention-2, algorithm 2; Σ is the row sum of dO∘O), so that one of the five products runs
+while exponentials are computed and none while dS is. Here the scores of the next block are issued before dQ and dK of
+this one:
 
     tensor cores                                  meanwhile
     dV += Pᵀ·dO                                   dS = P∘(dP − Σ), to shared memory
@@ -13,7 +14,10 @@ while dS is. Here the scores of the next block are issued before dQ and dK of th
     dQ = dS·K, dK += dSᵀ·Q, dP' = dO'·Vᵀ          P' = exp(S' − lse'), dQ to shared memory
 
 Loading, the reduction of dQ over blocks of keys, and the epilogue are the library's. Scores of keys past the end are
-masked in the last block only, where the library compares in every block.
+masked in the last block only, whereas the library compares in every block.
+
+Names are the library's: m is the block of queries, n the block of keys, d and dv the head dimensions of Q, K and of V;
+acc_X is an accumulator in registers, sX a tensor in shared memory, rX in registers, mX in global memory.
 """
 
 import dataclasses
@@ -29,16 +33,19 @@ from flash_attn.cute.named_barrier import NamedBarrierBwd
 from flash_attn.cute.utils import cvt_f16
 from quack import copy_utils, layout_utils, sm90_utils
 
-# Of Q, dO and dS in shared memory; the library takes two. The next block's scores are read while this one's Q is still
-# wanted for dK, and a third stage lets the copy of the block after it run already.
+# Stages (buffers) of Q, dO and dS in shared memory; the library takes two. The next block's Q is read for its scores
+# while this block's Q is still wanted for dK, and a third stage lets the copy of the block after those run already.
 STAGES = 3
 
 
 class PipelinedBackward(FlashAttentionBackwardSm90):
-    """The library's kernel with the loop above, for bidirectional attention of samples of one length.
+    """The library's backward kernel with the loop above, for bidirectional attention of samples of one length.
 
     It takes the tile that the library uses at these head dimensions: P and dS stay in registers as operands of dV and
     dK, and the first warp group computes all of dQ.
+
+    Raises:
+        NotImplementedError: the arguments ask for another kind of attention, or give another tile.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -91,7 +98,7 @@ class PipelinedBackward(FlashAttentionBackwardSm90):
         qhead_per_kvhead_divmod=None,
         is_dQ_wg: cutlass.Constexpr[bool] = True,
     ):
-        """What a warp group of the library's kernel does, with its arguments; the library calls it."""
+        """Runs the matrix products of one warp group; it replaces the library's method and has its arguments."""
         warp_group = cute.arch.make_warp_uniform(tidx // self.num_threads_per_warp_group)
         first_thread = cute.make_layout(self.num_wg_mma, stride=self.num_threads_per_warp_group)(warp_group)
         thread_SdP = tiled_mma_SdP.get_slice(tidx)
@@ -170,7 +177,7 @@ class PipelinedBackward(FlashAttentionBackwardSm90):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Loop:
-    """One warp group's operands, and what it does with them for a block of keys and all blocks of queries.
+    """Holds one warp group's operands, and takes a block of keys through all blocks of queries.
 
     tXrY is the operand Y of the product X in registers or as a descriptor, tXsY a partition of Y in shared memory.
     Products run asynchronously and finish in the order in which they are issued.
@@ -206,7 +213,7 @@ class _Loop:
     dQ_threads: int
 
     def begin(self, stage, mask: Callable[[], None]) -> None:
-        """P and dP of the first block of queries."""
+        """Computes P and dP of the first block of queries."""
         self._issue_scores(stage)
         self._issue_dP(stage)
         warpgroup.wait_group(1)
@@ -215,7 +222,7 @@ class _Loop:
         warpgroup.wait_group(0)
 
     def step(self, stage, mask: Callable[[], None]):
-        """From P and dP of one block to those of the next, whose stage is returned."""
+        """Goes from P and dP of one block to those of the next, adding its dV, dK and dQ; returns the next's stage."""
         following = stage.clone()
         following.advance()
         self._issue_dV(stage)
@@ -233,7 +240,7 @@ class _Loop:
         return following
 
     def end(self, stage):
-        """dV, dK and dQ of the last block; returns the stage that comes next."""
+        """Adds dV, dK and dQ of the last block; returns the stage that comes next."""
         self._issue_dV(stage)
         rdS = self._dS(stage)
         self._issue_dQ_dK(rdS, stage)
@@ -261,7 +268,7 @@ class _Loop:
         _issue(self.mma_dK, self.acc_dK, rdS, _of(self.tdKrQ, stage))
 
     def _exponentials(self, stage) -> None:
-        """P = exp2(S · scale − lse), the library's lse being in base 2; in fp32 for dS and in 16 bits for dV."""
+        """Computes P = exp2(S · scale − lse), in fp32 for dS and in 16 bits for dV; the library's lse is in base 2."""
         lse = copy_utils.load_s2r(self.tSsLSE[None, stage.index])
         p = layout_utils.reshape_acc_to_mn(self.acc_S, transpose=True)
         for row in range(cute.size(p, mode=[0])):
@@ -270,7 +277,7 @@ class _Loop:
         cvt_f16(layout_utils.reshape_acc_to_frgA(self.acc_S), self.rP)
 
     def _dS(self, stage) -> cute.Tensor:
-        """dS = P∘(dP − Σ) in 16 bits for dK; on return all warp groups have it in shared memory for dQ."""
+        """Returns dS = P∘(dP − Σ) in 16 bits for dK; all warp groups then have it in shared memory for dQ."""
         total = copy_utils.load_s2r(self.tSsdPsum[None, stage.index])
         p, ds = (layout_utils.reshape_acc_to_mn(acc, transpose=True) for acc in (self.acc_S, self.acc_dP))
         for row in range(cute.size(ds, mode=[0])):
@@ -283,7 +290,7 @@ class _Loop:
         return rdS
 
     def _hand_over_dQ(self, running: int) -> None:
-        """Gives dQ, when only so many later products are running, to the warp that adds it up in global memory."""
+        """Waits until only `running` later products run, and gives dQ to the warp that sums it in global memory."""
         if self.acc_dQ is None:
             return
         warpgroup.wait_group(running)
@@ -295,8 +302,10 @@ class _Loop:
 
 
 def _of(operand: cute.Tensor, stage) -> cute.Tensor:
+    """Returns the part of an operand that lies in this stage."""
     return operand[None, None, None, stage.index]
 
 
 def _issue(mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, zero_init: bool = False) -> None:
+    """Starts a matrix product, acc += a·b (or acc = a·b), without waiting for it."""
     sm90_utils.gemm(mma, acc, a, b, zero_init=zero_init, wg_wait=-1)

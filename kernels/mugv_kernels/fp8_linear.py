@@ -1,9 +1,10 @@
-"""A linear layer whose matrix products run in fp8, through Transformer Engine. Importing this module needs the library.
+"""A linear layer whose matrix products run in fp8, through Transformer Engine, without which this cannot be imported.
 
-Recipe: each tensor is scaled by its own largest value when it is rounded (current scaling), to E4M3 in the forward
-pass and E5M2 for gradients (Micikevicius et al. 2022, arXiv:2209.05433). It has no state: delayed scaling takes its
-scales from a history of steps, which an exact resume would need, and which must stand still while activations are
-recomputed. A rank scales by the tokens that it holds, so results depend on the layout within the rounding of fp8.
+The recipe is current scaling: each tensor is scaled by its own largest value when it is rounded, to E4M3 in the forward
+pass and to E5M2 for gradients (Micikevicius et al. 2022, arXiv:2209.05433). It has no state. Delayed scaling would take
+its scales from a history of steps, which an exact resume would have to restore, and which must not advance while
+activations are recomputed. A rank scales by the tokens that it holds, so results depend on the layout within the
+rounding of fp8.
 """
 
 import torch
@@ -13,17 +14,17 @@ from transformer_engine.common.recipe import Float8CurrentScaling
 from transformer_engine.pytorch import Linear, autocast
 
 _RECIPE = Float8CurrentScaling()
-_ROWS = 16  # fp8 products want a multiple of it along every side
+_ROWS = 16  # every dimension of an fp8 product must be a multiple of it
 
 
 class Fp8Linear(Linear):
     """Takes the place of an `nn.Linear` and shares its parameters, which stay in bf16.
 
-    Input and gradient widths must be multiples of 16; rows may be any number, they are padded. Zero rows change neither
-    the scale nor any sum.
+    The input and output width must be multiples of 16. Rows may be any number: they are padded with zeros, which change
+    neither the scale nor any sum.
 
     Args:
-        linear: with a bias, on a CUDA device.
+        linear: the layer to replace, with a bias, on a CUDA device.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -36,7 +37,7 @@ class Fp8Linear(Linear):
 
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
-        """[…, in_features] → […, out_features]."""
+        """Applies the layer in fp8: […, in_features] → […, out_features]."""
         rows = x.flatten(0, -2)
         padding = -len(rows) % _ROWS
         with autocast(recipe=_RECIPE):

@@ -1,13 +1,16 @@
-"""The residual of a DiT block: a branch's output times a gate, each token by the row of its class, added to its input.
+"""The gated residual of a DiT block (Peebles & Xie 2023): adds a branch's output, times a gate, to the branch's input.
+
+Each token takes the gate of its class:
 
     y = residual + gate_k · (x + bias),  k = 1 for clean tokens, else 0
 
     dresidual = dy,  dx = gate_k · dy,  dgate_k = Σ dy · (x + bias),  dbias = Σ_k gate_k · Σ dy
     with the inner sums over the tokens of class k
 
-x is a linear's output without its bias, which costs nothing here: as part of the linear, its gradient would be one more
-pass over dx. Everything is computed in fp32, whatever the dtype of the tensors. The backward pass keeps the inputs
-alone. Its sums over tokens go through one partial sum a program, without atomics: the same bits every time.
+x is a linear's output without its bias, which costs nothing here: as part of the linear, its gradient would take one
+more pass over dx. Everything is computed in fp32, whatever the dtype of the tensors. Only the inputs are saved for the
+backward pass. Its sums over tokens go through one partial sum a program, without atomics, so that they have the same
+bits every time.
 
 Shape suffixes: B batch, N tokens, D hidden size, K = 2 token classes (0 noised, 1 clean).
 """
@@ -19,8 +22,9 @@ from torch import Tensor
 
 from mugv_kernels.modulate import by_class, check_tensor, multiprocessors, row_launch
 
-# By what the compiler says, a program of the backward pass takes 54 registers a thread on Hopper, and nine fit a
-# multiprocessor; a whole row with its two gates and four sums would take 118 and 512 threads, and one would fit.
+# Channels of a program of the backward pass. The compiler reports 54 registers a thread for it on Hopper, so that nine
+# programs fit a multiprocessor; a program for a whole row, with its two gates and four sums, would take 118 registers a
+# thread and 512 threads, and one would fit.
 _COLUMNS = 512
 _PROGRAMS_PER_MULTIPROCESSOR = 8
 
@@ -28,10 +32,10 @@ _PROGRAMS_PER_MULTIPROCESSOR = 8
 def gated_residual_reference(
     residual_BND: Tensor, x_BND: Tensor, bias_D: Tensor, gate_BKD: Tensor, clean_BN: Tensor
 ) -> Tensor:
-    """`gated_residual` in plain PyTorch: computed in fp32, or in fp64 where the tensors are fp64."""
+    """Does what `gated_residual` does in plain PyTorch, in fp32, or in fp64 where the tensors are fp64."""
     wide = torch.promote_types(x_BND.dtype, torch.float32)
-    y = residual_BND.to(wide) + by_class(gate_BKD.to(wide), clean_BN) * (x_BND.to(wide) + bias_D.to(wide))
-    return y.to(x_BND.dtype)
+    y_BND = residual_BND.to(wide) + by_class(gate_BKD.to(wide), clean_BN) * (x_BND.to(wide) + bias_D.to(wide))
+    return y_BND.to(x_BND.dtype)
 
 
 if find_spec("triton"):  # not built for every platform; the reference needs none
@@ -42,7 +46,7 @@ if find_spec("triton"):  # not built for every platform; the reference needs non
     def _forward_kernel(
         residual_ptr, x_ptr, bias_ptr, gate_ptr, clean_ptr, y_ptr, N, D: tl.constexpr, BLOCK_D: tl.constexpr
     ):
-        """One token a program; grid (N, B)."""
+        """Each program computes one token; the grid is (N, B)."""
         batch = tl.program_id(1).to(tl.int64)
         token = batch * N + tl.program_id(0)
         d = tl.arange(0, BLOCK_D)
@@ -71,15 +75,16 @@ if find_spec("triton"):  # not built for every platform; the reference needs non
         D: tl.constexpr,
         COLUMNS: tl.constexpr,
     ):
-        """COLUMNS channels of every `programs`-th token of a batch element a program; grid (programs, B, blocks of D).
+        """Each program takes COLUMNS channels of every `programs`-th token of one sample.
 
-        Partial sums go to sums [programs, 2, B, K, D] fp32: of dgate, then of dy.
+        The grid is (programs, B, blocks of D). The partial sums of dgate, then of dy, go to sums [programs, 2, B, K, D]
+        fp32.
         """
         batch = tl.program_id(1).to(tl.int64)
         d = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
         mask = d < D
 
-        # Both rows stay in registers: no load in the loop waits for a token's class.
+        # The rows of both classes stay in registers, so that no load in the loop waits for a token's class.
         rows = 2 * batch * D + d
         gate_noised = tl.load(gate_ptr + rows, mask=mask, other=0.0).to(tl.float32)
         gate_clean = tl.load(gate_ptr + rows + D, mask=mask, other=0.0).to(tl.float32)
@@ -133,7 +138,7 @@ def _(residual: Tensor, x: Tensor, bias: Tensor, gate: Tensor, clean: Tensor) ->
 def _backward(
     dy: Tensor, x: Tensor, bias: Tensor, gate: Tensor, clean: Tensor, needs_dx: bool, needs_sums: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx [B, N, D], dbias [D] and dgate [B, K, D]. What is not needed comes back empty."""
+    """Returns dx [B, N, D], dbias [D] and dgate [B, K, D]; what is not needed comes back empty."""
     dy, x, bias, gate, clean = (tensor.contiguous() for tensor in (dy, x, bias, gate, clean))
     B, N, D = x.shape
     dx, dbias, dgate = _backward_outputs(dy, x, bias, gate, clean, needs_dx, needs_sums)
@@ -185,10 +190,10 @@ _forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 def gated_residual(residual_BND: Tensor, x_BND: Tensor, bias_D: Tensor, gate_BKD: Tensor, clean_BN: Tensor) -> Tensor:
-    """residual + gate · (x + bias), with the gate of class 1 for clean tokens and of class 0 for the others.
+    """Computes residual + gate · (x + bias), with the gate of class 1 for clean tokens and of class 0 for the others.
 
-    Runs the kernel, so it needs CUDA tensors (or Triton's interpreter, TRITON_INTERPRET=1). Computes in fp32. Tensors
-    that are not contiguous are copied.
+    It runs the kernel, so it needs CUDA tensors (or Triton's interpreter, TRITON_INTERPRET=1). It computes in fp32, and
+    is differentiable. Tensors that are not contiguous are copied.
 
     Args:
         residual_BND, x_BND: [B, N, D], of one dtype.
@@ -200,7 +205,7 @@ def gated_residual(residual_BND: Tensor, x_BND: Tensor, bias_D: Tensor, gate_BKD
         [B, N, D] in x's dtype.
 
     Raises:
-        ValueError: A tensor has not the shape, dtype or device that goes with x.
+        ValueError: a tensor does not have the shape, dtype or device that goes with x.
     """
     B, N, D = x_BND.shape
     check_tensor("residual", residual_BND, (B, N, D), x_BND.dtype, x_BND)

@@ -1,15 +1,18 @@
-"""The backward pass through GELU (tanh form, Hendrycks & Gimpel 2016) between the two linears of a feed-forward layer.
+"""The backward pass through GELU (tanh form, Hendrycks & Gimpel 2016, section 2) between two linears of a feed-forward.
 
     GELU(x) = x · s,  s = sigmoid(2u) = (1 + tanh u) / 2,  u = √(2/π) · (x + 0.044715 x³)
     GELU'(x) = s + x · s · (1 − s) · 2u',  u' = √(2/π) · (1 + 3 · 0.044715 x²)
 
-From x and the gradient of GELU(x), in one pass and in place: GELU(x), which the second linear's weight gradient needs,
-takes x's place; the gradient of x takes that of the gradient; its sum over rows is the gradient of the first linear's
-bias. With F the bytes of x that is 4 F of traffic. One after the other, GELU (2 F), its gradient (3 F) and the sum (F)
-are 6 F, and hold x, GELU(x) and a gradient at once where this holds two of them.
+From x and the gradient of GELU(x) it computes three things in one pass and in place: GELU(x), which the second linear's
+weight gradient needs, takes the place of x; the gradient of x takes the place of the gradient; and the sum of the
+latter over rows is the gradient of the first linear's bias. That moves four times the bytes of x. GELU (2), its
+gradient (3) and the sum (1), one after the other, move six times, and hold x, GELU(x) and a gradient at once where this
+holds two of them.
 
-Everything is computed in fp32. The sum goes through one partial sum a program, without atomics: the same bits every
-time.
+Everything is computed in fp32. The sum goes through one partial sum a program, without atomics, so that it has the same
+bits every time.
+
+Shape suffixes: R rows (tokens), F channels (the inner width of the feed-forward layer).
 """
 
 from importlib.util import find_spec
@@ -20,31 +23,31 @@ from torch import Tensor
 
 from mugv_kernels.modulate import multiprocessors
 
-_COLUMNS = 512  # of a program
+_COLUMNS = 512  # channels of a program
 _PROGRAMS_PER_MULTIPROCESSOR = 16
 
 
 def gelu_backward_reference(x: Tensor, gradient: Tensor) -> Tensor:
-    """`gelu_backward` in plain PyTorch."""
+    """Does what `gelu_backward` does in plain PyTorch, in the tensors' dtype."""
     torch.ops.aten.gelu_backward.grad_input(gradient, x, approximate="tanh", grad_input=gradient)
     x.copy_(F.gelu(x, approximate="tanh"))
     return gradient.sum(dim=0)
 
 
 def gelu_backward(x: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient of x takes the place of `gradient`, GELU(x) that of x.
+    """Replaces `gradient` by the gradient of x, and x by GELU(x), in place.
 
-    Runs the kernel, so it needs CUDA tensors (or Triton's interpreter, TRITON_INTERPRET=1).
+    It runs the kernel, so it needs CUDA tensors (or Triton's interpreter, TRITON_INTERPRET=1).
 
     Args:
-        x: [R, F], contiguous.
-        gradient: of GELU(x), likewise.
+        x: [R, F], contiguous; GELU's input.
+        gradient: the gradient of GELU(x), of the same shape, dtype and device, contiguous.
 
     Returns:
         [F], the sum of x's gradient over the rows, in x's dtype.
 
     Raises:
-        ValueError: the tensors are not contiguous or do not go together.
+        ValueError: a tensor is not two-dimensional and contiguous, or they do not go together.
     """
     for name, tensor in (("x", x), ("gradient", gradient)):
         if tensor.ndim != 2 or not tensor.is_contiguous():
@@ -81,7 +84,7 @@ if find_spec("triton"):  # not built for every platform; the reference needs non
 
     @triton.jit
     def _kernel(x_ptr, gradient_ptr, sums_ptr, rows, F: tl.constexpr, COLUMNS: tl.constexpr):
-        """COLUMNS columns of every `row programs`-th row a program; its partial sums go to sums [row programs, F]."""
+        """Each program takes COLUMNS channels of every `row programs`-th row; partial sums go to [row programs, F]."""
         column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         mask = column < F
         total = tl.zeros([COLUMNS], dtype=tl.float32)

@@ -1,11 +1,13 @@
-"""RMSNorm of every head (Zhang & Sennrich 2019): what cross-attention does to q and k.
+"""RMSNorm of every head (Zhang & Sennrich 2019, eq. 4), which cross-attention applies to q and k.
 
     n = x / sqrt(mean(x²) + 1e-6),  y = n · w
     dw = Σ over rows of dy · n,  dx = (dy · w − n · mean(dy · w · n)) / sqrt(mean(x²) + 1e-6)
 
-Everything is computed in fp32, whatever the dtype of the tensors: x is read once and y written once, backward x and dy
-are read once and dx written once. The norm is computed again there, so nothing is kept but the inputs. The sum over
-rows goes through one partial sum a program, without atomics: the same bits every time.
+Everything is computed in fp32, whatever the dtype of the tensors. The forward pass reads x once and writes y once; the
+backward pass reads x and dy once and writes dx once. It computes the norm again, so only the inputs are saved. The sum
+over rows goes through one partial sum a program, without atomics, so that it has the same bits every time.
+
+Shapes: x and y are [..., d] and taken as rows of d = 72 channels; w is [d].
 """
 
 from importlib.util import find_spec
@@ -16,20 +18,20 @@ from torch import Tensor
 
 EPS = 1e-6
 _ROWS = 32  # rows, of 72 channels, that a program holds at once
-_BLOCKS = 16  # of rows, of a program of the backward pass: its share of dw is 288 bytes beside 221 KB of traffic
+_BLOCKS = 16  # blocks of rows of a backward program: its partial sum of dw is 288 bytes beside 221 KB of traffic
 
 
 def head_norm_reference(x: Tensor, weight: Tensor) -> Tensor:
-    """`head_norm` in plain PyTorch: computed in fp32, or in fp64 where x is fp64."""
+    """Does what `head_norm` does in plain PyTorch, in fp32, or in fp64 where x is fp64."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), EPS).to(x.dtype)
 
 
 def head_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """RMSNorm over the last side of x.
+    """Computes RMSNorm over the last dimension of x.
 
-    Runs the kernel, so it needs CUDA tensors (or Triton's interpreter, TRITON_INTERPRET=1). A tensor that is not
-    contiguous is copied.
+    It runs the kernel, so it needs CUDA tensors (or Triton's interpreter, TRITON_INTERPRET=1). It is differentiable. A
+    tensor that is not contiguous is copied.
 
     Args:
         x: [..., d].
@@ -39,7 +41,7 @@ def head_norm(x: Tensor, weight: Tensor) -> Tensor:
         A tensor of x's shape and dtype, contiguous.
 
     Raises:
-        ValueError: the weight does not go with x.
+        ValueError: the weight is not as long as the last dimension of x.
     """
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight {list(weight.shape)}: must be {list(x.shape[-1:])} to go with x {list(x.shape)}")
@@ -62,7 +64,7 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
 
 @torch.library.custom_op("mugv::head_norm_backward", mutates_args=())
 def _backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """dx and dw."""
+    """Returns dx and dw."""
     dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
     dx = torch.empty_like(x)
     rows = x.numel() // x.shape[-1]
@@ -100,7 +102,7 @@ if find_spec("triton"):  # not built for every platform; the reference needs non
     def _forward_kernel(
         x_ptr, weight_ptr, y_ptr, rows, EPS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
     ):
-        """ROWS rows a program."""
+        """Each program computes ROWS rows."""
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
         lane = tl.arange(0, LANES)[None, :]
         at, mask = row * D + lane, (row < rows) & (lane < D)
@@ -123,7 +125,7 @@ if find_spec("triton"):  # not built for every platform; the reference needs non
         ROWS: tl.constexpr,
         LANES: tl.constexpr,
     ):
-        """BLOCKS · ROWS rows a program; its partial sum of dw goes to sums [programs, D] fp32."""
+        """Each program computes BLOCKS · ROWS rows; its partial sum of dw goes to sums [programs, D] fp32."""
         program = tl.program_id(0).to(tl.int64)
         lane = tl.arange(0, LANES)[None, :]
         weight = tl.load(weight_ptr + lane, mask=lane < D, other=0.0).to(tl.float32)

@@ -1,4 +1,4 @@
-"""adaLN: LayerNorm without affine, then scale and shift, each token by the row of its class (Peebles & Xie 2023).
+"""adaLN (Peebles & Xie 2023): LayerNorm without affine, then a scale and a shift for each token's class.
 
     x̂ = (x − mean_D(x)) · rstd,  rstd = 1 / √(var_D(x) + 1e-6)
     y = x̂ · (1 + scale_k) + shift_k,  k = 1 for clean tokens, else 0
@@ -6,8 +6,9 @@
     dx = rstd · (g − mean_D(g) − x̂ · mean_D(g · x̂)),  g = dy · (1 + scale_k)
     dshift_k = Σ dy,  dscale_k = Σ dy · x̂,  over the tokens of class k
 
-Everything is computed in fp32, whatever the dtype of the tensors. The backward pass keeps the inputs, mean and rstd,
-and recomputes x̂. Its sums over tokens go through one partial sum a program, without atomics: the same bits every time.
+Everything is computed in fp32, whatever the dtype of the tensors. The inputs, mean and rstd are saved for the backward
+pass, which computes x̂ again. Its sums over tokens go through one partial sum a program, without atomics, so that they
+have the same bits every time.
 
 Shape suffixes: B batch, N tokens, D hidden size, K = 2 token classes (0 noised, 1 clean).
 """
@@ -22,37 +23,38 @@ PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
 def by_class(rows_BKD: Tensor, clean_BN: Tensor) -> Tensor:
-    """Each token's row [B, N, D]: of class 1 where the token is clean, else of class 0."""
-    noised, clean = rows_BKD[:, :, None].unbind(1)
-    return torch.where(clean_BN[..., None], clean, noised)
+    """Returns each token's row [B, N, D]: that of class 1 where the token is clean, else that of class 0."""
+    noised_B1D, clean_B1D = rows_BKD[:, :, None].unbind(1)
+    return torch.where(clean_BN[..., None], clean_B1D, noised_B1D)
 
 
 def modulate_reference(x_BND: Tensor, shift_BKD: Tensor, scale_BKD: Tensor, clean_BN: Tensor) -> Tensor:
-    """`modulate` in plain PyTorch: computed in fp32, or in fp64 where the tensors are fp64."""
+    """Does what `modulate` does in plain PyTorch, in fp32, or in fp64 where the tensors are fp64."""
     return modulate_forward_reference(x_BND, shift_BKD, scale_BKD, clean_BN)[0]
 
 
 def modulate_forward_reference(
     x_BND: Tensor, shift_BKD: Tensor, scale_BKD: Tensor, clean_BN: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`modulate_forward` in plain PyTorch."""
+    """Does what `modulate_forward` does in plain PyTorch."""
     wide = torch.promote_types(x_BND.dtype, torch.float32)
-    normed, mean, rstd = torch.native_layer_norm(x_BND.to(wide), x_BND.shape[-1:], None, None, EPS)
-    y = normed * (1 + by_class(scale_BKD.to(wide), clean_BN)) + by_class(shift_BKD.to(wide), clean_BN)
-    return y.to(x_BND.dtype), mean.squeeze(-1), rstd.squeeze(-1)
+    normed_BND, mean_BN1, rstd_BN1 = torch.native_layer_norm(x_BND.to(wide), x_BND.shape[-1:], None, None, EPS)
+    y_BND = normed_BND * (1 + by_class(scale_BKD.to(wide), clean_BN)) + by_class(shift_BKD.to(wide), clean_BN)
+    return y_BND.to(x_BND.dtype), mean_BN1.squeeze(-1), rstd_BN1.squeeze(-1)
 
 
 def modulate_backward_reference(
     dy_BND: Tensor, x_BND: Tensor, scale_BKD: Tensor, clean_BN: Tensor, mean_BN: Tensor, rstd_BN: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`modulate_backward` in plain PyTorch."""
-    dy, rstd = dy_BND.to(mean_BN.dtype), rstd_BN[..., None]
-    normed = (x_BND.to(mean_BN.dtype) - mean_BN[..., None]) * rstd
-    g = dy * (1 + by_class(scale_BKD.to(mean_BN.dtype), clean_BN))
-    dx = rstd * (g - g.mean(-1, keepdim=True) - normed * (g * normed).mean(-1, keepdim=True))
-    classes_BKN = torch.stack([~clean_BN, clean_BN], dim=1).to(dy.dtype)
-    dshift, dscale = classes_BKN @ dy, classes_BKN @ (dy * normed)
-    return dx.to(x_BND.dtype), dshift.to(scale_BKD.dtype), dscale.to(scale_BKD.dtype)
+    """Does what `modulate_backward` does in plain PyTorch."""
+    dy_BND, rstd_BN1 = dy_BND.to(mean_BN.dtype), rstd_BN[..., None]
+    normed_BND = (x_BND.to(mean_BN.dtype) - mean_BN[..., None]) * rstd_BN1
+    g_BND = dy_BND * (1 + by_class(scale_BKD.to(mean_BN.dtype), clean_BN))
+    mean_g_BN1, mean_g_normed_BN1 = g_BND.mean(-1, keepdim=True), (g_BND * normed_BND).mean(-1, keepdim=True)
+    dx_BND = rstd_BN1 * (g_BND - mean_g_BN1 - normed_BND * mean_g_normed_BN1)
+    classes_BKN = torch.stack([~clean_BN, clean_BN], dim=1).to(dy_BND.dtype)
+    dshift_BKD, dscale_BKD = classes_BKN @ dy_BND, classes_BKN @ (dy_BND * normed_BND)
+    return dx_BND.to(x_BND.dtype), dshift_BKD.to(scale_BKD.dtype), dscale_BKD.to(scale_BKD.dtype)
 
 
 if find_spec("triton"):  # not built for every platform; the reference needs none
@@ -73,7 +75,7 @@ if find_spec("triton"):  # not built for every platform; the reference needs non
         D: tl.constexpr,
         BLOCK_D: tl.constexpr,
     ):
-        """One token a program; grid (N, B)."""
+        """Each program computes one token; the grid is (N, B)."""
         batch = tl.program_id(1).to(tl.int64)
         token = batch * N + tl.program_id(0)
         d = tl.arange(0, BLOCK_D)
@@ -109,15 +111,15 @@ if find_spec("triton"):  # not built for every platform; the reference needs non
         D: tl.constexpr,
         BLOCK_D: tl.constexpr,
     ):
-        """Every `programs`-th token of one batch element a program; grid (programs, B).
+        """Each program takes every `programs`-th token of one sample; the grid is (programs, B).
 
-        Partial sums go to sums [programs, 2, B, K, D] fp32: of dshift, then of dscale.
+        The partial sums of dshift, then of dscale, go to sums [programs, 2, B, K, D] fp32.
         """
         batch = tl.program_id(1).to(tl.int64)
         d = tl.arange(0, BLOCK_D)
         mask = d < D
 
-        # Both rows stay in registers: no load in the loop waits for a token's class.
+        # The rows of both classes stay in registers, so that no load in the loop waits for a token's class.
         rows = 2 * batch * D + d
         scale_noised = tl.load(scale_ptr + rows, mask=mask, other=0.0).to(tl.float32)
         scale_clean = tl.load(scale_ptr + rows + D, mask=mask, other=0.0).to(tl.float32)
@@ -157,24 +159,31 @@ if find_spec("triton"):  # not built for every platform; the reference needs non
 
 
 def row_launch(D: int) -> dict[str, int]:
-    """Launch arguments of a kernel that holds a whole row of D in registers: 8 elements a thread at D = 3456."""
+    """Returns the launch arguments of a kernel that holds a whole row of D channels in registers.
+
+    At D = 3456 a thread holds 8 elements.
+    """
     block = triton.next_power_of_2(D)
     return {"D": D, "BLOCK_D": block, "num_warps": max(1, min(16, block // 256))}
 
 
 def reduction_programs(x_BND: Tensor) -> int:
-    """Programs among which a reduction shares the tokens of one batch element."""
+    """Returns the number of programs among which a reduction shares the tokens of one sample."""
     B, N, _ = x_BND.shape
     return min(N, triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x_BND), B))
 
 
 def multiprocessors(x: Tensor) -> int:
-    """Of the device that holds x; one for the CPU."""
+    """Returns the number of multiprocessors of the device that holds x; one for the CPU."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, x: Tensor) -> None:
-    """Raises ValueError where a tensor does not go with x: a kernel, handed bare pointers, would read astray."""
+    """Checks that a tensor goes with x, because a kernel, which gets bare pointers, would read past one that does not.
+
+    Raises:
+        ValueError: the tensor has another shape or dtype than these, or lies on another device than x.
+    """
     if tensor.shape != shape or tensor.dtype != dtype or tensor.device != x.device:
         raise ValueError(
             f"{name} must be {list(shape)} {dtype} on {x.device} to go with x {list(x.shape)} {x.dtype}, "
@@ -185,7 +194,7 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch
 # Custom operators rather than an autograd.Function: torch.compile takes them as they are, without a graph break.
 @torch.library.custom_op("mugv::modulate", mutates_args=())
 def _forward(x: Tensor, shift: Tensor, scale: Tensor, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """y [B, N, D] in x's dtype; mean and rstd [B, N] fp32."""
+    """Returns y [B, N, D] in x's dtype, and mean and rstd [B, N] fp32."""
     x, shift, scale, clean = (tensor.contiguous() for tensor in (x, shift, scale, clean))
     B, N, D = x.shape
     y, mean, rstd = _forward_outputs(x, shift, scale, clean)
@@ -203,7 +212,7 @@ def _forward_outputs(x: Tensor, shift: Tensor, scale: Tensor, clean: Tensor) -> 
 def _backward(
     dy: Tensor, x: Tensor, scale: Tensor, clean: Tensor, mean: Tensor, rstd: Tensor, needs_dx: bool, needs_rows: bool
 ) -> tuple[Tensor, Tensor]:
-    """dx [B, N, D]; dshift and dscale stacked [2, B, K, D]. One that is not needed comes back empty."""
+    """Returns dx [B, N, D], and dshift and dscale stacked [2, B, K, D]; what is not needed comes back empty."""
     dy, x, scale, clean = (tensor.contiguous() for tensor in (dy, x, scale, clean))
     B, N, D = x.shape
     dx, rows = _backward_outputs(dy, x, scale, clean, mean, rstd, needs_dx, needs_rows)
@@ -246,10 +255,10 @@ _forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 def modulate(x_BND: Tensor, shift_BKD: Tensor, scale_BKD: Tensor, clean_BN: Tensor) -> Tensor:
-    """LayerNorm(x) · (1 + scale) + shift, with the rows of class 1 for clean tokens and of class 0 for the others.
+    """Computes LayerNorm(x) · (1 + scale) + shift, with the rows of class 1 for clean tokens, else those of class 0.
 
-    Runs the kernel, so it needs CUDA tensors (or Triton's interpreter, TRITON_INTERPRET=1). Computes in fp32. Tensors
-    that are not contiguous are copied.
+    It runs the kernel, so it needs CUDA tensors (or Triton's interpreter, TRITON_INTERPRET=1). It computes in fp32, and
+    is differentiable. Tensors that are not contiguous are copied.
 
     Args:
         x_BND: [B, N, D].
@@ -260,7 +269,7 @@ def modulate(x_BND: Tensor, shift_BKD: Tensor, scale_BKD: Tensor, clean_BN: Tens
         [B, N, D] in x's dtype.
 
     Raises:
-        ValueError: A tensor has not the shape, dtype or device that goes with x.
+        ValueError: a tensor does not have the shape, dtype or device that goes with x.
     """
     return modulate_forward(x_BND, shift_BKD, scale_BKD, clean_BN)[0]
 
@@ -268,7 +277,11 @@ def modulate(x_BND: Tensor, shift_BKD: Tensor, scale_BKD: Tensor, clean_BN: Tens
 def modulate_forward(
     x_BND: Tensor, shift_BKD: Tensor, scale_BKD: Tensor, clean_BN: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`modulate`, and mean and rstd [B, N] fp32 of x, which `modulate_backward` takes."""
+    """Does what `modulate` does, and returns mean and rstd [B, N] fp32 of x too, which `modulate_backward` takes.
+
+    Raises:
+        ValueError: as `modulate`.
+    """
     B, N, D = x_BND.shape
     for name, rows in (("shift", shift_BKD), ("scale", scale_BKD)):
         dtype = torch.float32 if rows.dtype == torch.float32 else x_BND.dtype
@@ -280,10 +293,13 @@ def modulate_forward(
 def modulate_backward(
     dy_BND: Tensor, x_BND: Tensor, scale_BKD: Tensor, clean_BN: Tensor, mean_BN: Tensor, rstd_BN: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx in x's dtype, dshift and dscale [B, 2, D] in scale's, from the gradient of `modulate_forward`'s first output.
+    """Returns the gradients of x, shift and scale from that of `modulate_forward`'s first output.
 
-    For a backward pass that calls `modulate_forward` again; `modulate` itself is differentiable.
+    It is for a backward pass that calls `modulate_forward` again; `modulate` itself is differentiable.
+
+    Returns:
+        dx [B, N, D] in x's dtype; dshift and dscale [B, 2, D] in scale's.
     """
-    dx, rows = _backward(dy_BND, x_BND, scale_BKD, clean_BN, mean_BN, rstd_BN, True, True)
-    dshift, dscale = rows.unbind()
-    return dx, dshift.clone(), dscale  # an operator that returns both may not return views of one tensor
+    dx_BND, rows = _backward(dy_BND, x_BND, scale_BKD, clean_BN, mean_BN, rstd_BN, True, True)
+    dshift_BKD, dscale_BKD = rows.unbind()
+    return dx_BND, dshift_BKD.clone(), dscale_BKD  # an operator that returns both may not return views of one tensor

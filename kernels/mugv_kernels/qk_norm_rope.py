@@ -1,21 +1,24 @@
-"""RMSNorm of q and k, rotary embedding, and the layout that the all-to-all of Ulysses sends, in one pass.
+"""RMSNorm of q and k, rotary embedding, and the layout that the all-to-all of Ulysses sends, in one pass over qkv.
 
-For a row x of q or k (72 channels of one token and head), its norm's weight w and the token's angles:
+For a row x of q or k (72 channels of one token and head), its norm's weight w and the token's angles it computes
 
-    n = x / sqrt(mean(x²) + 1e-6)            RMSNorm (Zhang & Sennrich 2019)
+    n = x / sqrt(mean(x²) + 1e-6)            RMSNorm (Zhang & Sennrich 2019, eq. 4)
     y = n · w
     z[2i]   = y[2i] · cos[i] − y[2i+1] · sin[i]      RoPE over neighbouring pairs (Su et al. 2021), i = 0…35
     z[2i+1] = y[2i] · sin[i] + y[2i+1] · cos[i]
 
-all in fp32 and then cast; v is copied. The result is [ranks, B, N, 3, H/ranks, 72]: what the all-to-all sends to each
+in fp32, and then casts; v is copied. The result is [ranks, B, N, 3, H/ranks, 72]: what the all-to-all sends to each
 rank is one piece, and what comes back is, for one sample, q, k and v of all tokens without another copy. Its rows are
-`ROW` elements apart: 160 bytes in bf16, so that each starts where a 32-byte piece of memory does. Backward, with dy the
-gradient dz turned back by the same angles:
+`ROW` elements apart, 160 bytes in bf16, so that each starts where a 32-byte sector of memory does. With dy the gradient
+dz turned back by the same angles, the backward pass computes
 
     dw = Σ over tokens and heads of dy · n
     dx = (dy · w − n · mean(dy · w · n)) / sqrt(mean(x²) + 1e-6)
 
-The norm is computed again there, so nothing is kept but the inputs.
+It computes the norm again, so only the inputs are saved.
+
+Shape suffixes: B batch, N tokens, H heads, d = 72 head dimension, P = 36 pairs of channels, R ranks, h = H/R heads of a
+rank.
 """
 
 from importlib.util import find_spec
@@ -26,27 +29,28 @@ from einops import rearrange
 from torch import Tensor
 
 HEAD_DIM = 72
-ROW = 80
+ROW = 80  # elements from one row of the result to the next
 EPS = 1e-6
-_TOKENS = 8  # of a program of the backward pass: its row of weight gradients is 576 bytes beside 8 × 55 KB of traffic
+_TOKENS = 8  # tokens of a backward program: its row of weight gradients is 576 bytes beside 8 × 55 KB of traffic
 
 
 def qk_norm_rope_reference(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, ranks: int
 ) -> Tensor:
-    """`qk_norm_rope` in plain PyTorch. Computes in fp32, or in fp64 if qkv is fp64."""
+    """Does what `qk_norm_rope` does in plain PyTorch, in fp32, or in fp64 where qkv is fp64."""
     _check(qkv, q_weight, k_weight, cos, sin, ranks)
-    q, k, v = rearrange(qkv, "b n (three head d) -> three b n head d", three=3, d=HEAD_DIM)
-    q = _norm_rotate(q, q_weight, cos, sin)
-    k = _norm_rotate(k, k_weight, cos, sin)
-    return rearrange([q, k, v], "qkv b n (rank head) d -> rank b n qkv head d", rank=ranks).contiguous()
+    q_BNHd, k_BNHd, v_BNHd = rearrange(qkv, "b n (three head d) -> three b n head d", three=3, d=HEAD_DIM)
+    q_BNHd = _norm_rotate(q_BNHd, q_weight, cos, sin)
+    k_BNHd = _norm_rotate(k_BNHd, k_weight, cos, sin)
+    return rearrange([q_BNHd, k_BNHd, v_BNHd], "qkv b n (rank head) d -> rank b n qkv head d", rank=ranks).contiguous()
 
 
 def _norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Normalises and rotates q or k, [B, N, H, 72] → the same."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    y = F.rms_norm(x.to(wide), (HEAD_DIM,), weight.to(wide), EPS)
-    even, odd = y.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
+    y_BNHd = F.rms_norm(x.to(wide), (HEAD_DIM,), weight.to(wide), EPS)
+    even, odd = y_BNHd.unflatten(-1, (-1, 2)).unbind(-1)  # [B, N, H, 36] each
+    cos, sin = cos[:, :, None], sin[:, :, None]  # [B, N, 1, 36]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
@@ -55,14 +59,14 @@ def qk_norm_rope(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, s
 
     Args:
         qkv: [B, N, 3·H·72], the output of the projection: channels are (q, k, v) × head × 72.
-        q_weight, k_weight: [72] of the two RMSNorms.
+        q_weight, k_weight: [72], of the two RMSNorms.
         cos, sin: [B, N, 36] fp32, of each token's angles. They get no gradient.
-        ranks: of the sequence-parallel group; divides H. Head h goes to rank h // (H/ranks).
+        ranks: number of ranks of the sequence-parallel group; divides H. Head i goes to rank i // (H/ranks).
     Returns:
-        [ranks, B, N, 3, H/ranks, 72] in qkv's dtype, of a contiguous tensor whose rows are `ROW` long.
+        [ranks, B, N, 3, H/ranks, 72] in qkv's dtype, a view of a contiguous tensor whose rows are `ROW` long.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: the shapes do not fit together.
     """
     _check(qkv, q_weight, k_weight, cos, sin, ranks)
     return _forward(qkv, q_weight, k_weight, cos, sin, ranks)
@@ -104,7 +108,7 @@ def _(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
 def _backward(
     gradient: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of qkv, q_weight and k_weight from that of the result."""
+    """Returns the gradients of qkv, q_weight and k_weight from that of the result."""
     ranks, batch, tokens, _, local_heads, _ = gradient.shape
     programs = -(-batch * tokens // _TOKENS)
     inputs = (x.contiguous() for x in (gradient, qkv, q_weight, k_weight, cos, sin))
@@ -113,7 +117,7 @@ def _backward(
     _backward_kernel[(programs,)](
         *inputs, d_qkv, d_weights, batch * tokens, ranks * local_heads, local_heads, TOKENS=_TOKENS
     )
-    # A row a program, summed here and not with atomics: the same bits every time.
+    # Each program wrote a row. They are summed here and not with atomics, so that they have the same bits every time.
     dq_weight, dk_weight = d_weights.sum(0)
     return d_qkv, dq_weight.to(q_weight.dtype, copy=True), dk_weight.to(k_weight.dtype, copy=True)
 
@@ -141,8 +145,8 @@ if find_spec("triton"):  # not built for every platform; the reference needs non
     import triton
     import triton.language as tl
 
-    # A program takes blocks of heads of a token: [16, 128], of which 72 lanes are used, 2.3 KB of bf16 each of q, k, v.
-    # Lanes are loaded in order, 16 bytes a thread, and split into pairs in registers.
+    # A program takes blocks of heads of a token, [16, 128], of which 72 lanes are used: 2.3 KB of bf16 of each of q, k
+    # and v. Lanes are loaded in order, 16 bytes a thread, and split into pairs in registers.
     _BLOCK = tl.constexpr(16)
     _LANES = tl.constexpr(128)
     _DIM = tl.constexpr(HEAD_DIM)
@@ -151,40 +155,40 @@ if find_spec("triton"):  # not built for every platform; the reference needs non
 
     @triton.jit
     def _pairs(x):
-        """Even and odd lanes [BLOCK, LANES / 2] fp32 of rows [BLOCK, LANES]."""
+        """Splits rows [BLOCK, LANES] into their even and odd lanes, [BLOCK, LANES / 2] fp32 each."""
         return tl.split(tl.reshape(x.to(tl.float32), (_BLOCK, _LANES // 2, 2)))
 
     @triton.jit
     def _lanes(even, odd):
-        """The inverse of `_pairs`."""
+        """Joins even and odd lanes into rows; the inverse of `_pairs`."""
         return tl.reshape(tl.join(even, odd), (_BLOCK, _LANES))
 
     @triton.jit
     def _pair_weights(weight, pair):
-        """Weights of even and odd channels, each [1, LANES / 2] fp32, zero past the head."""
+        """Loads the weights of even and odd channels, each [1, LANES / 2] fp32, zero past the head."""
         even = tl.load(weight + 2 * pair, mask=2 * pair < _DIM, other=0.0).to(tl.float32)
         odd = tl.load(weight + 2 * pair + 1, mask=2 * pair < _DIM, other=0.0).to(tl.float32)
         return even[None, :], odd[None, :]
 
     @triton.jit
     def _inverse_rms(even, odd):
-        """[BLOCK, 1]."""
+        """Returns 1 / sqrt(mean(x²) + eps) of each row, [BLOCK, 1]."""
         return tl.rsqrt(tl.sum(even * even + odd * odd, axis=1) / _DIM + _NORM_EPS)[:, None]
 
     @triton.jit
     def _projected(token, head, part, HEADS: tl.constexpr):
-        """Offsets [BLOCK, 1] of rows in qkv [tokens, 3, HEADS, DIM]; int64, as the token is."""
+        """Returns the offsets [BLOCK, 1] of rows in qkv [tokens, 3, HEADS, DIM], int64 as the token is."""
         return (((token * 3 + part) * HEADS + head) * _DIM)[:, None]
 
     @triton.jit
     def _sent(token, head, part, tokens, LOCAL_HEADS: tl.constexpr, ROW: tl.constexpr):
-        """Offsets [BLOCK, 1] of rows in the result [ranks, tokens, 3, LOCAL_HEADS, ROW]; int64, as the token is."""
+        """Returns the offsets [BLOCK, 1] of rows in the result [ranks, tokens, 3, LOCAL_HEADS, ROW], int64."""
         rank, local_head = head // LOCAL_HEADS, head % LOCAL_HEADS
         return ((((rank * tokens + token) * 3 + part) * LOCAL_HEADS + local_head) * ROW)[:, None]
 
     @triton.jit
     def _forward_rows(x, even_weight, odd_weight, cos, sin):
-        """z of rows x [BLOCK, LANES]."""
+        """Returns z of the rows x, [BLOCK, LANES]."""
         even, odd = _pairs(x)
         inverse_rms = _inverse_rms(even, odd)
         even, odd = even * inverse_rms * even_weight, odd * inverse_rms * odd_weight
@@ -192,7 +196,7 @@ if find_spec("triton"):  # not built for every platform; the reference needs non
 
     @triton.jit
     def _backward_rows(x, dz, even_weight, odd_weight, cos, sin):
-        """dx of rows x from dz, [BLOCK, LANES], and each row's share of dw, as pairs."""
+        """Returns dx of the rows x from dz, [BLOCK, LANES], and each row's share of dw, as even and odd lanes."""
         even, odd = _pairs(x)
         inverse_rms = _inverse_rms(even, odd)
         even, odd = even * inverse_rms, odd * inverse_rms
@@ -215,7 +219,7 @@ if find_spec("triton"):  # not built for every platform; the reference needs non
         HEADS: tl.constexpr,
         LOCAL_HEADS: tl.constexpr,
     ):
-        """All heads of one token."""
+        """Each program computes all heads of one token."""
         token = tl.program_id(0).to(tl.int64)
         lane = tl.arange(0, _LANES)[None, :]
         pair = tl.arange(0, _LANES // 2)
@@ -252,7 +256,7 @@ if find_spec("triton"):  # not built for every platform; the reference needs non
         LOCAL_HEADS: tl.constexpr,
         TOKENS: tl.constexpr,
     ):
-        """All heads of TOKENS tokens, and their share [2, DIM] of the weights' gradients."""
+        """Each program computes all heads of TOKENS tokens, and their share [2, DIM] of the weights' gradients."""
         program = tl.program_id(0)
         lane = tl.arange(0, _LANES)[None, :]
         pair = tl.arange(0, _LANES // 2)

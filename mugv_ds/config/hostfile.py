@@ -1,4 +1,4 @@
-"""Hostfiles: which hosts take part and with how many slots (processes) each."""
+"""Reads, checks and writes hostfiles: which hosts take part, and with how many slots (processes) each."""
 
 import argparse
 import os
@@ -19,20 +19,20 @@ _HOST = re.compile(r"[A-Za-z0-9._-]+")
 
 
 class HostfileError(InputError):
-    """A hostfile that must not be launched with. The message names file and line, and what is wrong."""
+    """A hostfile cannot be used for a launch. The message names the file and line, and what is wrong."""
 
 
 def parse_hostfile(path: str | Path) -> dict[str, int]:
     """Reads lines of the form `host slots=8`; blank lines and `#` comments are skipped.
 
-    Stricter than DeepSpeed's reader, because host names end up in command lines of ssh and pdsh.
+    It is stricter than DeepSpeed's reader, because host names end up in command lines of ssh and pdsh.
 
     Returns:
-        Slots of each host, in the order of the file, which is the order of the ranks.
+        The slots of each host, in the order of the file, which is the order of the ranks.
 
     Raises:
-        HostfileError: no such file, or a line that is malformed, names a host twice or one that a shell or ssh could
-            take for something else, or has slots outside 1..1024.
+        HostfileError: there is no such file, it names no host, or a line is malformed, names a host twice, names one
+            that a shell or ssh could take for something else, or has slots outside 1..1024.
     """
     path = Path(path)
     try:
@@ -61,6 +61,7 @@ def parse_hostfile(path: str | Path) -> dict[str, int]:
 
 
 def _parse_entry(entry: str) -> tuple[str, int]:
+    """Returns host and slots of one line."""
     match = _LINE.fullmatch(entry)
     if match is None:
         raise HostfileError(f"{entry!r} does not read 'host slots=N'")
@@ -77,8 +78,8 @@ def _parse_entry(entry: str) -> tuple[str, int]:
 def check_launcher(world_size: int) -> None:
     """Checks, from inside a training process, the hostfile that its `deepspeed` launcher was given.
 
-    The launcher only warns when that file is missing, and goes on with the local devices. Returns silently without a
-    launcher among the parents, as on the remote hosts of a pdsh launch, and without a hostfile.
+    The launcher only warns when that file is missing, and goes on with the local devices. The check passes where no
+    launcher is among the parents, as on the remote hosts of a pdsh launch, and where no hostfile was given.
 
     Args:
         world_size: number of processes of the run.
@@ -99,11 +100,11 @@ def check_launcher(world_size: int) -> None:
 
 @dataclass(frozen=True)
 class LauncherOptions:
-    """What the `deepspeed` launcher was told about hosts.
+    """The `deepspeed` launcher's options about hosts.
 
     Args:
-        hostfile: the path as given, or None.
-        filtered: whether only a part of the hostfile's slots is to be used.
+        hostfile: the path as it was given, or None.
+        filtered: whether only a part of the hostfile's slots is used.
     """
 
     hostfile: str | None
@@ -111,10 +112,10 @@ class LauncherOptions:
 
 
 def read_launcher_command(command: Sequence[str]) -> LauncherOptions | None:
-    """Reads the command line of a process; None if it is not that of the `deepspeed` launcher.
+    """Reads the `deepspeed` launcher's options from the command line of a process; None if it is another program's.
 
     Raises:
-        HostfileError: it is the launcher's, with options that its version in use does not have.
+        HostfileError: it is the launcher's, with options that the supported version does not have.
     """
     arguments = _launcher_arguments(command)
     if arguments is None:
@@ -134,7 +135,10 @@ def _check_options(options: LauncherOptions, folder: Path, world_size: int) -> N
 
 
 def _launcher_arguments(command: Sequence[str]) -> Sequence[str] | None:
-    """What follows the launcher in `python [flags] …/deepspeed …` or `python -m deepspeed.launcher.runner …`."""
+    """Returns what follows the launcher in `python [flags] …/deepspeed …` or `python -m deepspeed.launcher.runner …`.
+
+    It is None for any other command.
+    """
     if not command or not PurePath(command[0]).name.startswith("python"):
         return None
     for index, word in enumerate(command[1:], start=1):
@@ -146,12 +150,14 @@ def _launcher_arguments(command: Sequence[str]) -> Sequence[str] | None:
 
 
 class _LauncherParser(argparse.ArgumentParser):
+    """Raises HostfileError where argparse would end the process."""
+
     def error(self, message: str) -> NoReturn:
         raise HostfileError(f"the command line of the deepspeed launcher: {message}")
 
 
 def _launcher_parser() -> argparse.ArgumentParser:
-    """The options of DeepSpeed 0.19.8's launcher: all of them, to know where the training script's own begin."""
+    """Returns a parser of all options of DeepSpeed 0.19.8's launcher, to know where the training script's own begin."""
     parser = _LauncherParser(prog="deepspeed", add_help=False)
     parser.add_argument("-H", "--hostfile")
     parser.add_argument("-i", "--include")
@@ -182,10 +188,11 @@ def write_slurm_hostfile(path: str | Path, slots: int | None = None) -> dict[str
         slots: processes a host; by default SLURM_GPUS_ON_NODE.
 
     Returns:
-        Slots of each host, as `parse_hostfile`.
+        The slots of each host, as `parse_hostfile`.
 
     Raises:
-        HostfileError: not inside an allocation, no number of slots, `scontrol` fails, or a bad host or number.
+        HostfileError: this is not inside an allocation, the number of slots is not known, `scontrol` fails, the file
+            cannot be written, or a host or number is bad.
     """
     count = os.environ.get("SLURM_GPUS_ON_NODE") if slots is None else slots
     if count is None:
@@ -199,6 +206,7 @@ def write_slurm_hostfile(path: str | Path, slots: int | None = None) -> dict[str
 
 
 def _slurm_hosts() -> list[str]:
+    """Returns the hosts of the current SLURM allocation."""
     nodes = os.environ.get("SLURM_JOB_NODELIST")
     if not nodes:
         raise HostfileError("SLURM_JOB_NODELIST is not set: run this inside a SLURM allocation (sbatch or salloc)")

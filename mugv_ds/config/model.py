@@ -1,4 +1,4 @@
-"""Sizes of the diffusion transformer, and the published presets."""
+"""Sizes of the diffusion transformer: `DiTConfig`, the published presets, and the latent's constants."""
 
 from dataclasses import dataclass, fields
 
@@ -6,12 +6,12 @@ from mugv_ds.config.errors import ConfigError
 
 HEAD_DIM = 72
 LATENT_CHANNELS = 24
-LATENT_STRIDE = 8  # pixels and frames that a latent covers along each axis
+LATENT_STRIDE = 8  # pixels along height and width, and frames along time, that one latent element covers
 
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Sizes of one MUG-DiT. `hidden_size` is always `num_heads` × 72.
+    """The sizes of one MUG-DiT. `hidden_size` is always `num_heads` × 72.
 
     Args:
         hidden_size: D, the width of a token.
@@ -19,7 +19,7 @@ class DiTConfig:
         depth: number of blocks.
         caption_channels: width of the text features (4096 for T5-XXL).
         in_channels: latent channels; the output has twice as many, of which the first half is the velocity.
-        mlp_ratio: width of the feed-forward layer over `hidden_size`.
+        mlp_ratio: inner width of the feed-forward layer over `hidden_size`.
 
     Raises:
         ConfigError: a size is not positive, or `hidden_size` is not `num_heads` × 72.
@@ -42,7 +42,7 @@ class DiTConfig:
             )
 
 
-# Widths from the published checkpoints and their converter.
+# The widths are those of the published checkpoints and their converter; mugdit_debug is ours.
 PRESETS = {
     "mugdit_debug": DiTConfig(288, 4, 2),
     "mugdit_1b": DiTConfig(1152, 16, 56),

@@ -1,4 +1,7 @@
-"""Every key of a training config, with its type, default and meaning. Unknown keys are errors."""
+"""The schema of a training config: every key with its type, default and meaning.
+
+Unknown keys are errors. Each section is a pydantic model; its fields' descriptions are the reference of the keys.
+"""
 
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -13,12 +16,14 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Section(BaseModel):
-    """Base of all sections: no extra keys, no silent type conversion, no change after loading."""
+    """Base of all sections: it takes no extra keys, converts no types silently, and cannot be changed after loading."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
+    """The sizes of the model, and how it computes."""
+
     preset: Literal[tuple(PRESETS)] = Field(description="A published size; the keys below override single values.")
     hidden_size: Positive | None = Field(None, description="Width D; must be num_heads × 72.")
     num_heads: Positive | None = Field(None, description="Attention heads, 72 wide each.")
@@ -38,11 +43,11 @@ class ModelSection(Section):
 
     @property
     def dtype(self) -> Literal["bf16", "fp32"]:
-        """What weights and activations are kept in."""
+        """Returns the dtype of weights and activations; with fp8 that is bf16."""
         return "fp32" if self.precision == "fp32" else "bf16"
 
     def dit(self) -> DiTConfig:
-        """The sizes of the model: the preset with this section's overrides.
+        """Returns the sizes of the model: the preset with this section's overrides.
 
         Raises:
             ConfigError: the sizes do not fit together.
@@ -53,7 +58,7 @@ class ModelSection(Section):
 
 
 class BudgetSection(Section):
-    """Makes steps of all shapes cost about the same; with it `data.global_batch_size` holds for one shape only."""
+    """Makes steps of all shapes cost about the same FLOPs; `data.global_batch_size` then holds for one shape only."""
 
     shape: tuple[Positive, Positive, Positive] = Field(
         description="Latent (T, H, W) of which a step holds data.global_batch_size samples. Steps of other shapes hold "
@@ -72,7 +77,7 @@ class BudgetSection(Section):
 
 
 class GroupSection(Section):
-    """Part of the training set, and its share of the samples. A row belongs to the first group that it fits."""
+    """One group of the training set, and its share of the samples. A row belongs to the first group that it fits."""
 
     name: str = Field(description="What TensorBoard calls it.", pattern="^[A-Za-z0-9_-]+$")
     kind: Literal["image", "video"] | None = Field(
@@ -87,6 +92,7 @@ class GroupSection(Section):
 
     @model_validator(mode="after")
     def _rises(self) -> "GroupSection":
+        """Checks that the points' steps and the frames ascend."""
         steps = [step for step, _ in self.share]
         if not steps or steps != sorted(set(steps)):
             raise ValueError(f"data.mixture.{self.name}: share must have points [step, share] of ascending steps")
@@ -96,6 +102,8 @@ class GroupSection(Section):
 
 
 class DataSection(Section):
+    """The training set, and the batches that are made of it."""
+
     manifest: str = Field(description="CSV of the training set; paths in it are relative to its folder.")
     val_manifest: str | None = Field(None, description="CSV of held-out samples for the validation loss.")
     index_dir: str | None = Field(
@@ -125,6 +133,8 @@ class DataSection(Section):
 
 
 class FlowSection(Section):
+    """The flow-matching objective: timestep shift, and what the model is given beside noise."""
+
     shift: Literal["resolution"] | Annotated[float, Field(gt=0)] = Field(
         "resolution",
         description="Timestep shift r: 'resolution' is sqrt(height·width / 512²)·sqrt(latent frames), or a number.",
@@ -140,19 +150,27 @@ class FlowSection(Section):
 
 
 class ParallelSection(Section):
+    """The layout of the ranks, data × sequence × pipeline, and activation checkpointing."""
+
     data: Positive | None = Field(None, description="Data-parallel replicas; by default world / (sequence · pipeline).")
     sequence: Positive = Field(1, description="Ranks that share one sample's tokens (Ulysses); must divide the heads.")
     pipeline: Positive = Field(1, description="Pipeline stages; at most the number of blocks.")
     activation_checkpointing: Literal["off", "light", "selective", "full"] = Field(
         "off",
-        description="What the backward pass computes again instead of keeping. off: modulated LayerNorms and GELU, "
-        "which cost next to nothing. light: also what lies between self-attention and the feed-forward layer, that is "
-        "the other norms and element-wise operations, cross-attention and the smaller projections; the outputs of the "
-        "large matrix products and of self-attention are kept. selective: all but self-attention. full: whole blocks.",
+        description="Which activations of a block are saved for the backward pass, which computes the others again. "
+        "full: the block's input alone, one tensor of [tokens, D]. selective: also q, k, v and o of self-attention, "
+        "which is not computed again, and the feed-forward layer's input; 7.3 such tensors in all. light: also the "
+        "outputs of the large linears, that is qkv before its norm, GELU's input and the feed-forward layer's output; "
+        "15.3. What lies between self-attention and the feed-forward layer (the projection of o, the residual, "
+        "cross-attention) is computed again. off: that too is saved; 20.3. The outputs of modulated LayerNorms and of "
+        "GELU are saved at no level (but with fp8), as computing them again costs next to nothing. docs/performance.md "
+        "has times and peaks.",
     )
 
 
 class OptimizerSection(Section):
+    """AdamW and gradient clipping."""
+
     lr: float = Field(
         1e-5,
         gt=0,
@@ -167,6 +185,8 @@ class OptimizerSection(Section):
 
 
 class ScheduleSection(Section):
+    """The learning rate over the steps, and the length of the run."""
+
     kind: Literal["constant", "cosine", "linear"] = Field("constant", description="Shape of the rate after warm-up.")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(100, description="Steps of linear warm-up from 0.")
     steps: Positive = Field(description="Optimizer steps of the run; cosine and linear end there.")
@@ -174,6 +194,8 @@ class ScheduleSection(Section):
 
 
 class EmaSection(Section):
+    """The power-function averages of the weights that a run keeps (EMA)."""
+
     sigma_rel: tuple[Annotated[float, Field(gt=0, lt=MAX_SIGMA_REL)], ...] = Field(
         (0.05, 0.10),
         description="Relative widths σ_rel of the power-function averages of the weights that are kept and saved, in "
@@ -193,6 +215,8 @@ class EmaSection(Section):
 
 
 class CheckpointSection(Section):
+    """When checkpoints are saved, which are kept, and what a run starts from."""
+
     dir: str = Field(description="Folder of the run's checkpoints.")
     save_every: Annotated[int, Field(ge=0)] = Field(
         100,
@@ -222,6 +246,8 @@ class CheckpointSection(Section):
 
 
 class LoggingSection(Section):
+    """TensorBoard scalars, validation, the progress bar and profiling."""
+
     dir: str = Field(description="Folder of TensorBoard events.")
     every: Positive = Field(10, description="Steps between records of the scalars.")
     eval_every: Annotated[int, Field(ge=0)] = Field(
@@ -241,6 +267,8 @@ class LoggingSection(Section):
 
 
 class PreviewSection(Section):
+    """Videos that are sampled during training, to look at."""
+
     every: Annotated[int, Field(ge=0)] = Field(
         0, description="Steps between previews; the last step has some too. 0: none at all."
     )
@@ -269,7 +297,7 @@ class PreviewSection(Section):
 
 
 class GuardSection(Section):
-    """What keeps a run alive and what ends it. All values are ours: the source gives none."""
+    """Limits at which a run skips, goes back or ends. All values are ours: the source gives none."""
 
     max_skips: Positive = Field(
         5,
@@ -306,7 +334,7 @@ class GuardSection(Section):
 
 
 class SourceSection(Section):
-    """One set of annotations."""
+    """One set of preference annotations."""
 
     name: str = Field(description="What TensorBoard calls it.", pattern="^[A-Za-z0-9_-]+$")
     manifest: str = Field(description="CSV with pair_id and rank (dpo; the lower rank is the better) or label (kto).")
@@ -382,6 +410,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainConfig":
+        """Checks what no section can check by itself."""
         dit = self.model.dit()
         sequence, pipeline = self.parallel.sequence, self.parallel.pipeline
         micro, batch = self.data.micro_batch_size, self.data.global_batch_size
@@ -419,6 +448,6 @@ class TrainConfig(Section):
 
 
 def _divisors(number: int) -> str:
-    """'1, 2 or 4' for 4."""
+    """Returns the divisors of a number in words: '1, 2 or 4' for 4."""
     *most, last = [str(n) for n in range(1, number + 1) if number % n == 0]
     return f"{', '.join(most)} or {last}" if most else last

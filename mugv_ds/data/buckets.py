@@ -1,8 +1,9 @@
-"""What each global step of a stream holds: a pure function of the latents' shapes, the batch sizes and the seed.
+"""The order of a stream: what each of its global steps holds, from the latents' shapes, the batch sizes and the seed.
 
-All samples of a step have one latent shape; the rows of one shape are a bucket. The stream of a bucket with n rows is
-the concatenation over visits v = 0, 1, 2, … of permutations of its rows, and its k-th step holds the stream positions
-[kG, (k+1)G), G being the bucket's global batch size. Epoch e of the whole set consists, for every bucket, of the steps
+It is a pure function of these. All samples of a step have one latent shape; the rows of one shape are a bucket. The
+stream of a bucket with n rows is the concatenation over visits v = 0, 1, 2, … of permutations of its rows, and its k-th
+step holds the stream positions [kG, (k+1)G), G being the bucket's global batch size. Epoch e of the whole set consists,
+for every bucket, of the steps
 
     floor(e·n/G) ≤ k < floor((e+1)·n/G)
 
@@ -31,10 +32,10 @@ class Step:
     """One optimizer step.
 
     Attributes:
-        index: counted from 0 over all epochs.
-        epoch: of the whole set, counted from 0.
+        index: number of the step, counted from 0 over all epochs.
+        epoch: epoch of the whole set, counted from 0.
         shape: (T, H, W) of all its latents.
-        rows: as many as the shape's global batch size.
+        rows: rows of the manifest, as many as the shape's global batch size.
         visits: how many times each of `rows` was visited before.
     """
 
@@ -46,15 +47,15 @@ class Step:
 
 
 class Order:
-    """The sequence of steps of one stream. Which ranks or workers read them does not enter.
+    """The sequence of steps of one stream; it does not depend on which ranks or workers read them.
 
     Args:
         shapes: int [n, 3], (T, H, W) of every row; rows of (0, 0, 0) cannot be read and are left out.
-        batch: G, samples a step, by latent shape.
-        seed: of the permutations.
+        batch: G, the samples of a step, by latent shape.
+        seed: seed of the permutations.
 
     Raises:
-        ValueError: there is no row to play.
+        ValueError: no row can be read.
     """
 
     def __init__(self, shapes: np.ndarray, batch: Mapping[Shape, int], seed: int) -> None:
@@ -64,17 +65,17 @@ class Order:
             raise ValueError("no row of the manifest has a readable latent")
         self._batches = np.array([batch[shape] for shape in self._shapes])
         self._sizes = np.array([len(bucket) for bucket in self._buckets])
-        # Two each: a loader reads ahead, at times in another epoch than its caller.
+        # The caches hold two epochs, because a loader reads ahead, at times in another epoch than its caller.
         self._playlist = lru_cache(2)(self._make_playlist)
         self._permuted = lru_cache(2 * len(self._buckets))(self._permute)
 
     @property
     def samples_per_step(self) -> float:
-        """Mean over the steps of an epoch."""
+        """Returns the mean number of samples of a step, over the steps of an epoch."""
         return float(self._sizes.sum() / (self._sizes / self._batches).sum())
 
     def step(self, index: int) -> Step:
-        """The step `index`, counted from 0 over all epochs; any order of calls gives the same steps."""
+        """Returns the step `index`, counted from 0 over all epochs; any order of calls gives the same steps."""
         most_epochs = int((index + 1 + len(self._buckets)) / (self._sizes / self._batches).sum()) + 2
         epoch = bisect_right(range(most_epochs + 1), index, key=self._steps_before) - 1
         bucket, k = (int(value) for value in self._playlist(epoch)[index - self._steps_before(epoch)])
@@ -83,11 +84,11 @@ class Order:
         return Step(index, epoch, self._shapes[bucket], rows, visits)
 
     def _steps_before(self, epoch: int) -> int:
-        """Number of steps of all epochs before `epoch`."""
+        """Returns the number of steps of all epochs before `epoch`."""
         return int((epoch * self._sizes // self._batches).sum())
 
     def _make_playlist(self, epoch: int) -> np.ndarray:
-        """(bucket, its step k) in the order of an epoch, int [steps, 2]."""
+        """Returns (bucket, its step k) in the order in which an epoch plays them, int [steps, 2]."""
         first = epoch * self._sizes // self._batches
         last = (epoch + 1) * self._sizes // self._batches
         steps = [
@@ -97,7 +98,7 @@ class Order:
         return generator("epoch", self.seed, epoch).permutation(np.concatenate(steps), axis=0)
 
     def _stream(self, bucket: int, start: int, stop: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(rows, visits) at the positions [start, stop) of a bucket's stream."""
+        """Returns (rows, visits) at the positions [start, stop) of a bucket's stream."""
         size = len(self._buckets[bucket])
         rows: list[int] = []
         visits: list[int] = []
@@ -109,12 +110,18 @@ class Order:
         return tuple(rows), tuple(visits)
 
     def _permute(self, bucket: int, visit: int) -> np.ndarray:
-        """A bucket's rows in the order of a visit."""
+        """Returns a bucket's rows in the order of a visit."""
         return generator("visit", self.seed, *self._shapes[bucket], visit).permutation(self._buckets[bucket])
 
 
 def group_by_shape(shapes: np.ndarray) -> tuple[list[Shape], list[np.ndarray]]:
-    """The distinct shapes in ascending order, and for each its rows in ascending order (int32)."""
+    """Groups rows by shape.
+
+    Args:
+        shapes: int [n, 3], (T, H, W) of every row; rows of (0, 0, 0) are left out.
+    Returns:
+        The distinct shapes in ascending order, and for each its rows in ascending order (int32).
+    """
     order = np.lexsort(shapes.T[::-1])  # stable
     starts = np.flatnonzero((np.diff(shapes[order], axis=0) != 0).any(axis=1)) + 1
     buckets = [bucket for bucket in np.split(order.astype(np.int32), starts) if shapes[bucket].any()]

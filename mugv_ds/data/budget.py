@@ -1,4 +1,8 @@
-"""How many samples of each latent shape a step holds, and how many a data rank holds at once."""
+"""Batch sizes: how many samples of each latent shape a step holds, and how many a data rank holds at once.
+
+Samples of different shapes cost very different FLOPs and memory, so with a budget a step holds as many of a shape as
+cost what a step of the reference shape costs.
+"""
 
 import math
 from collections.abc import Callable, Iterable
@@ -8,18 +12,18 @@ from mugv_ds.config.errors import ConfigError
 from mugv_ds.config.schema import DataSection
 from mugv_ds.data.manifest import Shape
 
-_TOLERANCE = 0.03  # by which the cost of a step may be off, so that its samples split well
-_SPLITS = 2**4 * 3**2 * 5 * 7
+_TOLERANCE = 0.03  # how far the cost of a step may be off, so that its samples split into equal micro-batches
+_SPLITS = 2**4 * 3**2 * 5 * 7  # a number of samples splits the better, the larger its common divisor with this
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a sample asks of the machine.
+    """What a sample costs, and how many ranks share the cost.
 
     Attributes:
-        tokens: of a sample on one device, by latent shape.
-        flops: of a sample's forward and backward pass, by latent shape.
-        data_ranks: replicas that share a step.
+        tokens: tokens of a sample that one device holds, as a function of the latent shape.
+        flops: FLOPs of a sample's forward and backward pass, as a function of the latent shape.
+        data_ranks: number of data-parallel replicas that share a step.
     """
 
     tokens: Callable[[Shape], int]
@@ -29,7 +33,12 @@ class Workload:
 
 @dataclass(frozen=True)
 class BatchSize:
-    """Of one shape. step: items (samples, or pairs) of a global step. micro: items that a data rank holds at once."""
+    """The batch sizes of one shape, in items (samples, or pairs).
+
+    Attributes:
+        step: items of a global step.
+        micro: items that a data rank holds at once (a micro-batch).
+    """
 
     step: int
     micro: int
@@ -43,15 +52,18 @@ def batch_sizes(
     item_size: int = 1,
     companions: Callable[[int], int] = lambda samples: 0,
 ) -> dict[Shape, BatchSize]:
-    """The batch sizes of each shape; those of a step do not depend on the layout.
+    """Returns the batch sizes of each shape. Those of a step depend on the config alone, not on the layout.
 
     Args:
-        shapes: latent (T, H, W). data: the config. load: of the samples.
-        item_size: samples that stay together: 2 for pairs.
-        companions: more samples of a step that has so many, which are split into micro-batches of the same size.
+        shapes: latent (T, H, W).
+        data: section of the config.
+        load: what a sample costs.
+        item_size: number of samples that stay together: 2 for pairs.
+        companions: number of SFT samples that accompany a step of so many samples; they are split into micro-batches
+            of the same size.
 
     Raises:
-        ConfigError: a step cannot be split evenly, or one item is more than a device may hold.
+        ConfigError: a step cannot be split evenly over the data ranks, or one item is more than a device may hold.
     """
     return {shape: _batch_size(shape, data, load, item_size, companions) for shape in shapes}
 
@@ -96,9 +108,10 @@ def _batch_size(
 
 
 def _divisible(wanted: float) -> int:
-    """The whole number from 1 near `wanted` that splits into the most equal parts; the layout does not enter.
+    """Returns the whole number within 3% of `wanted` that splits into equal parts best, whatever the layout.
 
-    A prime number of samples could only be read one by one, however many a device holds.
+    A prime number of samples would force micro-batches of one, however many a device holds. Where no whole number lies
+    that near, it is the nearest one from 1 on.
     """
     near = range(math.ceil(wanted * (1 - _TOLERANCE)), math.floor(wanted * (1 + _TOLERANCE)) + 1)
     nearest = max(round(wanted), 1)

@@ -1,4 +1,4 @@
-"""Which of several streams each step is taken from, so that their samples come in given shares."""
+"""Mixes streams: which of them each step is taken from, so that their samples come in given shares."""
 
 import logging
 from collections.abc import Sequence
@@ -16,16 +16,17 @@ Points = Sequence[tuple[int, float]]  # (step, share), of ascending steps
 
 
 class Mixture:
-    """Plays streams by turns: always the one that is furthest behind its share of the samples.
+    """Takes each step from the stream that is furthest behind its share of the samples.
 
-    It is a pure function of the position; what was worked out is kept, six bytes a step.
+    The choice is a pure function of the position, so a resumed run makes the same. What was computed is kept, which
+    takes six bytes a step.
 
     Args:
-        shares: of the samples, for each stream; linear between the points, constant outside.
+        shares: of the samples, for each stream; linear between the points and constant outside.
         samples: mean number of samples of each stream's steps.
 
     Raises:
-        ConfigError: at some point every share is zero.
+        ConfigError: every share is zero at some point.
     """
 
     def __init__(self, shares: Sequence[Points], samples: Sequence[float]) -> None:
@@ -38,19 +39,23 @@ class Mixture:
         self._streams, self._turns = np.empty(0, np.int16), np.empty(0, np.int32)
 
     def turn(self, position: int) -> tuple[int, int]:
-        """(stream, number of its steps before) of the step at this position."""
+        """Returns the stream of the step at this position, and how many of its steps come before."""
         if position >= len(self._streams):
             self._extend(max(position + 1, 2 * len(self._streams), 1024))
         return int(self._streams[position]), int(self._turns[position])
 
     def _extend(self, stop: int) -> None:
+        """Computes the turns up to position `stop`.
+
+        Each step credits every stream with its share of steps, and charges the one chosen with one step.
+        """
         start = len(self._streams)
         share = np.stack([_share(points, np.arange(start, stop)) for points in self._shares], axis=1) / self._samples
         share /= share.sum(axis=1, keepdims=True)
         streams, turns = np.empty(stop - start, np.int16), np.empty(stop - start, np.int32)
         for k, due in enumerate(share):
             self._behind += due
-            # A stream whose share is zero now keeps what it is owed, and waits.
+            # A stream whose share is zero now keeps the credit that it has, and waits.
             chosen = int(np.argmax(np.where(due > 0, self._behind, -np.inf)))
             self._behind[chosen] -= 1
             streams[k], turns[k] = chosen, self._played[chosen]
@@ -59,10 +64,12 @@ class Mixture:
 
 
 def group_shapes(index: Index, groups: Sequence[GroupSection]) -> list[np.ndarray]:
-    """For each group, the latent shapes of all rows with (0, 0, 0) where a row is not of the group: int [n, 3].
+    """Returns for each group the latent shapes of all rows, int [n, 3], with (0, 0, 0) for rows of other groups.
+
+    A row belongs to the first group that it fits. Readable rows that fit none are counted in one warning.
 
     Raises:
-        ConfigError: a group has no readable row.
+        ConfigError: no readable row belongs to a group.
     """
     shapes = index.shapes()
     kind = index.column("kind")
@@ -92,4 +99,5 @@ def group_shapes(index: Index, groups: Sequence[GroupSection]) -> list[np.ndarra
 
 
 def _share(points: Points, step: np.ndarray | int) -> np.ndarray:
+    """Returns the share at these steps."""
     return np.interp(step, *zip(*points, strict=True))

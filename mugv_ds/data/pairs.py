@@ -1,4 +1,4 @@
-"""What a manifest says of preferences: which rows are pairs, and which are good or bad."""
+"""Reads the preferences of a manifest: which rows are pairs (DPO), and which are good or bad (KTO)."""
 
 import logging
 
@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 def pairs(index: Index) -> np.ndarray:
-    """The rows of each pair, from the columns `pair_id` and `rank`: the lower rank is the better one.
+    """Returns the rows of each pair, from the columns `pair_id` and `rank`; the lower rank is the better one.
 
     Pairs are in the order in which the CSV first names them. Those with a latent that could not be read are left out,
     and counted in one warning.
@@ -65,7 +65,9 @@ def pairs(index: Index) -> np.ndarray:
 
 
 def labels(index: Index) -> np.ndarray:
-    """bool [rows]: True for a good sample; False for a bad one, and for one without label whose latent is unreadable.
+    """Returns bool [rows], from the column `label`: True for good samples, False for bad ones.
+
+    It is False too for a row without label whose latent cannot be read; such a row is never played.
 
     Raises:
         ManifestError: a readable row has no label.
@@ -81,6 +83,7 @@ def labels(index: Index) -> np.ndarray:
 
 
 def _first(mask: np.ndarray) -> int:
+    """Returns the first index at which the mask is True."""
     return int(mask.argmax())
 
 
@@ -89,6 +92,6 @@ def _name(index: Index, row: int) -> str:
 
 
 def _error(index: Index, rows: np.ndarray, problem: str) -> ManifestError:
-    """The error that a pair of `rows` `problem`; of many rows the first four are named."""
+    """Makes the error that the pair of `rows` has this problem; it names at most four of the rows."""
     names = ", ".join(_name(index, int(row)) for row in rows[:4]) + ", …" * (len(rows) > 4)
     return ManifestError(f"{index.root}: pair {index.row(int(rows[0])).pair_id!r} ({names}) {problem}")

@@ -1,4 +1,7 @@
-"""Video files in and out, and contact sheets to look at."""
+"""Reads and writes video files, and makes contact sheets and GIFs to look at.
+
+Shape suffixes: B batch, F frames, H height, W width; the last dimension of 3 is RGB.
+"""
 
 import io
 import math
@@ -15,13 +18,13 @@ from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-# Quality: 18 is called visually lossless; small clips of flat colour show losses sooner, and bits are cheap here.
-# Without mbtree: with it, x264's AVX-512 code was measured to write other bytes and pixels at each run.
+# A crf of 18 is called visually lossless; small clips of flat colour show losses sooner, and bits are cheap here.
+# mbtree is off because with it x264's AVX-512 code was measured to write other bytes and pixels at each run.
 _X264_OPTIONS = {"crf": "10", "x264-params": "mbtree=0"}
 _NAME_LENGTH = 60
 _GIF_SIDE, _GIF_FPS = 320, 16.0
-# Colours are converted in one thread: PyAV starts as many as there are cores for every frame, which takes several times
-# as long as converting a small one.
+# Colours are converted in one thread: for every frame PyAV would start as many threads as there are cores, which takes
+# several times as long as converting a small frame.
 _THREADS = 1
 _SHEET_FRAME_WIDTH = 128  # frames of small videos are enlarged to about this many pixels
 _SHEET_GAP = 4
@@ -37,7 +40,7 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: float) -> None:
         fps: frames a second.
 
     Raises:
-        ValueError: the frames have another shape or dtype, odd sides, or `fps` is not positive.
+        ValueError: the frames have another shape or dtype or odd sides, or `fps` is not positive.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or len(frames) == 0:
         raise ValueError(f"{path}: frames must be uint8 [F, H, W, 3] with F ≥ 1, got {frames.dtype} {frames.shape}")
@@ -47,7 +50,7 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: float) -> None:
     if not fps > 0:
         raise ValueError(f"{path}: fps must be positive, got {fps}")
     with av.open(str(path), "w", format="mp4") as container:
-        # 30000/1001 and its like come back exactly.
+        # Rates such as 30000/1001 come back exactly.
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = dict(_X264_OPTIONS)
@@ -69,10 +72,10 @@ def read_mp4(path: str | Path) -> tuple[np.ndarray, float]:
     """Reads all frames of a video file.
 
     Returns:
-        uint8 RGB frames [F, H, W, 3], and the frames a second.
+        uint8 RGB frames [F, H, W, 3], and the mean frames a second.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: there is no such file.
         ValueError: the file cannot be decoded as video.
     """
     try:
@@ -90,18 +93,18 @@ def read_mp4(path: str | Path) -> tuple[np.ndarray, float]:
 
 
 def to_frames(video: Tensor) -> Tensor:
-    """[B, 3, F, H, W] in [−1, 1], clamped, → uint8 RGB [B, F, H, W, 3]."""
+    """Converts pixels [B, 3, F, H, W], clamped to [−1, 1], to uint8 RGB frames [B, F, H, W, 3]."""
     return ((video.clamp(-1, 1).permute(0, 2, 3, 4, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def video_name(number: int, caption: str) -> str:
-    """A file name without its ending: the number, and the caption's Latin letters and digits: 00-a-red-circle."""
+    """Makes a file name without its ending of a number and a caption's Latin letters and digits: 00-a-red-circle."""
     words = re.sub(r"[^a-z0-9]+", "-", caption.lower())
     return f"{number:02d}-{words.strip('-')[:_NAME_LENGTH]}".strip("-")
 
 
 def encode_gif(frames: np.ndarray, fps: float) -> bytes:
-    """A small animated GIF for pages that show images: at most 320 pixels a side and 16 frames a second.
+    """Encodes frames as a small animated GIF for pages that show images: at most 320 pixels a side, 16 frames a second.
 
     Args:
         frames: uint8 RGB [F, H, W, 3]. fps: frames a second.
@@ -141,6 +144,7 @@ def contact_sheet(path: str | Path, videos: Sequence[tuple[str, np.ndarray]], fr
 
 
 def _sheet_row(caption: str, frames: np.ndarray, count: int) -> Image.Image:
+    """Draws one row of a contact sheet."""
     picked = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
     zoom = max(1, _SHEET_FRAME_WIDTH // frames.shape[2])
     height, width = frames.shape[1] * zoom, frames.shape[2] * zoom
@@ -165,8 +169,8 @@ def read_image(path: str | Path, height: int, width: int) -> Tensor:
         float32 [3, height, width] in [−1, 1].
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is no image.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not an image.
     """
     try:
         with Image.open(path) as image:

@@ -27,7 +27,7 @@ from mugv_ds.engine.process import Process
 from mugv_ds.engine.profile import profiled
 from mugv_ds.models.flops import train_flops
 from mugv_ds.models.rope import patch_grid
-from mugv_ds.objectives.preference import reference_point
+from mugv_ds.objectives.preference import kl_reference_point
 
 State = dict[str, Any]
 
@@ -223,7 +223,7 @@ class Trainer:
         own = None if batches is None else batches[:streamed]
         now = self.evaluator.losses(own, planned.shape, planned.micro, streamed)
         gains = (now.reference - now.loss) * (now.elements if section.reduction == "sum" else 1.0)
-        self.engine.module.loss.point = float(reference_point(torch.from_numpy(gains)))
+        self.engine.module.loss.kl_reference_point = float(kl_reference_point(torch.from_numpy(gains)))
 
     def _weigh(self, batches: list[Batch] | None, streamed: int, companions: int) -> list[Batch] | None:
         """Weighs the micro-batches so that the step's loss is L + λ·ℓ(SFT).
@@ -257,7 +257,7 @@ class Trainer:
         counters = ("skips", "rollbacks", "bad")
         recorder.write(done, [(f"guard/{name}", getattr(self.guard.history, name)) for name in counters])
         if self.config.preference is not None and self.config.preference.objective == "kto":
-            recorder.write(done, [(f"preference/{planned.stream}/point", self.engine.module.loss.point)])
+            recorder.write(done, [(f"preference/{planned.stream}/point", self.engine.module.loss.kl_reference_point)])
         self.waited = 0.0
         self.engine.timers("train_batch").reset()  # DeepSpeed appends to it every step and never clears it
         self._bound(done, preferences)

@@ -25,13 +25,13 @@ class Objective:
 
     Attributes:
         terms: names of what is reported of every micro-batch.
-        point: KTO's reference point z of the step; set before it.
+        kl_reference_point: KTO's KL reference point z of the step; set before it.
         recorded: ℓ [B] of every micro-batch that went through without gradients, until it is taken away.
     """
 
     def __init__(self, preference: PreferenceSection | None, group: dist.ProcessGroup | None, sequence: int) -> None:
         self.terms = QUARTILE_TERMS + (PREFERENCE_TERMS if preference else ())
-        self.point = 0.0
+        self.kl_reference_point = 0.0
         self.recorded: list[Tensor] = []
         self._preference, self._group, self._sequence = preference, group, sequence
 
@@ -71,9 +71,9 @@ class Objective:
             loss = (dpo_loss(*sides, section.beta) * labels.scale[0::2]).mean()
             terms = dpo_terms(*sides, section.beta)
         else:
-            good_B, point = labels.role > 0, loss_B.new_tensor(self.point)
+            good_B, z = labels.role > 0, loss_B.new_tensor(self.kl_reference_point)
             weights = {"good_weight": section.good_weight, "bad_weight": section.bad_weight}
-            lost_B = kto_loss(loss_B, reference_B, good_B, beta=section.beta, point=point, **weights)
+            lost_B = kto_loss(loss_B, reference_B, good_B, beta=section.beta, kl_reference_point=z, **weights)
             loss = (lost_B * labels.scale).mean()
-            terms = kto_terms(loss_B, reference_B, good_B, section.beta, point)
+            terms = kto_terms(loss_B, reference_B, good_B, section.beta, z)
         return loss, terms

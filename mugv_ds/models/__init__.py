@@ -1,4 +1,4 @@
-"""The diffusion transformer, its text encoders and its video codecs. Nothing here knows of ranks."""
+"""The diffusion transformer, its text encoders and its video codecs. Nothing here knows of ranks or processes."""
 
 from mugv_ds.config.model import PRESETS, DiTConfig
 from mugv_ds.models.dit import DiT

@@ -1,7 +1,10 @@
-"""Self-attention as a function of q, k, v, cross-attention with a mask of keys; the model takes any of this form.
+"""The attention backends: self-attention as a function of q, k, v, and cross-attention with a mask of keys.
 
-The heads are 72 wide, which no library is built for: they pad, and differ in speed by more than a factor of two. See
-`choose_attention` for how a run finds the fastest one that is right on its machine.
+The model takes any function of these two forms. The heads are 72 wide, which no library is built for: they pad, and
+differ in speed by more than a factor of two. See `choose_attention` for how a run finds the fastest one that is right
+on its machine.
+
+Shape suffixes: B batch, N tokens, L keys (text tokens), H heads, d = 72 head dimension.
 """
 
 import functools
@@ -14,37 +17,40 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# (q, k, v), each [B, N, heads, 72] → o of the same shape; bidirectional, softmax scale 72^-0.5.
+# (q, k, v), each [B, N, H, 72] → o of the same shape; bidirectional, with the softmax scale 72^-0.5.
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-# (q [B, N, heads, 72], k, v [B, L, heads, 72], key_mask bool [B, L]) → o [B, N, heads, 72]. Keys with False take no
-# part, whatever finite numbers they hold; every sample has one that does.
+# (q [B, N, H, 72], k and v [B, L, H, 72], key_mask bool [B, L]) → o [B, N, H, 72]. Keys with False take no part,
+# whatever finite numbers they hold; every sample has at least one with True.
 MaskedAttention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 _MASKED = -30_000.0  # added to q·k before the scale; −3,500 after it
-_MAX_PARTS = 32
+_MAX_PARTS = 32  # most parts that `flash4_masked` cuts the queries into
 
 
 @runtime_checkable
 class GroupedAttention(Protocol):
-    """Self-attention that wants its heads in groups, laid out one after the other."""
+    """Self-attention that takes its heads in `head_groups` groups, laid out one after the other.
+
+    Ulysses is one: each group is what it sends to one rank.
+    """
 
     head_groups: int
 
     def grouped(self, qkv: Tensor) -> Tensor:
-        """q, k, v as [groups, B, N, 3, heads/groups, 72] → o [B, N, heads, 72]."""
+        """Attends: q, k and v as [groups, B, N, 3, H/groups, 72] → o [B, N, H, 72]."""
 
 
 @runtime_checkable
 class PackedAttention(Protocol):
-    """Self-attention that takes q, k and v in one tensor, and gives their gradients in one, without a copy."""
+    """Self-attention that takes q, k and v in one tensor and returns their gradients in one, which saves a copy."""
 
     def packed(self, qkv: Tensor, tokens: int) -> Tensor:
-        """q, k, v as [B, N, 3, heads, 72] → o [B, N, heads, 72] of the first `tokens` tokens; the others' is zero."""
+        """Attends among the first `tokens` tokens: [B, N, 3, H, 72] → o [B, N, H, 72], zero for the other tokens."""
 
 
 def attend_packed(attention: Attention, qkv: Tensor, tokens: int) -> Tensor:
-    """`attention` among the first `tokens` tokens of q, k and v in one tensor, as `PackedAttention.packed`."""
+    """Runs any `attention` on q, k and v in one tensor, with the arguments and result of `PackedAttention.packed`."""
     if isinstance(attention, PackedAttention):
         return attention.packed(qkv, tokens)
     o = attention(*qkv[:, :tokens].unbind(2))
@@ -53,16 +59,16 @@ def attend_packed(attention: Attention, qkv: Tensor, tokens: int) -> Tensor:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's scaled dot-product attention, with the kernel that PyTorch picks."""
+    """Runs PyTorch's scaled dot-product attention, with the kernel that PyTorch picks."""
     o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return o.transpose(1, 2)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
-    """A `MaskedAttention` through PyTorch's kernels, of which the fast ones know no mask.
+    """Runs a `MaskedAttention` through PyTorch's kernels, of which the fast ones take no mask.
 
-    One more channel, 1 in q and very negative in masked keys, takes their score to where its exponential is exactly 0.
-    The heads become 80 wide, which kernels for 72 round up to anyway.
+    The mask becomes one more channel, which is 1 in q and very negative in masked keys: it takes their score to where
+    its exponential is exactly 0. The heads become 80 wide, to which kernels for 72 round up anyway.
     """
     head_dim, spare = q.shape[-1], -q.shape[-1] % 8 or 8
     bias = torch.where(key_mask, 0.0, _MASKED).to(k.dtype)[:, :, None, None].expand(*k.shape[:-1], 1)
@@ -74,11 +80,13 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tenso
 
 
 def flash4_masked(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
-    """A `MaskedAttention` through FlashAttention-4, which takes a sample's first keys: so those that count go first.
+    """Runs a `MaskedAttention` through FlashAttention-4, which takes a prefix of a sample's keys in place of a mask.
 
-    That moves L keys and leaves the many queries as they are. On Hopper its backward pass gives each head and 128 keys
-    one multiprocessor, for all queries: with 300 keys and 48 heads 144 pieces of work on 132 multiprocessors. The
-    queries are therefore handed to it in equal parts, as if they were samples, and it sums the gradients of k and v.
+    The keys that take part are moved to the front, which copies L keys and leaves the many queries as they are. On
+    Hopper the library's backward pass gives each block of 128 keys of a head to one multiprocessor, for all queries:
+    300 keys and 48 heads are 144 such pieces of work on 132 multiprocessors, so that most idle in the second round. The
+    queries are therefore handed over in equal parts, as if they were samples, and autograd sums the gradients of the
+    repeated k and v.
     """
     from mugv_kernels.flash4 import flash4_prefix
 
@@ -95,13 +103,13 @@ def flash4_masked(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
 
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """cuDNN's fused attention through PyTorch."""
+    """Runs cuDNN's fused attention through PyTorch."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return sdpa(q, k, v)
 
 
 def flash2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """FlashAttention-2: the flash-attn package where it is installed, else PyTorch's copy of it."""
+    """Runs FlashAttention-2: the flash-attn package where it is installed, else PyTorch's copy of it."""
     if importlib.util.find_spec("flash_attn_2_cuda") is not None:
         from flash_attn import flash_attn_func
 
@@ -111,7 +119,7 @@ def flash2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Flash4:
-    """FlashAttention-4, with its dq mended for head_dim 72 and a loop of our own; see `mugv_kernels.flash4`."""
+    """FlashAttention-4 with its dq corrected for head_dim 72 and our backward loop; see `mugv_kernels.flash4`."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         from mugv_kernels.flash4 import flash4
@@ -125,14 +133,14 @@ class Flash4:
 
 
 def flash4_padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """FlashAttention-4 over heads padded to 96; see `mugv_kernels.flash4`."""
+    """Runs FlashAttention-4 over heads padded to 96; see `mugv_kernels.flash4`."""
     from mugv_kernels.flash4 import flash4_padded as padded
 
     return padded(q, k, v)
 
 
 def te(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Transformer Engine's attention."""
+    """Runs Transformer Engine's attention."""
     return _te_module(q.shape[2], q.shape[3])(q, k, v).view(q.shape)
 
 
@@ -157,7 +165,7 @@ MASKED_BACKENDS: dict[str, MaskedAttention] = {"flash4": flash4_masked, "sdpa": 
 
 
 def installed_backends(device: torch.device) -> dict[str, Attention]:
-    """The backends that can be tried on this device; on a CPU that is `sdpa`."""
+    """Returns the self-attention backends that can be tried on this device, by name; on a CPU that is `sdpa` alone."""
     if device.type != "cuda":
         return {"sdpa": sdpa}
     needs = {"flash4": "flash_attn.cute", "flash4_padded": "flash_attn.cute", "te": "transformer_engine.pytorch"}
@@ -165,7 +173,7 @@ def installed_backends(device: torch.device) -> dict[str, Attention]:
 
 
 def installed_masked_backends(device: torch.device) -> dict[str, MaskedAttention]:
-    """The same for attention with a mask of keys."""
+    """Returns the backends for attention with a mask of keys that can be tried on this device, by name."""
     return {name: MASKED_BACKENDS[name] for name in installed_backends(device) if name in MASKED_BACKENDS}
 
 

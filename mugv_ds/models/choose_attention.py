@@ -1,7 +1,9 @@
-"""`auto`: the fastest attention that is right, found by running every installed backend on the run's own shape.
+"""Finds the fastest attention that is right, by running every installed backend on the run's own shape ("auto").
 
 Speed and correctness are measured, not assumed: kernels for head_dim 72 are rare enough that a library can return a
 wrong gradient, and none says so.
+
+Shape suffixes: B batch, N tokens (queries), L keys, H heads, d = 72 head dimension.
 """
 
 import logging
@@ -20,7 +22,7 @@ from mugv_ds.models.attention import Attention, MaskedAttention
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 5e-3, torch.float32: 1e-4}
 _CHECKED_TOKENS = 16_384  # the exact reference costs N² in fp64
 _TIMED_FLOPS = 3e14  # of one forward and backward: heads are left out until it costs no more
-_CHUNK = 1024
+_CHUNK = 1024  # queries that the exact reference holds the scores of at once
 _GRADIENTS = ("o", "dq", "dk", "dv")
 
 logger = logging.getLogger(__name__)
@@ -28,7 +30,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trial:
-    """What a backend did: milliseconds of forward and backward, relative errors of o, dq, dk, dv, or why it failed."""
+    """What came of trying one backend.
+
+    Attributes:
+        name: of the backend.
+        milliseconds: time of a forward and backward pass; None if it failed.
+        errors: relative errors of o, dq, dk and dv by name; None if it cannot run.
+        failure: why it is not used; None if it is right.
+    """
 
     name: str
     milliseconds: float | None = None
@@ -51,12 +60,16 @@ def choose_attention(
     device: torch.device,
     keys: int | None = None,
 ) -> tuple[str, list[Trial]]:
-    """Name of the fastest backend whose o, dq, dk and dv are right, and the trials of all.
+    """Tries all backends; returns the name of the fastest whose o, dq, dk and dv are right, and all trials.
 
     A backend that is wrong is named in a warning; one that cannot run the shape is left out.
 
     Args:
-        backends: by name. tokens: N of the run. heads: that one rank computes. keys: None for as many as tokens.
+        backends: by name.
+        tokens: N of the run.
+        heads: heads that one rank computes.
+        dtype, device: of q, k and v.
+        keys: L; None for as many as tokens.
     Raises:
         RuntimeError: no backend is right.
     """
@@ -80,14 +93,17 @@ def choose_masked_attention(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[str, list[Trial]]:
-    """The same for cross-attention to `text_tokens` keys of which every seventh is masked."""
+    """Does what `choose_attention` does for cross-attention to `text_tokens` keys, of which every seventh is masked."""
     mask = torch.arange(text_tokens, device=device) % 7 != 6
     functions = {name: among_padding(backend, mask) for name, backend in backends.items()}
     return choose_attention(functions, tokens=tokens, keys=int(mask.sum()), heads=heads, dtype=dtype, device=device)
 
 
 def among_padding(attention: MaskedAttention, key_mask: Tensor) -> Attention:
-    """`attention` as a function of the keys that take part; it is handed them among others, which hold large numbers.
+    """Makes of a masked attention a plain one, so that both are tried alike.
+
+    The function takes only the keys that take part, and hands them to `attention` among masked keys that hold large
+    numbers: a backend that lets those in is then visibly wrong.
 
     Args:
         key_mask: bool [L], True for as many keys as the function will get.
@@ -123,7 +139,7 @@ def _try(
 def random_qkv(
     tokens: int, heads: int, dtype: torch.dtype, device: torch.device, keys: int | None = None
 ) -> list[Tensor]:
-    """q, k, v and a gradient of o, standard normal [1, tokens or keys, heads, 72]; q, k, v want gradients."""
+    """Draws q, k, v and a gradient of o: standard normal [1, N or L, H, 72], of which q, k and v require gradients."""
     generator = torch.Generator(device).manual_seed(0)
     q, k, v, gradient = (
         torch.randn(1, length, heads, HEAD_DIM, generator=generator, dtype=dtype, device=device)
@@ -135,7 +151,10 @@ def random_qkv(
 def attention_errors(
     backend: Attention, tokens: int, dtype: torch.dtype, device: torch.device, keys: int | None = None
 ) -> dict[str, float]:
-    """Relative errors ‖x − exact‖ / ‖exact‖ of o, dq, dk and dv on random inputs of two heads, the first compared."""
+    """Returns the relative errors ‖x − exact‖ / ‖exact‖ of o, dq, dk and dv by name.
+
+    The inputs are random, of two heads, so that strides between heads matter; the first head is compared in fp64.
+    """
     q, k, v, gradient = random_qkv(tokens, 2, dtype, device, keys)
     o = backend(q, k, v)
     o.backward(gradient)
@@ -148,10 +167,15 @@ def attention_errors(
 
 
 def exact_attention(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """o, dq, dk, dv of one head by the formula, a chunk of queries at a time.
+    """Computes o, dq, dk and dv of one head by the formula, a chunk of queries at a time.
+
+    With P = softmax(q·kᵀ·d^-½): o = P·v, dv = Pᵀ·do, dS = P ∘ (do·vᵀ − rowsum(do ∘ o)), dq = dS·k·d^-½ and
+    dk = dSᵀ·q·d^-½ (Dao et al. 2022, FlashAttention, appendix B).
 
     Args:
         q, gradient (of o): [N, d], in the precision to compute in. k, v: [L, d].
+    Returns:
+        o and dq [N, d]; dk and dv [L, d].
     """
     scale = q.shape[1] ** -0.5
     o, dq, dk, dv = (torch.zeros_like(x) for x in (q, q, k, v))
@@ -168,7 +192,7 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor) -> tuple[
 
 
 def _time(backend: Attention, inputs: list[Tensor], repeats: int = 5) -> float:
-    """Milliseconds of a forward and backward: the median of `repeats`, after one to warm up."""
+    """Returns the milliseconds of a forward and backward pass: the median of `repeats`, after one to warm up."""
     *qkv, gradient = inputs
 
     def call() -> None:

@@ -1,4 +1,8 @@
-"""A linear video codec with the VideoVAE's interface, fitted in seconds: for demos and tests that need no download."""
+"""A linear video codec with the VideoVAE's interface, fitted in seconds, for demos and tests without a download.
+
+Shape suffixes: B batch, C = 24 latent channels, F video frames, T = F/8 latent frames, H and W video height and width,
+h = H/8 and w = W/8 latent height and width, P = 3·8·8·8 = 1536 values of a block.
+"""
 
 from pathlib import Path
 from typing import Self
@@ -16,12 +20,16 @@ _RANK_TOLERANCE = 1e-10  # of the largest variance; rounding in fp64 leaves abou
 
 
 class LinearCodec(nn.Module):
-    """Whitened principal components of 8×8×8 blocks: latent = basis · (block − mean) / scale.
+    """Encodes each 8×8×8 block of pixels by its whitened principal components: latent = basis · (block − mean) / scale.
 
     Every channel has unit variance over the videos it was fitted on. With one scale for all channels, which would keep
-    the metric of pixels, most channels lie far below the noise that flow matching adds, and samples come out noisier.
+    the metric of pixels, most channels would lie far below the noise that flow matching adds, and samples would come
+    out noisier.
 
-    Buffers: mean [1536], basis [24, 1536] with orthonormal rows, scale [24].
+    Attributes:
+        mean: buffer [1536].
+        basis: buffer [24, 1536] with orthonormal rows.
+        scale: buffer [24], the standard deviations.
     """
 
     def __init__(self) -> None:
@@ -37,32 +45,32 @@ class LinearCodec(nn.Module):
         Raises:
             ValueError: F, H or W is no multiple of 8, or the videos' blocks vary in fewer than 24 directions.
         """
-        blocks = rearrange(_to_blocks(videos), "b t h w p -> (b t h w) p").double()
-        variances, vectors = torch.linalg.eigh(torch.cov(blocks.T, correction=0))  # ascending
-        variances, vectors = variances[-CHANNELS:].flip(0), vectors[:, -CHANNELS:].flip(1)
-        if variances[-1] <= _RANK_TOLERANCE * variances[0]:
+        blocks_NP = rearrange(_to_blocks(videos), "b t h w p -> (b t h w) p").double()
+        variances, vectors = torch.linalg.eigh(torch.cov(blocks_NP.T, correction=0))  # ascending
+        variance_C, vectors_PC = variances[-CHANNELS:].flip(0), vectors[:, -CHANNELS:].flip(1)
+        if variance_C[-1] <= _RANK_TOLERANCE * variance_C[0]:
             raise ValueError(
                 f"the 8×8×8 blocks of the videos vary in fewer than {CHANNELS} directions: give more videos"
             )
         codec = cls()
-        codec.mean.copy_(blocks.mean(dim=0))
-        codec.basis.copy_(vectors.T)
-        codec.scale.copy_(variances.sqrt())
+        codec.mean.copy_(blocks_NP.mean(dim=0))
+        codec.basis.copy_(vectors_PC.T)
+        codec.scale.copy_(variance_C.sqrt())
         return codec
 
     def encode(self, video: Tensor) -> Tensor:
-        """Pixels [B, 3, F, H, W] in [−1, 1] → latents [B, 24, F/8, H/8, W/8].
+        """Encodes pixels [B, 3, F, H, W] in [−1, 1] as latents [B, 24, F/8, H/8, W/8].
 
         Raises:
             ValueError: F, H or W is no multiple of 8.
         """
-        latent = (_to_blocks(video) - self.mean) @ self.basis.T / self.scale
-        return rearrange(latent, "b t h w c -> b c t h w")
+        latent_BThwC = (_to_blocks(video) - self.mean) @ self.basis.T / self.scale
+        return rearrange(latent_BThwC, "b t h w c -> b c t h w")
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Latents [B, 24, T, h, w] → pixels [B, 3, 8T, 8h, 8w], about [−1, 1] and not clamped."""
-        blocks = rearrange(latent, "b c t h w -> b t h w c") * self.scale @ self.basis + self.mean
-        return rearrange(blocks, "b t h w (c p q r) -> b c (t p) (h q) (w r)", c=3, p=BLOCK, q=BLOCK, r=BLOCK)
+        """Decodes latents [B, 24, T, h, w] to pixels [B, 3, 8T, 8h, 8w], about in [−1, 1] and not clamped."""
+        blocks_BThwP = rearrange(latent, "b c t h w -> b t h w c") * self.scale @ self.basis + self.mean
+        return rearrange(blocks_BThwP, "b t h w (c p q r) -> b c (t p) (h q) (w r)", c=3, p=BLOCK, q=BLOCK, r=BLOCK)
 
     def save(self, path: str | Path) -> None:
         """Writes the buffers as safetensors."""
@@ -77,7 +85,7 @@ class LinearCodec(nn.Module):
 
 
 def _to_blocks(video: Tensor) -> Tensor:
-    """[B, 3, F, H, W] → [B, F/8, H/8, W/8, 1536]."""
+    """Cuts a video [B, 3, F, H, W] into blocks [B, F/8, H/8, W/8, 1536]."""
     if video.ndim != 5 or video.shape[1] != 3 or any(size % BLOCK for size in video.shape[2:]):
         raise ValueError(f"video must be [B, 3, F, H, W] with F, H, W multiples of {BLOCK}, got {list(video.shape)}")
     return rearrange(video, "b c (t p) (h q) (w r) -> b t h w (c p q r)", p=BLOCK, q=BLOCK, r=BLOCK)

@@ -1,6 +1,11 @@
-"""MUG-DiT: embedders, blocks, final layer; names and arithmetic of the published 10B weights.
+"""The MUG-DiT: embedders, blocks and final layer, with the names and the arithmetic of the published 10B weights.
 
-Shape suffixes: B batch, T latent frames, N tokens held, L text tokens, C text width, D hidden size, F = T + 2.
+It knows no parallelism: a caller that holds some of the tokens says which (`Embedders.embed`), and hands the blocks the
+attention over all of them.
+
+Shape suffixes: B batch, C latent channels, T latent frames, H and W latent height and width, h and w the same in
+patches of 2×2, P = 4 pixels of a patch, N tokens held, L text tokens, D hidden size, F = T + 2 time positions (start
+token, frames, end token), K = 2 token classes (0 noised, 1 clean).
 """
 
 import hashlib
@@ -19,28 +24,40 @@ DEFAULT_FPS = 30.0
 
 
 def patchify(latent: Tensor) -> Tensor:
-    """[B, C, T, H, W] → [B, T·h·w, C·2·2] in (t, h, w) order, an odd side padded with zeros on the high end."""
+    """Cuts a latent into patches: [B, C, T, H, W] → [B, T·h·w, C·2·2], in (t, h, w) order.
+
+    An odd side is padded with zeros on the high end.
+    """
     height, width = latent.shape[-2:]
     padded = F.pad(latent, (0, width % 2, 0, height % 2))
     return rearrange(padded, "b c t (h p) (w q) -> b (t h w) (c p q)", p=2, q=2)
 
 
 def patch_pixels(latent: Tensor) -> Tensor:
-    """[B, C, T, H, W] → [B, T·h·w, 2·2, C]: the layout of the final layer's output; odd sides as in `patchify`."""
+    """Cuts a latent into patches in the layout of the final layer's output: [B, C, T, H, W] → [B, T·h·w, 2·2, C].
+
+    Odd sides are padded as in `patchify`.
+    """
     return rearrange(patchify(latent), "b n (c pixel) -> b n pixel c", pixel=4)
 
 
 def unpatchify(patches: Tensor, grid: Grid, height: int, width: int) -> Tensor:
-    """[B, T·h·w, 2·2·C], each patch laid out (row, column, channel) → [B, C, T, height, width]."""
+    """Puts patches together: [B, T·h·w, 2·2·C], each in (row, column, channel) order, → [B, C, T, height, width]."""
     t, h, w = grid
     latent = rearrange(patches, "b (t h w) (p q c) -> b c t (h p) (w q)", t=t, h=h, w=w, p=2, q=2)
     return latent[..., :height, :width]
 
 
 def describe_tokens(position: Positions, x_mask_BT: Tensor, frame_index_BF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(clean_BN, cos, sin) of the tokens at these positions: everything a block must know of them but their values.
+    """Returns what a block must know of the tokens at these positions beside their values.
 
-    Clean are the tokens of frames with `x_mask_BT` False, and the start and the end token.
+    Args:
+        position: of the tokens held.
+        x_mask_BT: bool, False for frames given clean.
+        frame_index_BF: time positions, see `DiT.forward`.
+    Returns:
+        clean_BN: bool, True for the tokens of frames given clean, and for the start and the end token.
+        cos, sin: [B, N, 36] fp32, see `rotary_angles`.
     """
     noised_BF = F.pad(x_mask_BT, (1, 1), value=False)
     cos, sin = rotary_angles(position, frame_index_BF)
@@ -48,7 +65,7 @@ def describe_tokens(position: Positions, x_mask_BT: Tensor, frame_index_BF: Tens
 
 
 class Embedders(nn.Module):
-    """What comes before the blocks. It is its own module so that it can be a pipeline's first layer."""
+    """Everything before the blocks, as a module of its own so that it can be the first layer of a pipeline."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -73,29 +90,39 @@ class Embedders(nn.Module):
         frame_index: Tensor,
         token_N: Tensor,
     ) -> tuple[Tensor, Condition]:
-        """The tokens `token_N` of the sequence, [B, N, D], and the condition of the blocks; arguments as `DiT.forward`.
+        """Embeds the tokens `token_N` of the sequence, and the condition of the blocks.
 
-        Every parameter takes part whatever tokens are asked for, so that all holders of a sequence have all gradients.
+        Every parameter takes part whatever tokens are asked for, so that all ranks that share a sequence have all
+        gradients.
+
+        Args:
+            token_N: indices into the sequence, see `models.rope`. The other arguments are those of `DiT.forward`.
+        Returns:
+            The tokens [B, N, D], and the `Condition`.
         """
         grid = patch_grid(*x.shape[2:])
         position = positions(token_N, grid)
-        tokens = self._embed_tokens(patchify(x)[:, position.patch_N], token_N[:, None], grid)
+        tokens_BND = self._embed_tokens(patchify(x)[:, position.patch_N], token_N[:, None], grid)
         fps_BD = self.fps_embedder(fps)
         time_BKD = torch.stack([self.t_embedder(t) + fps_BD for t in (timestep, torch.zeros_like(timestep))], dim=1)
         clean_BN, cos, sin = describe_tokens(position, x_mask, frame_index)
-        return tokens, Condition(self.t_block(time_BKD), time_BKD, self.y_embedder(text), text_mask, clean_BN, cos, sin)
+        text_BLD = self.y_embedder(text)
+        return tokens_BND, Condition(self.t_block(time_BKD), time_BKD, text_BLD, text_mask, clean_BN, cos, sin)
 
     def _embed_tokens(self, patch_BNC: Tensor, token_N1: Tensor, grid: Grid) -> Tensor:
-        """Patches through the convolution (a linear map of each: kernel = stride), then the learned tokens put in."""
+        """Embeds patches [B, N, C·2·2], then puts in the learned start and end token, and zeros for padding.
+
+        The convolution is a linear map of each patch, as its kernel is its stride.
+        """
         proj = self.x_embedder["proj"]
-        tokens = F.linear(patch_BNC.to(proj.weight.dtype), proj.weight.flatten(1), proj.bias)
-        tokens = torch.where(token_N1 == 0, self.start_token, tokens)
-        tokens = torch.where(token_N1 == grid.tokens - 1, self.end_token, tokens)
-        return tokens.masked_fill(token_N1 >= grid.tokens, 0)
+        tokens_BND = F.linear(patch_BNC.to(proj.weight.dtype), proj.weight.flatten(1), proj.bias)
+        tokens_BND = torch.where(token_N1 == 0, self.start_token, tokens_BND)
+        tokens_BND = torch.where(token_N1 == grid.tokens - 1, self.end_token, tokens_BND)
+        return tokens_BND.masked_fill(token_N1 >= grid.tokens, 0)
 
 
 class DiT(Embedders):
-    """The diffusion transformer. `load_state_dict(strict=True)` takes the published weights."""
+    """The diffusion transformer as one module; `load_state_dict(strict=True)` takes the published weights."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__(config)
@@ -119,18 +146,18 @@ class DiT(Embedders):
 
         Args:
             x: [B, 24, T, H, W] latent.
-            timestep: [B] in [0, 1000], 1000 is pure noise.
-            text: [B, L, C] caption features.
-            text_mask: [B, L], 0 or False for padding. None: no padding.
-            x_mask: bool [B, T], False for frames given clean. None: all noised.
-            fps: [B] frames a second of the video. None: 30.
-            frame_index: int [B, T+2] time positions of start token, frames and end token. None: 0…T+1.
-            attention: self-attention over (q, k, v), each [B, N, heads, 72].
+            timestep: [B] in [0, 1000], where 1000 is pure noise.
+            text: [B, L, caption channels], the caption's features.
+            text_mask: [B, L], 0 or False for padding; None where there is none.
+            x_mask: bool [B, T], False for frames given clean; None where all are noised.
+            fps: [B], frames a second of the video; None for 30.
+            frame_index: int [B, T+2], time positions of start token, frames and end token; None for 0 … T+1.
+            attention: self-attention over (q, k, v), each [B, N, H, 72].
             recompute: see `Block.forward`.
         Returns:
             [B, 48, T, H, W] fp32; channels 0–23 are the velocity x0 − ε, the rest is unused.
         Raises:
-            ValueError: H or W beyond the reach of the position tables.
+            ValueError: H or W is beyond the reach of the position tables.
         """
         (batch, _, frames, height, width), device = x.shape, x.device
         if text_mask is None:
@@ -143,25 +170,26 @@ class DiT(Embedders):
             frame_index = torch.arange(frames + 2, device=device).expand(batch, -1)
         grid = patch_grid(frames, height, width)
         token_N = torch.arange(grid.tokens, device=device)
-        tokens, condition = self.embed(x, timestep, text, text_mask.bool(), x_mask, fps, frame_index, token_N)
+        tokens_BND, condition = self.embed(x, timestep, text, text_mask.bool(), x_mask, fps, frame_index, token_N)
         for block in self.blocks:
-            tokens = block(tokens, condition, attention, recompute)
-        patches = self.final_layer(tokens, condition)[:, 1:-1]
+            tokens_BND = block(tokens_BND, condition, attention, recompute)
+        patches = self.final_layer(tokens_BND, condition)[:, 1:-1]  # [B, T·h·w, 2·2·48], without start and end token
         return unpatchify(patches, grid, height, width)
 
 
 def keyed_generator(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator keyed by (seed, name): what it gives does not depend on what was drawn before, or where."""
+    """Returns a generator keyed by (seed, name): what it draws depends neither on earlier draws nor on the rank."""
     key = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(key) >> 1)
 
 
 @torch.no_grad()
 def init_weights(module: nn.Module, prefix: str, seed: int) -> None:
-    """Initial weights, each drawn from a generator keyed by (seed, full name): equal however the model is split up.
+    """Draws the initial weights in place, each from a generator keyed by (seed, full name).
 
-    Linears are Xavier-uniform, embedders N(0, 0.02²), tables N(0, 1/D), and the last projection of cross-attention and
-    of the model zero, as in PixArt-α (Chen et al. 2023, released code). The published source does not give its own.
+    They are therefore equal however the model is split up. The blocks' linears are Xavier-uniform, embedders
+    N(0, 0.02²), tables N(0, 1/D), and the last projection of cross-attention and of the model zero, as in PixArt-α
+    (Chen et al. 2023, released code). The published source does not give its own.
 
     Args:
         module: a DiT or a part of one, on the device where it will live.

@@ -1,4 +1,4 @@
-"""FLOPs by closed form: a multiply and an add count two.
+"""FLOPs of the model in closed form, for MFU, HFU and the balance of pipeline stages. A multiply-add counts as two.
 
 Model FLOPs (MFU) count no recomputation. Hardware FLOPs (HFU) also count the parts of the forward pass that
 `parallel.activation_checkpointing` runs again; neither counts what a fused attention kernel recomputes inside itself.
@@ -10,7 +10,8 @@ from mugv_ds.config.model import DiTConfig
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.models.rope import patch_grid
 
-# The parts of a block that the backward pass runs again, as `layers.Block.forward` cuts it into segments.
+# The parts of a block (`block_parts`) that the backward pass runs again, by `parallel.activation_checkpointing`. They
+# are the segments into which `layers.Block.forward` cuts a block.
 RECOMPUTED = {
     "off": (),
     "light": ("between", "cross_attention"),
@@ -20,7 +21,11 @@ RECOMPUTED = {
 
 
 def block_parts(config: DiTConfig, tokens: int, text_tokens: int) -> dict[str, float]:
-    """Forward FLOPs of one block for one sample, by part; keys and values of the text are left out."""
+    """Returns the forward FLOPs of one block for one sample by part, without the keys and values of the text.
+
+    Args:
+        tokens: N, the length of the sequence. text_tokens: L.
+    """
     width = config.hidden_size
     return {
         "qkv": 6.0 * tokens * width**2,
@@ -32,15 +37,15 @@ def block_parts(config: DiTConfig, tokens: int, text_tokens: int) -> dict[str, f
 
 
 def block_flops(config: DiTConfig, tokens: int, text_tokens: int) -> float:
-    """Forward FLOPs of one block for one sample: tokens · (28·D² + 4·N·D + 4·L·D)."""
+    """Returns the forward FLOPs of one block for one sample: N · (28·D² + 4·N·D + 4·L·D)."""
     return sum(block_parts(config, tokens, text_tokens).values())
 
 
 def recomputed_flops(config: DiTConfig, tokens: int, text_tokens: int, recompute: str) -> float:
-    """FLOPs of one block that its backward pass runs again, for one sample.
+    """Returns the FLOPs of one block that its backward pass runs again, for one sample.
 
-    Counted for compiled segments, which run again whole. Eager PyTorch stops before the last linear of cross-attention,
-    whose output nothing needs, and so does 2·D² a token less in "light" and "selective".
+    This counts compiled segments, which run again whole. Eager PyTorch stops before the last linear of cross-attention,
+    whose output nothing needs, and so computes 2·D² a token less in "light" and "selective".
 
     Args:
         recompute: see `layers.Block.forward`.
@@ -50,7 +55,7 @@ def recomputed_flops(config: DiTConfig, tokens: int, text_tokens: int, recompute
 
 
 def layer_flops(config: DiTConfig, tokens: int, text_tokens: int) -> list[float]:
-    """Forward FLOPs for one sample of embedders, each block and the final layer: depth + 2 numbers."""
+    """Returns the forward FLOPs for one sample of the embedders, each block and the final layer: depth + 2 numbers."""
     width, patch = config.hidden_size, 4 * config.in_channels
     embed = 2.0 * tokens * patch * width + 2.0 * text_tokens * width * (config.caption_channels + width)
     final = 2.0 * tokens * width * 2 * patch
@@ -58,9 +63,11 @@ def layer_flops(config: DiTConfig, tokens: int, text_tokens: int) -> list[float]
 
 
 def train_flops(config: DiTConfig, tokens: int, text_tokens: int, recompute: str = "off") -> float:
-    """FLOPs of one sample's forward and backward pass: three forwards, and what is recomputed.
+    """Returns the FLOPs of one sample's forward and backward pass: three times the forward, and what is recomputed.
 
-    With "off" these are the model FLOPs whatever the run recomputes, otherwise its hardware FLOPs.
+    Args:
+        recompute: see `layers.Block.forward`. With "off" the result is the model FLOPs (MFU), whatever the run
+            recomputes; with the run's own level it is the hardware FLOPs (HFU).
     """
     again = config.depth * recomputed_flops(config, tokens, text_tokens, recompute)
     return 3.0 * sum(layer_flops(config, tokens, text_tokens)) + again

@@ -1,4 +1,4 @@
-"""The blocks' large linears in fp8; see `mugv_kernels.fp8_linear` for how they compute."""
+"""Puts the blocks' large linears into fp8; see `mugv_kernels.fp8_linear` for how they compute."""
 
 import importlib
 
@@ -11,7 +11,7 @@ _KEY = 'model.precision = "fp8"'
 
 
 def check_fp8(device: torch.device) -> None:
-    """Whether this machine can run `use_fp8`.
+    """Checks that this machine can run what `use_fp8` makes, so that a run fails before it builds the model.
 
     Raises:
         ConfigError: Transformer Engine is missing, broken or too old, or the device has no fp8.
@@ -32,9 +32,9 @@ def check_fp8(device: torch.device) -> None:
 
 
 def use_fp8(block: Block) -> None:
-    """Swaps the linears over a block's tokens for fp8 ones with the same parameters and names.
+    """Replaces the linears over a block's tokens by fp8 ones with the same parameters and names.
 
-    The projection of the text stays: it has few rows, and rounding its weight would cost more than its product.
+    The projection of the text stays in bf16: it has few rows, so rounding its weight would cost more than the product.
     """
     from mugv_kernels.fp8_linear import Fp8Linear
 

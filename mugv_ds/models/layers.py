@@ -1,6 +1,7 @@
-"""The parts of the diffusion transformer. Parameter names are those of the published weights.
+"""The layers of the diffusion transformer. Parameter names are those of the published weights.
 
-Shape suffixes: B batch, N tokens held, L text tokens, D hidden size, K token classes (0 noised, 1 clean).
+Shape suffixes: B batch, N tokens held, L text tokens, C text width, D hidden size, H heads, d = 72 head dimension,
+K = 2 token classes (0 noised, 1 clean), G groups of heads that the attention asks for (sequence ranks).
 """
 
 from typing import NamedTuple
@@ -20,15 +21,15 @@ EPS = 1e-6
 
 
 class Modulation(NamedTuple):
-    """What a modulated LayerNorm takes beside x: shift and scale [B, 2, D] by class, the class of each token."""
+    """What a modulated LayerNorm (adaLN, Peebles & Xie 2023) takes beside x: a shift and a scale for each class."""
 
     shift_BKD: Tensor
     scale_BKD: Tensor
-    clean_BN: Tensor
+    clean_BN: Tensor  # bool, each token's class
 
 
 class Condition(NamedTuple):
-    """What every block is told beside its tokens. The first three carry gradients."""
+    """What every block takes beside its tokens. The first three carry gradients."""
 
     modulation_BKD: Tensor  # [B, 2, 6·D]: shift, scale, gate of attention, then of the feed-forward layer
     time_BKD: Tensor  # [B, 2, D]: the timestep and fps embedding, for the final layer
@@ -36,19 +37,22 @@ class Condition(NamedTuple):
     text_mask_BL: Tensor  # bool, False for padding
     clean_BN: Tensor  # bool, True for tokens modulated with timestep 0
     cos: Tensor  # fp32 [B, N, 36], see `models.rope`
-    sin: Tensor
+    sin: Tensor  # as cos
 
 
 def sinusoid(value_B: Tensor, width: int = 256) -> Tensor:
-    """[B, width] fp32: cos then sin of value · 10000^(−k/(width/2)), whatever the dtype of the model."""
+    """Returns the sinusoidal features [B, width] of a number: cos, then sin, of value · 10000^(−k/(width/2)).
+
+    They are fp32 whatever the dtype of the model, because bf16 cannot tell neighbouring timesteps apart.
+    """
     k = torch.arange(width // 2, device=value_B.device, dtype=torch.float64)
     frequency = (10000.0 ** (-k / (width // 2))).float()
-    angle = value_B.float()[:, None] * frequency
+    angle = value_B.float()[:, None] * frequency  # [B, width/2]
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 class ScalarEmbedder(nn.Module):
-    """Embeds one number a sample (timestep or fps): sinusoid, Linear, SiLU, Linear. [B] → [B, D]."""
+    """Embeds one number of each sample, its timestep or fps: sinusoid, Linear, SiLU, Linear; [B] → [B, D]."""
 
     def __init__(self, hidden_size: int, width: int = 256) -> None:
         super().__init__()
@@ -59,7 +63,7 @@ class ScalarEmbedder(nn.Module):
 
 
 class Mlp(nn.Module):
-    """fc1, GELU (tanh form), fc2."""
+    """Applies fc1, GELU (tanh form) and fc2: […, width_in] → […, width_out]."""
 
     def __init__(self, width_in: int, width: int, width_out: int) -> None:
         super().__init__()
@@ -71,38 +75,39 @@ class Mlp(nn.Module):
 
 
 class FeedForward(Mlp):
-    """An Mlp after a modulated LayerNorm."""
+    """The feed-forward layer of a block: an `Mlp` after a modulated LayerNorm."""
 
     def forward(self, x_BND: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor]:
-        """All but the last bias, and that, for a caller that adds it elsewhere."""
+        """Returns the output without the last bias [B, N, D], and that bias [D], which the gated residual adds."""
         if _in_fp8(self.fc1):
             return _unbiased(self.fc2, F.gelu(_modulated(self.fc1, x_BND, modulation), approximate="tanh"))
         return modulated_mlp(x_BND, *modulation, self.fc1.weight, self.fc1.bias, self.fc2.weight), self.fc2.bias
 
 
 def _in_fp8(linear: nn.Module) -> bool:
-    """Whether `models.fp8` has replaced it: then it adds its bias itself, and keeps its own input."""
+    """Tells whether `models.fp8` has replaced the linear, which then adds its bias itself and keeps its own input."""
     return not isinstance(linear, nn.Linear)
 
 
 def _modulated(linear: nn.Module, x_BND: Tensor, modulation: Modulation) -> Tensor:
-    """`linear` of x modulated."""
+    """Returns `linear` of the modulated LayerNorm of x, whose output is saved for the backward pass only in fp8."""
     if _in_fp8(linear):
         return linear(modulate(x_BND, *modulation))
     return modulated_linear(x_BND, *modulation, linear.weight, linear.bias)
 
 
 def _unbiased(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """x·Wᵀ, and the bias for the caller to add: zero where it is in already."""
+    """Returns x·Wᵀ and the bias for the caller to add, which is zero where the linear adds its own."""
     if _in_fp8(linear):
         return linear(x), torch.zeros_like(linear.bias)
     return F.linear(x, linear.weight), linear.bias
 
 
 class CaptionEmbedder(nn.Module):
-    """Text features [B, L, C] → [B, L, D]: LayerNorm, Mlp, LayerNorm, both norms without affine.
+    """Embeds text features, [B, L, C] → [B, L, D]: LayerNorm, Mlp, LayerNorm, both norms without affine.
 
-    Some training checkpoints carry a null caption `y_embedding` that the published weights have not: loading drops it.
+    Some training checkpoints carry a null caption `y_embedding`, which the published weights do not have: loading drops
+    it.
     """
 
     def __init__(self, caption_channels: int, hidden_size: int) -> None:
@@ -110,9 +115,9 @@ class CaptionEmbedder(nn.Module):
         self.y_proj = Mlp(caption_channels, hidden_size, hidden_size)
 
     def forward(self, text_BLC: Tensor) -> Tensor:
-        text = text_BLC.to(self.y_proj.fc1.weight.dtype)
-        text = self.y_proj(F.layer_norm(text, text.shape[-1:], eps=EPS))
-        return F.layer_norm(text, text.shape[-1:], eps=EPS)
+        text_BLC = text_BLC.to(self.y_proj.fc1.weight.dtype)
+        text_BLD = self.y_proj(F.layer_norm(text_BLC, text_BLC.shape[-1:], eps=EPS))
+        return F.layer_norm(text_BLD, text_BLD.shape[-1:], eps=EPS)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         state_dict.pop(prefix + "y_embedding", None)
@@ -120,7 +125,10 @@ class CaptionEmbedder(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """RMSNorm over a head's 72 channels, computed in fp32. Self-attention takes its weight alone."""
+    """RMSNorm over a head's 72 channels, […, 72] → […, 72], computed in fp32.
+
+    Self-attention only uses its weight: there the norm is fused with the rotary embedding.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,7 +139,7 @@ class HeadNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """The projections of self-attention; the attention itself is a function handed to the block."""
+    """The projections of self-attention; the attention itself is a function that is handed to the block."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -141,19 +149,19 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def project(self, x_BND: Tensor, modulation: Modulation, cos: Tensor, sin: Tensor, groups: int) -> Tensor:
-        """q, k (normalised and rotated) and v of x modulated, by groups of heads.
+        """Projects the modulated LayerNorm of x to q, k and v, and normalises and rotates q and k.
 
-        [B, N, D] → [groups, B, N, 3, heads/groups, 72].
+        [B, N, D] → [G, B, N, 3, H/G, 72], by `groups` groups of heads.
         """
-        qkv = _modulated(self.qkv, x_BND, modulation)
+        qkv = _modulated(self.qkv, x_BND, modulation)  # [B, N, 3·D]
         return qk_norm_rope(qkv, self.q_norm.weight, self.k_norm.weight, cos, sin, groups)
 
 
 class CrossAttention(nn.Module):
-    """Every token looks at the caption; padding text takes no part.
+    """Lets every token attend to the caption; padding text takes no part.
 
     Attributes:
-        attend: computes the attention itself.
+        attend: computes the attention itself; a run sets the backend that it has chosen.
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -166,23 +174,27 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x_BND: Tensor, norm: nn.LayerNorm, text_BLD: Tensor, text_mask_BL: Tensor) -> Tensor:
-        """What `norm` of x sees in the text, [B, N, D]."""
-        # Its weight and bias are a modulation that is the same for both classes; in fp32, as 1 + (weight − 1) must be.
+        """Attends from `norm` of x to the text: [B, N, D] → [B, N, D]."""
+        # The norm's weight and bias are a modulation that is the same for both classes, so that its output need not be
+        # kept either. They are in fp32, in which 1 + (weight − 1) is the weight again.
         shift, scale = (row.float().expand(len(x_BND), 2, -1) for row in (norm.bias, norm.weight.float() - 1))
         no_class = text_mask_BL.new_zeros(x_BND.shape[:2])
-        q = _modulated(self.q_linear, x_BND, Modulation(shift, scale, no_class))
-        q = rearrange(q, "b n (head d) -> b n head d", d=HEAD_DIM)
-        k, v = rearrange(self.kv_linear(text_BLD), "b l (two head d) -> two b l head d", two=2, d=HEAD_DIM)
-        o = self.attend(self.q_norm(q), self.k_norm(k), v, text_mask_BL)
-        return self.proj(rearrange(o, "b n head d -> b n (head d)"))
+        q_BND = _modulated(self.q_linear, x_BND, Modulation(shift, scale, no_class))
+        q_BNHd = rearrange(q_BND, "b n (head d) -> b n head d", d=HEAD_DIM)
+        k_BLHd, v_BLHd = rearrange(self.kv_linear(text_BLD), "b l (two head d) -> two b l head d", two=2, d=HEAD_DIM)
+        o_BNHd = self.attend(self.q_norm(q_BNHd), self.k_norm(k_BLHd), v_BLHd, text_mask_BL)
+        return self.proj(rearrange(o_BNHd, "b n head d -> b n (head d)"))
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention to the caption, feed-forward.
+    """One transformer block: self-attention, cross-attention to the caption, feed-forward.
 
     x += gate_a · attn(LN(x)·(1+scale_a) + shift_a)
     x += cross_attn(LN(x))
     x += gate_m · mlp(LN(x)·(1+scale_m) + shift_m)
+
+    The modulation is adaLN-single (Chen et al. 2023, PixArt-α, section 2.3): one for the whole model, to which each
+    block adds its `scale_shift_table`.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -195,56 +207,76 @@ class Block(nn.Module):
         self.mlp = FeedForward(width, config.mlp_ratio * width, width)
 
     def forward(self, x_BND: Tensor, condition: Condition, attention: Attention, recompute: str = "off") -> Tensor:
-        """[B, N, D] → [B, N, D].
+        """Runs the block: [B, N, D] → [B, N, D].
 
         Args:
-            attention: takes q, k, v [B, N, heads, 72] of the tokens held, returns o of the same shape; or has
+            attention: takes q, k, v [B, N, H, 72] of the tokens held and returns o of the same shape; or has
                 `head_groups` and `grouped`, see `models.attention.GroupedAttention`.
-            recompute: what the backward pass computes again instead of keeping, beside the modulated LayerNorms: "off"
-                nothing, "light" what lies between self-attention and the feed-forward layer, "selective" all but
-                self-attention (whose q, k, v and o are kept), "full" everything.
+            recompute: level of `parallel.activation_checkpointing`: which activations are saved for the backward pass,
+                which computes the others again. Every level saves what the levels before it save (in units of
+                [B, N, D]; `plan.memory.KEPT` has the sums):
+                "full": the block's input (1).
+                "selective": also what self-attention needs, that is q, k, v and o (4, and 1/3 for the space between the
+                    rows of q, k and v), o as its projection takes it (1; a tensor of its own only where the sequence is
+                    sharded), and the feed-forward layer's input (1).
+                "light": also the outputs of the large linears: qkv before its norm (3), GELU's input (4) and the
+                    feed-forward layer's output (1).
+                "off": also what lies between self-attention and the feed-forward layer: the projection of o, the
+                    residual after it, cross-attention's q before and after its norm, and its o (5).
+                No level saves the outputs of the modulated LayerNorms or of GELU (see `models.modulated`), except that
+                the fp8 linears save their input.
         """
         if recompute == "full":
             return _checkpoint(self.forward, x_BND, condition, attention)
         around = _checkpoint if recompute == "selective" else _call
         between = _call if recompute == "off" else _checkpoint
         grouped = isinstance(attention, GroupedAttention)
-        qkv = around(self._before_attention, x_BND, condition, attention.head_groups if grouped else 1)
-        o = attention.grouped(qkv) if grouped else attend_packed(attention, qkv.squeeze(0), x_BND.shape[1])
-        x = between(self._after_attention, x_BND, o, condition)
-        return around(self._feed_forward, x, condition)
+        qkv_GBN3Hd = around(self._before_attention, x_BND, condition, attention.head_groups if grouped else 1)
+        if grouped:
+            o_BNHd = attention.grouped(qkv_GBN3Hd)
+        else:
+            o_BNHd = attend_packed(attention, qkv_GBN3Hd.squeeze(0), x_BND.shape[1])
+        x_BND = between(self._after_attention, x_BND, o_BNHd, condition)
+        return around(self._feed_forward, x_BND, condition)
 
     def compile_segments(self) -> None:
-        """Compiles the part around cross-attention; the rest is fused by hand. Blocks of one size share the code.
+        """Compiles the part around cross-attention with torch.compile; the rest is fused by hand.
 
-        Each shape is compiled once, for itself: a bucket's shapes are static, and there are few buckets.
+        Blocks of one size share the compiled code. Each shape is compiled once, for itself: a bucket's shapes are
+        static, and there are few buckets.
         """
         self._after_attention = torch.compile(self._after_attention, dynamic=False)
 
     def _before_attention(self, x_BND: Tensor, condition: Condition, groups: int) -> Tensor:
+        """Returns q, k and v, [G, B, N, 3, H/G, 72]."""
         shift, scale, *_ = self._rows(condition)
         modulation = Modulation(shift, scale, condition.clean_BN)
         return self.attn.project(x_BND, modulation, condition.cos, condition.sin, groups)
 
     def _after_attention(self, x_BND: Tensor, o: Tensor, condition: Condition) -> Tensor:
+        """Adds self-attention's projected o [B, N, H, 72], then cross-attention, to x."""
         _, _, gate, *_ = self._rows(condition)
-        attended, bias = _unbiased(self.attn.proj, rearrange(o, "b n head d -> b n (head d)"))
-        x = gated_residual(x_BND, attended, bias, gate, condition.clean_BN)
-        return x + self.cross_attn(x, self.cross_attn_norm, condition.text_BLD, condition.text_mask_BL)
+        attended_BND, bias_D = _unbiased(self.attn.proj, rearrange(o, "b n head d -> b n (head d)"))
+        x_BND = gated_residual(x_BND, attended_BND, bias_D, gate, condition.clean_BN)
+        return x_BND + self.cross_attn(x_BND, self.cross_attn_norm, condition.text_BLD, condition.text_mask_BL)
 
     def _feed_forward(self, x_BND: Tensor, condition: Condition) -> Tensor:
+        """Adds the feed-forward layer's output to x."""
         _, _, _, shift, scale, gate = self._rows(condition)
-        fed, bias = self.mlp(x_BND, Modulation(shift, scale, condition.clean_BN))
-        return gated_residual(x_BND, fed, bias, gate, condition.clean_BN)
+        fed_BND, bias_D = self.mlp(x_BND, Modulation(shift, scale, condition.clean_BN))
+        return gated_residual(x_BND, fed_BND, bias_D, gate, condition.clean_BN)
 
     def _rows(self, condition: Condition) -> tuple[Tensor, ...]:
-        """shift, scale, gate of attention, then of the feed-forward layer: each a row for each class, [B, 2, D]."""
+        """Returns shift, scale, gate of attention, then of the feed-forward layer, each [B, 2, D], a row a class."""
         rows = condition.modulation_BKD + self.scale_shift_table.flatten()
         return rows.chunk(6, dim=-1)
 
 
 class FinalLayer(nn.Module):
-    """Modulated LayerNorm and the linear back to patches: [B, N, D] → [B, N, 2·2·48] fp32, (row, column, channel)."""
+    """Maps tokens back to patches by a modulated LayerNorm and a linear: [B, N, D] → [B, N, 2·2·48] fp32.
+
+    The values of a patch are in (row, column, channel) order.
+    """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -252,8 +284,8 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(config.hidden_size, 4 * 2 * config.in_channels)
 
     def forward(self, x_BND: Tensor, condition: Condition) -> Tensor:
-        shift, scale = (row + condition.time_BKD for row in self.scale_shift_table)
-        return self.linear(modulate(x_BND, shift, scale, condition.clean_BN)).float()
+        shift_BKD, scale_BKD = (row + condition.time_BKD for row in self.scale_shift_table)
+        return self.linear(modulate(x_BND, shift_BKD, scale_BKD, condition.clean_BN)).float()
 
 
 def _call(function, *args):

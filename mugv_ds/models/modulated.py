@@ -1,10 +1,12 @@
-"""Linears after a modulated LayerNorm, which keep its input for the backward pass and compute its output again there.
+"""Linears after a modulated LayerNorm that save the LayerNorm's input and compute its output again in backward.
 
-What follows an input that is kept anyway, as the residual stream is, then costs no memory: [B, N, D] less for each, for
-one more pass over x. Nothing else of what is kept is as cheap to make again, so this is done in every mode of
-recomputation.
+The input, the residual stream, is saved anyway, so each of them saves one [B, N, D] less for one more pass over x.
+Nothing else that is saved is as cheap to compute again, so this is done at every level of activation checkpointing.
 
-They are operators of their own for torch.compile, which would otherwise find both modulations equal and keep one.
+They are custom operators for torch.compile, which would otherwise find that the modulation of the forward pass and the
+one of the backward pass are equal, and save the result of the first.
+
+Shape suffixes: B batch, N tokens, D hidden size, E output width, K = 2 token classes (0 noised, 1 clean), R = B·N rows.
 """
 
 import torch
@@ -15,7 +17,7 @@ from mugv_kernels.dispatch import gelu_backward, modulate_backward, modulate_for
 
 
 def modulated_linear(x: Tensor, shift: Tensor, scale: Tensor, clean: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """(LayerNorm(x) · (1 + scale) + shift) · weightᵀ + bias, shift and scale by each token's class.
+    """Computes (LayerNorm(x) · (1 + scale) + shift) · weightᵀ + bias, with shift and scale by each token's class.
 
     Args:
         x: [B, N, D].
@@ -29,7 +31,7 @@ def modulated_linear(x: Tensor, shift: Tensor, scale: Tensor, clean: Tensor, wei
 
 
 def modulated_mlp(x: Tensor, shift: Tensor, scale: Tensor, clean: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
-    """GELU(`modulated_linear`(…, w1, b1)) · w2ᵀ, which keeps x and GELU's input.
+    """Computes GELU(`modulated_linear`(…, w1, b1)) · w2ᵀ, and saves x and GELU's input only.
 
     The backward pass holds one more tensor of the inner width; autograd's would hold three.
 
@@ -46,12 +48,12 @@ def modulated_mlp(x: Tensor, shift: Tensor, scale: Tensor, clean: Tensor, w1: Te
 def _through_modulation(
     gradient: Tensor, x: Tensor, shift: Tensor, scale: Tensor, clean: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, shift, scale and weight from that [B·N, E] of the product."""
-    y, mean, rstd = modulate_forward(x, shift, scale, clean)
-    rows = y.flatten(0, 1)
-    d_weight = gradient.T @ rows
-    torch.mm(gradient, weight, out=rows)  # the gradient of y takes the place of y
-    return *modulate_backward(y, x, scale, clean, mean, rstd), d_weight
+    """Returns the gradients of x, shift, scale and weight, from the gradient [B·N, E] of the product."""
+    y_BND, mean_BN, rstd_BN = modulate_forward(x, shift, scale, clean)
+    y_RD = y_BND.flatten(0, 1)
+    d_weight_ED = gradient.T @ y_RD
+    torch.mm(gradient, weight, out=y_RD)  # the gradient of y takes the place of y, in y_BND too
+    return *modulate_backward(y_BND, x, scale, clean, mean_BN, rstd_BN), d_weight_ED
 
 
 @torch.library.custom_op("mugv::modulated_linear", mutates_args=())
@@ -68,9 +70,9 @@ def _(x: Tensor, shift: Tensor, scale: Tensor, clean: Tensor, weight: Tensor, bi
 def _linear_backward(
     gradient: Tensor, x: Tensor, shift: Tensor, scale: Tensor, clean: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, shift, scale, weight and bias."""
-    gradient = gradient.flatten(0, 1)
-    return *_through_modulation(gradient, x, shift, scale, clean, weight), gradient.sum(dim=0)
+    """Returns the gradients of x, shift, scale, weight and bias."""
+    gradient_RE = gradient.flatten(0, 1)
+    return *_through_modulation(gradient_RE, x, shift, scale, clean, weight), gradient_RE.sum(dim=0)
 
 
 @_linear_backward.register_fake
@@ -96,9 +98,9 @@ _linear.register_autograd(_linear_differentiate, setup_context=_linear_save)
 def _mlp(
     x: Tensor, shift: Tensor, scale: Tensor, clean: Tensor, w1: Tensor, b1: Tensor, w2: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The result [B, N, D] and GELU's input [B·N, E]."""
-    inner = F.linear(modulate_forward(x, shift, scale, clean)[0].flatten(0, 1), w1, b1)
-    return F.linear(F.gelu(inner, approximate="tanh"), w2).view_as(x), inner
+    """Returns the result [B, N, D] and GELU's input [B·N, E]."""
+    inner_RE = F.linear(modulate_forward(x, shift, scale, clean)[0].flatten(0, 1), w1, b1)
+    return F.linear(F.gelu(inner_RE, approximate="tanh"), w2).view_as(x), inner_RE
 
 
 @_mlp.register_fake
@@ -119,12 +121,15 @@ def _mlp_backward(
     w2: Tensor,
     inner: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, shift, scale, w1, b1 and w2. GELU's input is its output then, so that this can be done once."""
-    gradient = gradient.flatten(0, 1)
-    d_inner = gradient @ w2
-    d_b1 = gelu_backward(inner, d_inner)
-    d_w2 = gradient.T @ inner
-    return *_through_modulation(d_inner, x, shift, scale, clean, w1), d_b1, d_w2
+    """Returns the gradients of x, shift, scale, w1, b1 and w2.
+
+    It overwrites GELU's saved input with GELU's output, so it can run only once for a forward pass.
+    """
+    gradient_RD = gradient.flatten(0, 1)
+    d_inner_RE = gradient_RD @ w2
+    d_b1 = gelu_backward(inner, d_inner_RE)  # inner is GELU's output from here on
+    d_w2 = gradient_RD.T @ inner
+    return *_through_modulation(d_inner_RE, x, shift, scale, clean, w1), d_b1, d_w2
 
 
 @_mlp_backward.register_fake
@@ -157,4 +162,5 @@ _mlp.register_autograd(_mlp_differentiate, setup_context=_mlp_save)
 
 
 def _empty(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Returns an uninitialised tensor of the shape of each, for the fake implementations."""
     return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)

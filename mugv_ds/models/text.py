@@ -1,4 +1,7 @@
-"""Text features: the prompts' fixed parts, and an encoder that needs no weights."""
+"""Text features: the prompts' fixed parts, and an encoder that needs no weights.
+
+Shape suffixes: B texts, L text tokens, C width of the features.
+"""
 
 import hashlib
 import re
@@ -19,13 +22,15 @@ _POSITION_SCALE = 0.1  # positions tell word orders apart and must not drown the
 
 
 class HashTextEncoder:
-    """A text encoder without weights: each word is a fixed random vector, plus a faint sinusoid of its position.
+    """Encodes texts without weights: each word becomes a fixed random vector, plus a faint sinusoid of its position.
 
-    The same text gives the same features on every machine. Called as the T5 encoder is.
+    The same text gives the same features on every machine. It is called as the T5 encoder is.
 
     Args:
-        channels: width of the features; even.
+        channels: C, the width of the features; even.
         max_tokens: length that texts are padded to.
+    Raises:
+        ValueError: `channels` is odd or not positive.
     """
 
     def __init__(self, channels: int, max_tokens: int) -> None:
@@ -44,16 +49,16 @@ class HashTextEncoder:
         Raises:
             ValueError: a text has no words, or more than `max_tokens`.
         """
-        features = torch.zeros(len(texts), self.max_tokens, self.channels)
-        mask = torch.zeros(len(texts), self.max_tokens, dtype=torch.bool)
+        features_BLC = torch.zeros(len(texts), self.max_tokens, self.channels)
+        mask_BL = torch.zeros(len(texts), self.max_tokens, dtype=torch.bool)
         for row, text in enumerate(texts):
             words = re.findall(r"\w+", text.lower())
             if not 1 <= len(words) <= self.max_tokens:
                 raise ValueError(f"text must have 1 to {self.max_tokens} words, got {len(words)}: {text!r}")
             vectors = torch.stack([_word_vector(word, self.channels) for word in words])
-            features[row, : len(words)] = vectors + self._positions[: len(words)]
-            mask[row, : len(words)] = True
-        return features, mask
+            features_BLC[row, : len(words)] = vectors + self._positions[: len(words)]
+            mask_BL[row, : len(words)] = True
+        return features_BLC, mask_BL
 
 
 def save_features(path: str | Path, y: Tensor, mask: Tensor) -> None:
@@ -69,13 +74,13 @@ def save_features(path: str | Path, y: Tensor, mask: Tensor) -> None:
 
 
 def _word_vector(word: str, channels: int) -> Tensor:
-    """Standard normal [channels] from a counter-based generator keyed by the word."""
+    """Draws a standard normal [channels] from a counter-based generator keyed by the word."""
     key = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=16).digest(), "little")
     return torch.from_numpy(np.random.Generator(np.random.Philox(key=key)).standard_normal(channels, dtype=np.float32))
 
 
 def _sinusoid(length: int, channels: int) -> Tensor:
-    """Sinusoidal positions [length, channels] of Vaswani et al. 2017, cosines first."""
+    """Returns the sinusoidal positions [length, channels] of Vaswani et al. 2017 (section 3.5), cosines first."""
     frequencies = 10000 ** (-torch.arange(channels // 2) / (channels // 2))
     angles = torch.arange(length)[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)

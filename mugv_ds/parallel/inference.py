@@ -1,4 +1,7 @@
-"""The DiT that is spread over stages and sequence ranks, as one function of whole latents."""
+"""Calls a DiT that is spread over pipeline stages and sequence ranks as one function of whole latents.
+
+Shape suffixes: B batch, T latent frames, H and W latent height and width, n tokens held by this rank.
+"""
 
 import torch
 import torch.distributed as dist
@@ -9,13 +12,14 @@ from mugv_ds.parallel.pipeline import DiTPipeline, Inputs, empty_packed
 
 
 class PipelinedModel:
-    """Called as `DiT` is, by all ranks of a replica together and with the same arguments; all get the result.
+    """Predicts velocities as `DiT` does, with all ranks of a replica.
 
-    It hands on the activations itself. DeepSpeed's `eval_batch` would sum up the outputs of all evaluations, whatever
-    their shapes, report them to monitors as a loss, and keep buffers that the next training step must not use.
+    All of them call it together and with the same arguments, and all get the result. It hands on the activations
+    itself: DeepSpeed's `eval_batch` would sum up the outputs of all evaluations, whatever their shapes, report them to
+    monitors as a loss, and keep buffers that the next training step must not use.
 
     Args:
-        module: this rank's stage, which has to be given the shape of its next batch afterwards (`set_shape`).
+        module: this rank's stage. Its shape has to be set again (`set_shape`) before the next training step.
     """
 
     def __init__(self, module: DiTPipeline) -> None:
@@ -25,7 +29,7 @@ class PipelinedModel:
     def __call__(
         self, x: Tensor, timestep: Tensor, text: Tensor, text_mask: Tensor, x_mask: Tensor, fps: Tensor
     ) -> Tensor:
-        """Velocity [B, 48, T, H, W] fp32 of latents [B, 24, T, H, W]; see `DiT.forward`."""
+        """Predicts the velocity [B, 48, T, H, W] fp32 of latents [B, 24, T, H, W]; see `DiT.forward`."""
         self._module.eval()
         self._module.set_shape(tuple(x.shape[2:]), len(x), x.device)
         grid = self._module.grid
@@ -34,7 +38,7 @@ class PipelinedModel:
         return unpatchify(tokens[:, 1 : 1 + grid.patches], grid, *x.shape[3:])
 
     def _run(self, given: Inputs) -> Tensor:
-        """The last stage's output for the tokens that this rank's part of the sequence holds, on every stage."""
+        """Runs all stages; returns on each of them the last stage's output for the tokens that this rank holds."""
         module, ranks = self._module, self._module.mpu()
         tokens, config = len(module.token_n), module.config
         received = given
@@ -53,7 +57,7 @@ class PipelinedModel:
         return output
 
     def _gather(self, output: Tensor) -> Tensor:
-        """[B, n, …] of every part of the sequence → [B, tokens and padding, …]."""
+        """Gathers the sequence, padding included, from its parts [B, n, …] on the sequence ranks."""
         ulysses = self._module.ulysses
         if ulysses.size == 1:
             return output

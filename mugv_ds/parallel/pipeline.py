@@ -1,10 +1,11 @@
-"""The DiT as DeepSpeed pipeline stages.
+"""The DiT as stages of a DeepSpeed pipeline.
 
-The layers are the model's own: embedders, blocks, final layer, built only on the stage that runs them. Inside a stage
-tokens and condition pass as they are; between stages they are packed into one float tensor (DeepSpeed runs a backward
-pass for each, so there must be one) and one integer tensor.
+The layers are the model's own: embedders, blocks and final layer, built only on the stage that runs them. Inside a
+stage tokens and condition pass as they are. Between stages they are packed into one float tensor (DeepSpeed runs a
+backward pass for each float tensor, so there must be only one) and one integer tensor.
 
-Shape suffixes: B batch, T latent frames, n tokens held by this rank, L text tokens, D hidden size, P = 2·2 pixels.
+Shape suffixes: B batch, C latent channels, T latent frames, H and W latent height and width, n tokens held by this
+rank, L text tokens, D hidden size, P = 2·2 pixels of a patch, K = 2 token classes.
 """
 
 import contextlib
@@ -23,34 +24,35 @@ from mugv_ds.models.rope import Grid, patch_grid, positions
 from mugv_ds.parallel.layout import Layout
 from mugv_ds.parallel.ulysses import Ulysses
 
-_MODULATION_ROWS, _TIME_ROWS = 12, 2  # rows of width D: (shift, scale, gate) × 2 × 2 classes; 2 classes
+# Rows of width D of a packed condition: (shift, scale, gate) × (attention, feed-forward) × 2 classes; one a class.
+_MODULATION_ROWS, _TIME_ROWS = 12, 2
 
 
 class Inputs(NamedTuple):
-    """What the first stage takes; see `DiT.forward`."""
+    """The arguments of the first stage; see `DiT.forward`."""
 
     x: Tensor  # [B, 24, T, H, W]
     timestep: Tensor  # [B]
-    text: Tensor  # [B, L, C]
+    text: Tensor  # [B, L, caption channels]
     text_mask: Tensor  # bool [B, L]
     x_mask: Tensor  # bool [B, T]
     fps: Tensor  # [B]
 
 
 class Labels(NamedTuple):
-    """What the last stage compares with, for the tokens this rank holds."""
+    """What the last stage compares its output with, for the tokens that this rank holds."""
 
     target_BnPC: Tensor
     weight_BnP1: Tensor  # see `objectives.flow.loss_weight`; zero for tokens that are no patch
     timestep: Tensor  # [B]
-    scale: Tensor  # [B], of the sample in the micro-batch's loss
-    elements: Tensor  # [B], latent elements of the noised frames
-    role: Tensor  # int8 [B], 1 better or good, −1 worse or bad; [0] where the flow loss is wanted
-    reference: Tensor  # [B], flow loss under the frozen reference
+    scale: Tensor  # [B], weight of the sample in the micro-batch's loss
+    elements: Tensor  # [B], number of latent elements of the noised frames
+    role: Tensor  # int8 [B]: 1 for better or good, −1 for worse or bad; empty where the flow loss is wanted
+    reference: Tensor  # [B], flow loss under the frozen reference model
 
 
 def layer_prefix(layer: int, depth: int) -> str:
-    """What precedes the parameter names of pipeline layer `layer` in the published weights."""
+    """Returns what precedes the parameter names of pipeline layer `layer` in the published weights."""
     if layer == 0:
         return ""
     return "final_layer." if layer == depth + 1 else f"blocks.{layer - 1}."
@@ -59,22 +61,29 @@ def layer_prefix(layer: int, depth: int) -> str:
 def labels(
     target: Tensor, weight: Tensor, *, timestep: Tensor, scale: Tensor, role: Tensor, reference: Tensor, token_n: Tensor
 ) -> Labels:
-    """The labels of the tokens `token_n`.
+    """Makes the labels of the tokens `token_n` from those of whole latents.
 
     Args:
         target: [B, C, T, H, W]. weight: [B, 1, T, H, W], see `objectives.flow.loss_weight`.
         timestep, scale, role, reference: as in `Labels`.
+        token_n: indices into the sequence; those that are no patch get the weight 0.
     """
     grid = patch_grid(*target.shape[2:])
-    patch = positions(token_n, grid).patch_N
-    is_patch = (token_n > 0) & (token_n <= grid.patches)
-    weight_BnP1 = patch_pixels(weight)[:, patch] * is_patch[:, None, None]
-    elements = target.shape[1] * (weight > 0).flatten(1).sum(dim=1)
-    return Labels(patch_pixels(target)[:, patch], weight_BnP1, timestep, scale, elements, role, reference)
+    patch_n = positions(token_n, grid).patch_N
+    is_patch_n = (token_n > 0) & (token_n <= grid.patches)
+    weight_BnP1 = patch_pixels(weight)[:, patch_n] * is_patch_n[:, None, None]
+    elements_B = target.shape[1] * (weight > 0).flatten(1).sum(dim=1)
+    return Labels(patch_pixels(target)[:, patch_n], weight_BnP1, timestep, scale, elements_B, role, reference)
 
 
 def pack(tokens: Tensor, condition: Condition, x_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """What one stage sends to the next: floats [B, n + 14 + L, D], integers [B, T + L]. `unpack` is the inverse."""
+    """Packs what one stage sends to the next; `unpack` is the inverse.
+
+    Args:
+        tokens: [B, n, D]. x_mask: bool [B, T], False for frames given clean.
+    Returns:
+        Floats [B, n + 14 + L, D] and integers [B, T + L].
+    """
     width = tokens.shape[-1]
     floats = [
         tokens,
@@ -86,7 +95,7 @@ def pack(tokens: Tensor, condition: Condition, x_mask: Tensor) -> tuple[Tensor, 
 
 
 def unpack(floats: Tensor, integers: Tensor, grid: Grid, token_n: Tensor) -> tuple[Tensor, Condition, Tensor]:
-    """(tokens, condition, x_mask); what follows from the shape alone is computed again."""
+    """Returns (tokens, condition, x_mask) of what `pack` made; what follows from the shape alone is computed again."""
     rows = [len(token_n), _MODULATION_ROWS, _TIME_ROWS, integers.shape[1] - grid.frames]
     tokens, modulation, time, text = floats.split(rows, dim=1)
     x_mask, text_mask = integers.bool().split([grid.frames, rows[-1]], dim=1)
@@ -96,7 +105,7 @@ def unpack(floats: Tensor, integers: Tensor, grid: Grid, token_n: Tensor) -> tup
 
 
 def empty_packed(given: Inputs, tokens: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Where what `pack` makes of these inputs, for this many tokens of width D, can be received."""
+    """Returns tensors to receive what `pack` makes of these inputs, for this many tokens of width D."""
     batch, text_tokens = given.text_mask.shape
     rows = tokens + _MODULATION_ROWS + _TIME_ROWS + text_tokens
     floats = given.x.new_empty(batch, rows, width, dtype=dtype)
@@ -104,13 +113,13 @@ def empty_packed(given: Inputs, tokens: int, width: int, dtype: torch.dtype) -> 
 
 
 def frame_index(grid: Grid, like: Tensor) -> Tensor:
-    """Time positions [B, T + 2] of a whole clip: 0 … T + 1."""
+    """Returns the time positions [B, T + 2] of a whole clip, 0 … T + 1, on the device of `like` [B, …]."""
     return torch.arange(grid.frames + 2, device=like.device).expand(len(like), -1)
 
 
 @contextlib.contextmanager
 def _building(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """Parameters made in this context have this dtype and live on this device from the start."""
+    """Gives parameters made in the context this dtype and device from the start, so that none is made in fp32 first."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -121,17 +130,17 @@ def _building(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
 
 
 class DiTPipeline(PipelineModule):
-    """The stage of the DiT that this rank runs, with its share of the sequence.
+    """Holds the stage of the DiT that this rank runs, for the tokens that this rank holds.
 
     Args:
         config: sizes of the whole model.
-        layout: the ranks.
+        layout: how ranks are split over replicas, sequence and stages.
         boundaries: see `stage_boundaries`.
         ulysses: this rank's part of the sequence, and the self-attention.
         loss: (velocity [B, n, P, 24], `Labels`) → (this rank's scalar loss, scalars to report).
         terms: names of the scalars that `loss` reports.
-        recompute: see `Block.forward`.
-        seed: of the initial weights, which do not depend on the layout.
+        recompute: level of `parallel.activation_checkpointing`, see `Block.forward`.
+        seed: seed of the initial weights, which do not depend on the layout.
         dtype, device: of the weights.
     """
 
@@ -167,17 +176,17 @@ class DiTPipeline(PipelineModule):
             init_weights(layer, prefix, seed)
 
     def _partition_layers(self, method: str) -> None:
-        """DeepSpeed's hook, with our boundaries."""
+        """Sets the layers of this stage; the base class calls it in place of its own method, which knows no costs."""
         self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
 
     def named_layers(self) -> list[tuple[str, torch.nn.Module]]:
-        """This stage's layers, each with what precedes its parameter names in the published weights."""
+        """Returns this stage's layers, each with what precedes its parameter names in the published weights."""
         first = self.parts[self.stage_id]
         return [(layer_prefix(first + i, self.config.depth), layer) for i, layer in enumerate(self.forward_funcs)]
 
     @property
     def blocks(self) -> list[Block]:
-        """This stage's blocks."""
+        """Returns this stage's blocks."""
         return [layer for layer in self.forward_funcs if isinstance(layer, Block)]
 
     @property
@@ -189,7 +198,13 @@ class DiTPipeline(PipelineModule):
         return self.stage_id == self.num_stages - 1
 
     def set_shape(self, shape: tuple[int, int, int], size: int, device: torch.device) -> bool:
-        """Sets latent (T, H, W) and samples of the coming micro-batches; True if activations are sized otherwise."""
+        """Sets the latent shape and size of the coming micro-batches.
+
+        Args:
+            shape: latent (T, H, W). size: samples of a micro-batch.
+        Returns:
+            Whether activations have another size than before, so that DeepSpeed's buffers do not fit.
+        """
         grid = patch_grid(*shape)
         changed = (grid, size) != (self.grid, self.size)
         self.grid, self.size = grid, size
@@ -198,28 +213,36 @@ class DiTPipeline(PipelineModule):
         return changed
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, Tensor]:
-        """Runs this stage on `Inputs` or on what the stage before packed; returns the output or packs for the next."""
+        """Runs this stage.
+
+        Args:
+            inputs: on the first stage `Inputs`, else what the stage before packed.
+        Returns:
+            On the last stage the final layer's output [B, n, 2·2·48], else what is packed for the next stage.
+        """
         layers = self.forward_funcs
         if self.is_first:
             given = Inputs(*inputs)
-            tokens, condition = layers[0].embed(*given, frame_index(self.grid, given.x), self.token_n)
+            tokens_BnD, condition = layers[0].embed(*given, frame_index(self.grid, given.x), self.token_n)
             x_mask, layers = given.x_mask, layers[1:]
         else:
-            tokens, condition, x_mask = unpack(*inputs, self.grid, self.token_n)
+            tokens_BnD, condition, x_mask = unpack(*inputs, self.grid, self.token_n)
         for layer in layers[: -1 if self.is_last else None]:
-            tokens = layer(tokens, condition, self.ulysses, self.recompute)
-        return layers[-1](tokens, condition) if self.is_last else pack(tokens, condition, x_mask)
+            tokens_BnD = layer(tokens_BnD, condition, self.ulysses, self.recompute)
+        return layers[-1](tokens_BnD, condition) if self.is_last else pack(tokens_BnD, condition, x_mask)
 
     def _record_loss(self, output: Tensor, given: tuple[Tensor, ...]) -> Tensor:
+        """Returns the loss of the last stage's output; the scalars to report are kept until DeepSpeed asks for them."""
         channels = self.config.in_channels
         loss, self.terms = self.loss(output.unflatten(-1, (-1, 2 * channels))[..., :channels], Labels(*given))
-        # A loss that is not finite may have gradients that are. Made NaN too, they keep DeepSpeed from the update on
-        # all ranks.
+        # A loss that is not finite may have gradients that are finite. They are made NaN too, so that DeepSpeed skips
+        # the update on all ranks.
         return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
     def get_additional_losses(self) -> dict[str, Tensor | None]:
-        """DeepSpeed's hook: scalars of the last micro-batch, which it averages over replicas and accumulation.
+        """Returns the scalars of the last micro-batch, which DeepSpeed averages over replicas and accumulation.
 
-        Stages without the loss give the same names, of which DeepSpeed only takes the number and the order.
+        DeepSpeed calls it after each loss. Stages without the loss return the same names, of which DeepSpeed only uses
+        the number and the order.
         """
         return self.terms

@@ -1,7 +1,11 @@
-"""Ulysses sequence parallelism (Jacobs et al. 2023): tokens are sharded everywhere but in self-attention, heads there.
+"""Ulysses sequence parallelism (Jacobs et al. 2023, DeepSpeed-Ulysses).
 
+Ranks share a sequence: everywhere but in self-attention each holds some of the tokens, and there some of the heads.
 Before attention one all-to-all turns q, k and v together from (some tokens, all heads) into (all tokens, some heads);
 after it one more turns o back.
+
+Shape suffixes: R ranks of the group, B batch, n tokens held by this rank, N = R·n tokens with padding, H heads,
+h = H/R heads of a rank, d = 72 head dimension.
 """
 
 import torch
@@ -14,9 +18,10 @@ from mugv_ds.models.attention import Attention, attend_packed
 
 
 class _AllToAll(torch.autograd.Function):
-    """Sends row r of x [ranks, …] to rank r; row r of the result came from rank r. It is its own inverse.
+    """Sends row r of x [ranks, …] to rank r, and puts what came from rank r into row r of the result.
 
-    Where the last side is spaced out, the result's is too, and what lies between travels along: no copy is made.
+    It is its own inverse, and so its own backward pass. Where the rows of the last dimension have space between them,
+    the result's have too, and the space travels along, which saves a copy.
     """
 
     @staticmethod
@@ -34,7 +39,7 @@ class _AllToAll(torch.autograd.Function):
 
 
 def _with_spaces(x: Tensor) -> Tensor:
-    """The contiguous tensor of which x is the beginning of every row; x itself, or a contiguous copy, if it is not."""
+    """Returns the contiguous tensor whose rows begin with those of x; where there is none, x made contiguous."""
     row = x.stride(-2)
     whole = torch.Size((*x.shape[:-1], row))
     if x.stride(-1) == 1 and row > x.shape[-1] and x.stride() == torch.empty(whole, device="meta").stride():
@@ -43,15 +48,15 @@ def _with_spaces(x: Tensor) -> Tensor:
 
 
 class Ulysses:
-    """Self-attention over a sequence whose tokens are spread over a group of ranks; a `GroupedAttention`.
+    """Computes self-attention over a sequence whose tokens are spread over a group of ranks; a `GroupedAttention`.
 
     Args:
         group: the ranks that share the sequence; None if `size` is 1.
-        size, rank: of this process in the group.
-        attention: computes attention of the heads that this rank gets, over all tokens.
+        size: number of ranks in the group. rank: of this process in the group.
+        attention: computes the attention of the heads that this rank gets, over all tokens.
 
     Attributes:
-        tokens: length of the sequence, set before use.
+        tokens: length of the sequence without padding, set before use.
     """
 
     def __init__(
@@ -62,25 +67,25 @@ class Ulysses:
 
     @property
     def head_groups(self) -> int:
-        """Groups of heads, one for each rank."""
+        """Returns the number of groups of heads, one for each rank."""
         return self.size
 
     def local_tokens(self, device: torch.device | str = "cpu") -> Tensor:
-        """Indices [n] of the tokens this rank holds.
+        """Returns the indices [n] into the sequence of the tokens that this rank holds.
 
-        Every rank holds n = ceil(tokens / size); indices from `tokens` on are padding.
+        Every rank holds n = ceil(tokens / size) of them; indices from `tokens` on are padding.
         """
         n = -(-self.tokens // self.size)
         return torch.arange(self.rank * n, (self.rank + 1) * n, device=device)
 
     def grouped(self, qkv: Tensor) -> Tensor:
-        """Local q, k, v [ranks, B, n, 3, heads/ranks, 72] → local o [B, n, heads, 72] of attention over all tokens.
+        """Attends over all tokens: local q, k, v [R, B, n, 3, H/R, 72] → local o [B, n, H, 72].
 
-        Padding takes no part; its o is zero.
+        Padding takes no part, and its o is zero.
         """
         if self.size == 1:
             return attend_packed(self.attention, qkv.squeeze(0), self.tokens)
-        qkv = rearrange(_AllToAll.apply(qkv, self.group), "rank b n qkv head d -> b (rank n) qkv head d")
-        o = attend_packed(self.attention, qkv, self.tokens)
-        send = rearrange(o, "b (rank n) head d -> rank b n head d", rank=self.size)
-        return rearrange(_AllToAll.apply(send, self.group), "rank b n head d -> b n (rank head) d")
+        qkv_BN3hd = rearrange(_AllToAll.apply(qkv, self.group), "rank b n qkv head d -> b (rank n) qkv head d")
+        o_BNhd = attend_packed(self.attention, qkv_BN3hd, self.tokens)
+        send_RBnhd = rearrange(o_BNhd, "b (rank n) head d -> rank b n head d", rank=self.size)
+        return rearrange(_AllToAll.apply(send_RBnhd, self.group), "rank b n head d -> b n (rank head) d")

@@ -1,4 +1,10 @@
-"""The rectified-flow sampler with classifier-free guidance: text, or text and a first frame, to video."""
+"""The rectified-flow sampler with classifier-free guidance: from text, or text and a first frame, to video.
+
+It solves dx/dt backwards in time by Euler steps, with the timesteps and the shift of `objectives.flow`.
+
+Shape suffixes: B batch, F video frames, T = F/8 latent frames, H and W latent height and width, L text tokens, C width
+of the text features.
+"""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -20,7 +26,7 @@ Velocity = Callable[[Tensor, Tensor], Tensor]  # (z [B, 24, T, H, W], t scalar) 
 
 
 class Codec(Protocol):
-    """A video codec: [B, 3, F, H, W] in [−1, 1] ↔ [B, 24, F/8, H/8, W/8]."""
+    """A video codec: pixels [B, 3, F, 8H, 8W] in [−1, 1] ↔ latents [B, 24, F/8, H, W]."""
 
     def encode(self, video: Tensor) -> Tensor: ...
 
@@ -28,7 +34,7 @@ class Codec(Protocol):
 
 
 class TextEncoder(Protocol):
-    """Texts → features [B, L, C] and mask bool [B, L]."""
+    """A text encoder: texts → features [B, L, C], and their mask bool [B, L], True on tokens of the text."""
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]: ...
 
@@ -51,17 +57,21 @@ def sample_videos(
     guidance: float = 4.0,
     shift: float | None = None,
 ) -> Tensor:
-    """Videos of the prompts, on the device of the model.
+    """Samples videos of the prompts, on the device of the model.
 
     Args:
-        frames, height, width: of the videos; multiples of 8.
-        fps: frames a second that the model is told.
+        model: predicts the velocity.
+        codec: encodes the image and decodes the latents.
+        encoder: encodes the prompts, to which the published suffix is appended, and the negative prompt.
+        prompts: one a video.
+        frames, height, width: of the videos, in pixels; multiples of 8.
+        fps: frames a second, which the model is told.
         seed: a prompt's noise is keyed by (seed, prompt, draw), so it does not depend on the other prompts.
         draws: for each prompt, which of its draws to take; by default 0. Others give other videos of the same prompt.
-        image: [3, height, width] in [−1, 1]: the first latent frame (8 frames) of every video shows it.
+        image: [3, height, width] in [−1, 1], which the first latent frame (8 frames) of every video shows.
         steps, guidance, shift: see `sample_latents`.
     Returns:
-        uint8 [B, frames, height, width, 3].
+        uint8 RGB [B, frames, height, width, 3].
     Raises:
         ValueError: a size is no multiple of 8, the image has another size, or there is not one draw for each prompt.
     """
@@ -116,20 +126,20 @@ def sample_latents(
     guidance: float = 4.0,
     shift: float | None = None,
 ) -> Tensor:
-    """Follows the flow from noise to a latent.
+    """Follows the flow from noise (t = 1000) to latents (t = 0).
 
     Args:
         model: predicts the velocity.
         noise, reference: [B, 24, T, H, W].
         frame_mask: [B, T]; False (or 0) keeps the reference's frame, clean, through all steps.
         text, text_mask: [B, L, C] and [B, L] of the prompts; negative_text, negative_mask likewise, of any length.
-        fps: [B] frames a second.
-        height, width: pixels, for the timestep shift.
-        steps: evaluations of the model.
+        fps: [B], frames a second.
+        height, width: of the video in pixels, for the timestep shift.
+        steps: number of Euler steps; each evaluates the model once, on a batch of 2·B.
         guidance: see `guided_velocity`.
-        shift: the timestep shift; None is that of the resolution.
+        shift: the timestep shift r, see `objectives.flow.shift_time`; None for `resolution_shift`.
     Returns:
-        The latent [B, 24, T, H, W].
+        [B, 24, T, H, W].
     """
     noised = frame_mask.bool()
     if shift is None:
@@ -144,12 +154,12 @@ def sample_latents(
         fps=fps,
         guidance=guidance,
     )
-    z = torch.where(noised[:, None, :, None, None], noise, reference)
-    return euler(velocity, z, F.pad(sampling_times(steps, shift), (0, 1)))
+    z_BCTHW = torch.where(noised[:, None, :, None, None], noise, reference)
+    return euler(velocity, z_BCTHW, F.pad(sampling_times(steps, shift), (0, 1)))
 
 
 def euler(velocity: Velocity, z: Tensor, times: Tensor) -> Tensor:
-    """Euler steps through `times` (falling, the end included): z += v·Δt/1000."""
+    """Takes Euler steps through `times` (falling, the end included): z += v · Δt/1000 with Δt > 0."""
     for t, following in pairwise(times.to(z.device)):
         z = z + velocity(z, t) * ((t - following) / MAX_TIME)
     return z
@@ -166,9 +176,11 @@ def guided_velocity(
     fps: Tensor,
     guidance: float,
 ) -> Velocity:
-    """v_negative + guidance·(v_text − v_negative) (Ho & Salimans 2022), and zero in frames given clean.
+    """Returns the function v_negative + guidance · (v_text − v_negative), which is zero in frames given clean.
 
-    Arguments as for `sample_latents`; `frame_mask` is bool. Both branches run as one batch of the model.
+    This is classifier-free guidance (Ho & Salimans 2022, eq. 6, whose w is guidance − 1), with the negative prompt in
+    place of no prompt. Both branches run as one batch of the model. The arguments are those of `sample_latents`;
+    `frame_mask` is bool.
     """
     length = max(text.shape[1], negative_text.shape[1])
     texts = torch.cat([_lengthen(text, length), _lengthen(negative_text, length)])
@@ -185,5 +197,5 @@ def guided_velocity(
 
 
 def _lengthen(text: Tensor, length: int) -> Tensor:
-    """[B, L, …] with zeros (False) appended along L."""
+    """Appends zeros (False) to [B, L, …] along L, up to `length`."""
     return F.pad(text, (0, 0) * (text.dim() - 2) + (0, length - text.shape[1]))

@@ -1,4 +1,8 @@
-"""Weight averages made after training, from the tensors of its checkpoints."""
+"""Averages weights after training, from the tensors of its checkpoints.
+
+`ensemble` averages the weights of checkpoints; `reconstruct` makes a power-function EMA of any width from the EMAs that
+training stored (post-hoc EMA, Karras et al. 2024, section 3).
+"""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -17,7 +21,7 @@ from mugv_ds.weights.coefficients import Fit, decay_coefficients, fit_profile
 
 @dataclass(frozen=True)
 class Term:
-    """One summand of an average: a kind of tensors of a checkpoint, and its coefficient."""
+    """One term of an average: a checkpoint, the kind of its tensors ("weight" or an EMA) and their coefficient."""
 
     source: CheckpointReader
     kind: str
@@ -25,10 +29,12 @@ class Term:
 
 
 class Average(Weights):
-    """Σ coefficient · tensor over checkpoints, summed in fp64 when a tensor is asked for: one is in memory at a time.
+    """The weights Σ coefficient · tensor over checkpoints.
+
+    A tensor is summed in fp64 when it is asked for, so that only one is in memory at a time.
 
     Args:
-        terms: at least one. dtype: of the tensors that are given.
+        terms: at least one. dtype: of the tensors that are returned.
 
     Raises:
         CheckpointError: the checkpoints are not all of one model.
@@ -55,7 +61,7 @@ class Average(Weights):
         return len(self._shapes)
 
     def recipe(self) -> str:
-        """What the average is made from, as JSON."""
+        """Returns what the average is made from, as JSON."""
         terms = [
             {
                 "checkpoint": str(term.source.folder),
@@ -69,10 +75,13 @@ class Average(Weights):
 
 
 def ensemble(checkpoints: Sequence[CheckpointReader], gamma: float, dtype: torch.dtype) -> Average:
-    """Σ γ^(N−i) θ_i / Σ γ^(N−i) over the weights of checkpoints, which are ordered by their steps.
+    """Averages the weights θ_i of N checkpoints, ordered by their steps: Σ γ^(N−i) θ_i / Σ γ^(N−i).
 
+    Args:
+        checkpoints: in any order. gamma: γ; 1 weighs all equally. dtype: of the average.
     Raises:
-        InputError: γ is not in (0, 1]. CheckpointError: a step comes twice, or the models are not all the same.
+        InputError: γ is not in (0, 1].
+        CheckpointError: a step comes twice, or the models are not all the same.
     """
     if not 0 < gamma <= 1:
         raise InputError(f"γ = {gamma}: must be above 0 and at most 1; 1 weighs all checkpoints equally")
@@ -83,11 +92,15 @@ def ensemble(checkpoints: Sequence[CheckpointReader], gamma: float, dtype: torch
 
 
 def reconstruct(checkpoints: Sequence[CheckpointReader], sigma_rel: float, dtype: torch.dtype) -> tuple[Average, Fit]:
-    """The power-function average of width σ_rel at the last of the checkpoints, from the averages that they hold.
+    """Makes the power-function average of width σ_rel at the last of the checkpoints, from the averages that they hold.
 
+    Args:
+        checkpoints: in any order. sigma_rel: see `config.power_profile`. dtype: of the average.
+    Returns:
+        The average, and how well its profile fits the wanted one.
     Raises:
-        InputError: σ_rel is not in (0, 12^-½). CheckpointError: the last checkpoint holds no averages, a step comes
-            twice, or the models are not all the same.
+        InputError: σ_rel is not in (0, 12^-½).
+        CheckpointError: the last checkpoint holds no averages, a step comes twice, or the models are not all the same.
     """
     if not 0 < sigma_rel < MAX_SIGMA_REL:
         raise InputError(f"σ_rel = {sigma_rel}: must be above 0 and below {MAX_SIGMA_REL:.4f}, the mean of all steps")
@@ -109,6 +122,7 @@ def reconstruct(checkpoints: Sequence[CheckpointReader], sigma_rel: float, dtype
 
 
 def _by_step(checkpoints: Sequence[CheckpointReader]) -> list[CheckpointReader]:
+    """Returns the checkpoints ordered by step, and raises CheckpointError where two have one step."""
     ordered = sorted(checkpoints, key=lambda source: source.manifest.step)
     for before, after in pairwise(ordered):
         if before.manifest.step == after.manifest.step:
@@ -119,6 +133,7 @@ def _by_step(checkpoints: Sequence[CheckpointReader]) -> list[CheckpointReader]:
 
 
 def _common_shapes(sources: Sequence[CheckpointReader]) -> dict[str, tuple[int, ...]]:
+    """Returns the tensors' shapes by name, and raises CheckpointError where the checkpoints' differ."""
     first, *others = ({name: tuple(source.shape(name)) for name in source.names()} for source in sources)
     for source, shapes in zip(sources[1:], others, strict=True):
         for name in [*first, *shapes]:

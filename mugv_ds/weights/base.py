@@ -1,4 +1,4 @@
-"""What every source of DiT weights has in common, and whether its tensors are those of a DiT."""
+"""The interface of every source of DiT weights, and the check that its tensors are those of a DiT."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -17,26 +17,30 @@ UNUSED = "y_embedder.y_embedding"
 
 
 class Weights(Mapping[str, Tensor]):
-    """Tensors of a DiT by published name, each read when it is asked for. `path` is what errors name."""
+    """Maps published names to the tensors of a DiT, each of which is read when it is asked for.
+
+    Attributes:
+        path: what errors name as the source.
+    """
 
     path: Path
 
     def __contains__(self, name: object) -> bool:
-        return any(name == own for own in self)  # Mapping would read the tensor to find out
+        return any(name == own for own in self)  # Mapping's own method would read the tensor to find out
 
     @abstractmethod
     def meta(self, name: str) -> Tensor:
-        """Shape and dtype of a tensor, as a tensor on the meta device; its data is not read."""
+        """Returns a tensor on the meta device, for its shape and dtype; the data is not read."""
 
 
 def meta_state(config: DiTConfig) -> dict[str, Tensor]:
-    """Every name of a DiT of these sizes, in the model's order, with a tensor of its shape on the meta device."""
+    """Returns the state dict of a DiT of these sizes on the meta device, in the model's order."""
     with torch.device("meta"):
         return DiT(config).state_dict()
 
 
 def check_weights(weights: Weights, config: DiTConfig) -> None:
-    """Holds the weights' names and shapes against a DiT's. The null caption of training checkpoints may be there.
+    """Checks that the weights' names and shapes are those of a DiT. A null caption (`UNUSED`) may be among them.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, of another shape, or holds no floating-point numbers.
@@ -55,10 +59,10 @@ def check_weights(weights: Weights, config: DiTConfig) -> None:
 
 
 def infer_sizes(weights: Weights) -> DiTConfig:
-    """The sizes that the weights' names and shapes speak of; `check_weights` then holds every tensor against them.
+    """Infers a DiT's sizes from names and shapes of a few weights; `check_weights` then checks every tensor.
 
     Raises:
-        CheckpointError: they are not those of a DiT.
+        CheckpointError: the names and shapes are not those of a DiT.
     """
     try:
         (width,) = weights.meta("start_token").shape
@@ -76,12 +80,12 @@ def infer_sizes(weights: Weights) -> DiTConfig:
 
 
 def preset_of(config: DiTConfig) -> str | None:
-    """Name of the preset of these sizes, None if there is none."""
+    """Returns the name of the preset of these sizes, None if there is none."""
     return next((name for name, preset in PRESETS.items() if preset == config), None)
 
 
 def is_stored(value: Tensor) -> bool:
-    """Whether every element of a loaded tensor was in its file: strides of 0 can make a small file claim any size."""
+    """Tells whether every element of a loaded tensor was in its file: strides of 0 let a small file claim any size."""
     return (
         value.device.type == "cpu"
         and value.layout == torch.strided

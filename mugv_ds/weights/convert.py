@@ -1,4 +1,4 @@
-"""From weights in any form that is read to published-format weights, of the same width or wider."""
+"""Converts weights in any form that can be read to published-format weights, of the same width or wider."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,14 @@ from mugv_ds.weights.save import Layout, save_weights
 from mugv_ds.weights.widen import Noise, Widened, output_difference, widened_sizes
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_ALL_BLOCKS_UP_TO = 1_000_000_000  # parameters of the wide model
+_ALL_BLOCKS_UP_TO = 1_000_000_000  # parameters of the wide model up to which the comparison runs all of its blocks
 
 
 def open_weights(path: Path) -> tuple[Weights, DiTConfig]:
-    """Weights of a whole DiT, in a published form or a Megatron training checkpoint, and the sizes they have.
+    """Opens the weights of a whole DiT, in a published form or a Megatron training checkpoint.
+
+    Returns:
+        The weights, whose tensors are read when they are asked for, and their sizes.
 
     Raises:
         CheckpointError: there are none at `path`, they cannot be read, or they are not those of a DiT.
@@ -43,11 +46,11 @@ def import_weights(
 
     Args:
         path: see `open_weights`. out, layout, dtype: see `save_weights`.
-        preset: what the sizes must be; None: any.
+        preset: name of the preset that the sizes must be; None for any sizes.
     Returns:
-        What was written, and the sizes.
+        What to open, the file or folder that was written; and the sizes.
     Raises:
-        CheckpointError: see `open_weights` and `save_weights`; or the sizes are not the preset's.
+        CheckpointError: see `open_weights` and `save_weights`; also if the sizes are not the preset's.
     """
     weights, config = open_weights(path)
     if preset is not None and PRESETS[preset] != config:
@@ -57,7 +60,13 @@ def import_weights(
 
 @dataclass(frozen=True)
 class WideningReport:
-    """What was written, its sizes, and how far its output is from the narrow model's over the first `blocks` blocks."""
+    """What `widen_weights` did.
+
+    Attributes:
+        path: what was written. config: its sizes.
+        blocks: how many blocks, from the first on, were compared with the narrow model's.
+        difference: relative distance of the outputs, see `output_difference`.
+    """
 
     path: Path
     config: DiTConfig
@@ -78,10 +87,13 @@ def widen_weights(
     """Writes the weights of a DiT `factor` times as wide, and compares what was written with the narrow model.
 
     Args:
-        path: see `open_weights`. out, layout, dtype: see `save_weights`. noise: see `Noise`.
-        check_blocks: blocks that the comparison runs; None: all of a wide model of up to a billion parameters, else 2.
+        path: see `open_weights`. out, layout, dtype: see `save_weights`.
+        factor: e, at least 2. noise: see `Noise`.
+        check_blocks: blocks that the comparison runs; None for all of a wide model of up to a billion parameters, and
+            2 of a larger one.
     Raises:
-        CheckpointError: see `open_weights` and `save_weights`. InputError: a number is out of its range.
+        CheckpointError: see `open_weights` and `save_weights`.
+        InputError: the factor or `check_blocks` is out of its range.
     """
     narrow, config = open_weights(path)
     widened, sizes = Widened(narrow, factor, noise), widened_sizes(config, factor)

@@ -1,4 +1,4 @@
-"""Names and layout of a DiT's tensors in the published Megatron training checkpoints, against those of its weights."""
+"""Maps names and layouts of a DiT's tensors in the published Megatron checkpoints to those of its published weights."""
 
 import re
 
@@ -36,20 +36,21 @@ _IN_BLOCK = {
     "mlp.linear_fc1": "mlp.fc1",
     "mlp.linear_fc2": "mlp.fc2",
 }
+# Column-parallel linears, whose rows (outputs) ranks split, and row-parallel ones, whose columns (inputs) ranks split.
 _ROWS_SPLIT = re.compile(r"linear_(qkv|q|kv|fc1)\.(weight|bias)$")
 _COLUMNS_SPLIT = re.compile(r"linear_(proj|fc2)\.weight$")
-_ROW_GROUPS = {"attn.qkv": 3, "cross_attn.kv_linear": 2}
+_ROW_GROUPS = {"attn.qkv": 3, "cross_attn.kv_linear": 2}  # q, k, v; k, v
 
-STACKED = "decoder.layers."
+STACKED = "decoder.layers."  # what precedes the names of a block's tensors
 
 
 def is_weight(name: str) -> bool:
-    """False for what a training checkpoint holds beside weights: optimizer, random state, state of fp8 layers."""
+    """Tells weights from what else a training checkpoint holds: optimizer, random state, state of fp8 layers."""
     return not (name.startswith(("optimizer.", "rng_state")) or name.endswith("_extra_state"))
 
 
 def published_name(name: str) -> str | None:
-    """The published name of a Megatron tensor (with a layer's index in it), None if a DiT has no such tensor."""
+    """Returns the published name of a Megatron tensor (with its layer's index), None if a DiT has no such tensor."""
     in_block = re.fullmatch(rf"{re.escape(STACKED)}(0|[1-9]\d*)\.(.+)", name)
     prefix, local, table = (f"blocks.{in_block[1]}.", in_block[2], _IN_BLOCK) if in_block else ("", name, _OUTSIDE)
     for theirs, ours in table.items():
@@ -59,13 +60,16 @@ def published_name(name: str) -> str | None:
 
 
 def split_dimension(name: str) -> int | None:
-    """The dimension that tensor-parallel ranks split a Megatron tensor along; None: each holds all of it."""
+    """Returns the dimension along which tensor-parallel ranks split a Megatron tensor; None if each holds all of it."""
     if _ROWS_SPLIT.search(name):
         return 0
     return 1 if _COLUMNS_SPLIT.search(name) else None
 
 
 def published_rows(name: str, value: Tensor) -> Tensor:
-    """A tensor with its rows as the published `name` has them: q, k, v after one another, not head by head."""
+    """Reorders a tensor's rows as the published `name` has them.
+
+    Megatron's rows are q, k, v of the first head, then of the second; the published ones are q of all heads, then k, v.
+    """
     groups = next((count for module, count in _ROW_GROUPS.items() if f".{module}." in name), 1)
     return value if groups == 1 else rearrange(value, "(h g d) ... -> (g h d) ...", g=groups, d=HEAD_DIM)

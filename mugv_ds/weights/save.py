@@ -36,22 +36,23 @@ def save_weights(
     metadata: dict[str, str] | None = None,
     shard_size: str = SHARD_SIZE,
 ) -> Path:
-    """Writes weights with their sizes (`config.json`) to a folder, which appears when it is complete.
+    """Writes weights with their sizes (`config.json`) to a folder, which appears only when it is complete.
 
-    A shard is held in memory while it is written, in as far as it is not mapped from a file; a .pt is written a tensor
+    A shard is held in memory while it is written, unless its tensors are mapped from files; a .pt is written a tensor
     at a time.
 
     Args:
-        weights: of a whole DiT (`check_weights`). They are read in their own order.
-        out: folder to make; there may be an empty one.
+        weights: those of a whole DiT (`check_weights`). They are read in their own order.
+        config: their sizes.
+        out: folder to make; it may exist if it is empty.
         layout: "pt" for one file; "bin" or "safetensors" for shards with an index, or one file if one shard will do.
-        dtype: of what is written; None keeps each tensor's.
-        metadata: kept in every .safetensors file.
-        shard_size: largest shard, such as "5GB".
+        dtype: of the tensors that are written; None keeps each tensor's.
+        metadata: written into the head of every .safetensors file.
+        shard_size: size of the largest shard, such as "5GB".
     Returns:
         What to open: the .pt, or the folder.
     Raises:
-        CheckpointError: `out` cannot be used, the disk is too small, or a tensor holds NaN or Inf.
+        CheckpointError: `out` exists and is not an empty folder, the disk is too small, or a tensor holds NaN or Inf.
     """
     out = out.absolute()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -77,7 +78,7 @@ def save_weights(
 
 
 def _save_pt(weights: Weights, planned: dict[str, Tensor], file: Path) -> None:
-    """One file, made without its data and then filled through a mapping."""
+    """Writes one file: first without its data, which is then filled in through a memory mapping."""
     with torch.serialization.skip_data():
         torch.save({name: torch.empty_like(like, device="cpu") for name, like in planned.items()}, file)
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
@@ -89,6 +90,7 @@ def _save_pt(weights: Weights, planned: dict[str, Tensor], file: Path) -> None:
 def _save_shards(
     weights: Weights, planned: dict[str, Tensor], out: Path, layout: Layout, metadata: dict[str, str], shard_size: str
 ) -> None:
+    """Writes shards with their index, or one file where one shard is enough."""
     plan = split_torch_state_dict_into_shards(planned, filename_pattern=_SHARDS[layout], max_shard_size=shard_size)
     for file, names in plan.filename_to_tensors.items():
         shard = _read(weights, {name: planned[name] for name in names})
@@ -96,19 +98,20 @@ def _save_shards(
             save_file(shard, out / file, metadata={"format": "pt"} | metadata)
         else:
             torch.save(shard, out / file)
-        del shard  # not beside the next one
+        del shard  # so that it is not in memory beside the next one
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (out / INDEX_NAMES[layout]).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _read(weights: Weights, planned: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The planned tensors in the planned dtypes, each alone in its storage, as files store them."""
+    """Reads the planned tensors in the planned dtypes, each alone in its storage, as files store them."""
     read = {name: _read_one(weights, name, like.dtype) for name, like in planned.items()}
     return {name: x if x.untyped_storage().nbytes() == x.nbytes else x.clone() for name, x in read.items()}
 
 
 def _read_one(weights: Weights, name: str, dtype: torch.dtype) -> Tensor:
+    """Reads one tensor, and raises CheckpointError if it holds NaN or Inf."""
     value = weights[name].to(dtype).contiguous()
     if not value.isfinite().all():
         raise CheckpointError(f"{weights.path}: {name} holds NaN or Inf; these weights cannot be used")

@@ -1,8 +1,11 @@
-"""A DiT made wider by a whole factor e, with the same output: every hidden vector x becomes [x; …; x].
+"""Widens a DiT by a whole factor e without changing its output: every hidden vector x becomes [x; …; x].
 
-LayerNorm's statistics, the norms of each head, the rotary positions and the softmax scale stay as they are, because the
-heads keep their width and there are e times as many. A matrix that reads a hidden vector is divided by e (Net2Net, Chen
-et al. 2016; MUG-V's 2B → 10B). The copies get equal gradients for ever, so noise can be put on the divided matrices.
+A matrix that reads a hidden vector is repeated along its columns and divided by e (Net2WiderNet, Chen et al. 2016,
+section 3.2, with every unit copied e times; MUG-V's 2B → 10B). LayerNorm's statistics, the norms of each head, the
+rotary positions and the softmax scale stay as they are, because the heads keep their width and there are e times as
+many. The copies would get equal gradients for ever, so noise can be added to the divided matrices.
+
+Shape suffixes in patterns: r rows and c columns of a matrix, e copies, g groups of rows, d width of a group.
 """
 
 from collections.abc import Iterator
@@ -20,22 +23,23 @@ from mugv_ds.weights.base import UNUSED, Weights
 
 NoiseKind = Literal["paired", "iid", "none"]
 
-# Their rows are groups that are cut apart after the product: q, k, v; k, v; six modulations.
+# Linears whose output is cut into groups: q, k, v; k, v; six modulations. Each group is repeated by itself.
 _ROW_GROUPS = {"attn.qkv": 3, "cross_attn.kv_linear": 2, "t_block.1": 6}
 _UNCHANGED = ("q_norm.weight", "k_norm.weight", "final_layer.linear.bias")
-# Their input is not hidden: pixels, a sinusoid, text features.
+# Linears whose input is not a hidden vector but pixels, a sinusoid or text features.
 _READ_FROM_OUTSIDE = ("x_embedder.proj", "t_embedder.mlp.0", "fps_embedder.mlp.0", "y_embedder.y_proj.fc1")
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Noise on the divided matrices.
+    """The noise that is added to the divided matrices, so that the copies of a unit learn different things.
 
     Args:
-        kind: "paired": the e column blocks of a row get noise that sums to zero (e = 2: +N and −N, another N for each
-            row), so the output stays the same; "iid": every element gets its own, which changes it; "none".
-        scale: standard deviation over the root mean square of the divided matrix.
-        seed: keys the generator of each tensor, together with its name.
+        kind: "paired": the e column blocks of a row get noise that sums to zero (for e = 2, +N and −N, with another N
+            for each row), so the output stays the same; "iid": every element gets its own noise, which changes the
+            output; "none": the copies stay equal.
+        scale: standard deviation of the noise over the root mean square of the divided matrix.
+        seed: seed that keys the generator of each tensor, together with its name.
 
     Raises:
         InputError: the scale is negative or not finite.
@@ -50,7 +54,7 @@ class Noise:
             raise InputError(f"noise scale {self.scale}: must be at least 0 and finite")
 
     def put_on(self, name: str, wide: Tensor, factor: int) -> Tensor:
-        """The divided matrix [rows, e · columns] with noise."""
+        """Returns the divided matrix [rows, e · columns] with noise added."""
         if self.kind == "none":
             return wide
         std = self.scale * wide.square().mean().sqrt()
@@ -63,10 +67,10 @@ class Noise:
 
 
 class Widened(Weights):
-    """The weights of a DiT `factor` times as wide in fp32, each tensor made when it is asked for.
+    """The fp32 weights of a DiT `factor` times as wide; each tensor is made when it is asked for.
 
     Args:
-        weights: of a whole DiT. factor: e, at least 2. noise: see `Noise`.
+        weights: those of a whole DiT. factor: e, at least 2. noise: see `Noise`.
 
     Raises:
         InputError: the factor is less than 2.
@@ -93,12 +97,12 @@ class Widened(Weights):
 
 
 def widened_sizes(config: DiTConfig, factor: int) -> DiTConfig:
-    """The sizes of a DiT `factor` times as wide."""
+    """Returns the sizes of a DiT `factor` times as wide."""
     return replace(config, hidden_size=factor * config.hidden_size, num_heads=factor * config.num_heads)
 
 
 def widen_tensor(name: str, value: Tensor, factor: int) -> Tensor:
-    """The published tensor `name` of a DiT `factor` times as wide, without noise."""
+    """Returns the published tensor `name` of a DiT `factor` times as wide, without noise."""
     if name.endswith(_UNCHANGED):
         return value
     groups = next((count for module, count in _ROW_GROUPS.items() if f"{module}." in name), 1)
@@ -110,17 +114,17 @@ def widen_tensor(name: str, value: Tensor, factor: int) -> Tensor:
 
 
 def _is_divided(name: str) -> bool:
-    """Whether the tensor is a matrix that reads a hidden vector."""
+    """Tells whether the tensor is a matrix that reads a hidden vector."""
     return name.endswith(".weight") and "norm" not in name and not name.startswith(_READ_FROM_OUTSIDE)
 
 
 @torch.no_grad()
 def output_difference(narrow: Weights, wide: Weights, config: DiTConfig, factor: int, blocks: int) -> float:
-    """‖wide − narrow‖ / ‖narrow‖ of the two models' outputs on random input, in fp32 on the CPU.
+    """Returns ‖wide − narrow‖ / ‖narrow‖ of the two models' outputs on random input, computed in fp32 on the CPU.
 
     Args:
-        narrow, wide: the weights before and after. config: sizes before.
-        blocks: how many blocks from the first on are run; the rest is left out of both models.
+        narrow, wide: the weights before and after. config: the sizes before. factor: e.
+        blocks: how many blocks, from the first on, are run; the others are left out of both models.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, config.in_channels, 2, 6, 6, generator=generator)
@@ -132,7 +136,7 @@ def output_difference(narrow: Weights, wide: Weights, config: DiTConfig, factor:
             model = DiT(replace(sizes, depth=blocks))
         model.load_state_dict({name: weights[name].float() for name in model.state_dict()}, strict=True, assign=True)
         outputs.append(model(x, timestep, text).double())
-        del model  # not beside the next one
+        del model  # so that it is not in memory beside the next one
     before, after = outputs
     scale = before.norm()
     return float((after - before).norm() / (scale if scale > 0 else 1.0))

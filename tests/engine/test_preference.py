@@ -17,7 +17,7 @@ from mugv_ds.models import DiT, DiTConfig
 from mugv_ds.models.dit import init_weights
 from mugv_ds.models.flops import SampleCost
 from mugv_ds.objectives.flow import flow_loss
-from mugv_ds.objectives.preference import dpo_loss, kto_loss, reference_point
+from mugv_ds.objectives.preference import dpo_loss, kl_reference_point, kto_loss
 from mugv_ds.weights.start import start_digest
 from tests.helpers import trainer
 from tests.helpers.dataset import CHANNELS, write_config, write_dataset
@@ -109,8 +109,8 @@ def expected(path: Path) -> tuple[float, dict[str, torch.Tensor], torch.Tensor]:
     else:
         good = sources(step.refs).role > 0
         weights = {"good_weight": 1.0, "bad_weight": 1.5}
-        loss = kto_loss(now, then, good, beta=BETA, point=reference_point(then - now), **weights).mean()
-        assert reference_point(then - now) > 0
+        loss = kto_loss(now, then, good, beta=BETA, kl_reference_point=kl_reference_point(then - now), **weights).mean()
+        assert kl_reference_point(then - now) > 0
     loss = loss + SFT_WEIGHT * losses(step.companions).mean()
     loss.backward()
     return loss.item(), {name: p.grad for name, p in model.named_parameters()}, then

@@ -9,9 +9,9 @@ from mugv_ds.objectives.preference import (
     PREFERENCE_TERMS,
     dpo_loss,
     dpo_terms,
+    kl_reference_point,
     kto_loss,
     kto_terms,
-    reference_point,
 )
 
 BETA = 500.0
@@ -60,7 +60,7 @@ def test_kto_by_hand():
         torch.tensor([1.5, 1.0, 1.5, 1.0]),
         torch.tensor([True, False, False, True]),
         beta=4.0,
-        point=torch.tensor(0.125),
+        kl_reference_point=torch.tensor(0.125),
         good_weight=1.0,
         bad_weight=3.0,
     )
@@ -72,10 +72,10 @@ def test_kto_gradients_are_analytic_and_none_flows_through_the_point():
     loss, reference, *_ = losses(50)
     loss.requires_grad_()
     good = torch.arange(50) % 3 > 0
-    point = reference_point(reference - loss)
-    assert not point.requires_grad
-    kto_loss(loss, reference, good, beta=BETA, point=point, good_weight=1.0, bad_weight=1.3).sum().backward()
-    likelihood = torch.sigmoid(BETA * (reference - loss.detach() - point))
+    z = kl_reference_point(reference - loss)
+    assert not z.requires_grad
+    kto_loss(loss, reference, good, beta=BETA, kl_reference_point=z, good_weight=1.0, bad_weight=1.3).sum().backward()
+    likelihood = torch.sigmoid(BETA * (reference - loss.detach() - z))
     slope = BETA * likelihood * (1 - likelihood)
     # Descent lowers the error on good samples and raises it on bad ones.
     torch.testing.assert_close(loss.grad, torch.where(good, 1.0, -1.3).double() * slope, rtol=1e-6, atol=0)
@@ -85,14 +85,14 @@ def test_kto_gradients_are_analytic_and_none_flows_through_the_point():
 def test_kto_at_the_reference_is_half_the_weight():
     same = torch.full((2,), 0.3)
     good = torch.tensor([True, False])
-    point = reference_point(same - same)
-    loss = kto_loss(same, same, good, beta=BETA, point=point, good_weight=1.0, bad_weight=3.0)
+    z = kl_reference_point(same - same)
+    loss = kto_loss(same, same, good, beta=BETA, kl_reference_point=z, good_weight=1.0, bad_weight=3.0)
     assert loss.tolist() == [0.5, 1.5]
 
 
-@pytest.mark.parametrize(("gains", "point"), [([0.5, -0.25, 0.5], 0.25), ([-1.0, 0.5], 0.0)])
-def test_reference_point_is_the_mean_gain_but_not_below_zero(gains, point):
-    assert reference_point(torch.tensor(gains)).item() == point
+@pytest.mark.parametrize(("gains", "z"), [([0.5, -0.25, 0.5], 0.25), ([-1.0, 0.5], 0.0)])
+def test_kl_reference_point_is_the_mean_gain_but_not_below_zero(gains, z):
+    assert kl_reference_point(torch.tensor(gains)).item() == z
 
 
 @pytest.mark.parametrize("gap", [0.01, 1.0, 1e4, 1e30])
@@ -102,7 +102,8 @@ def test_huge_margins_stay_finite(gap):
     high = torch.tensor([gap, 0.0], requires_grad=True)
     zero = torch.zeros(2)
     dpo = dpo_loss(low, high, zero, zero, 5000.0)
-    kto = kto_loss(low, zero, low > 0, beta=5000.0, point=torch.tensor(0.0), good_weight=1.0, bad_weight=1.0)
+    weights = {"good_weight": 1.0, "bad_weight": 1.0}
+    kto = kto_loss(low, zero, low > 0, beta=5000.0, kl_reference_point=torch.tensor(0.0), **weights)
     (dpo.sum() + kto.sum()).backward()
     assert dpo[0].item() == pytest.approx(0, abs=1e-10) and dpo[1].item() == pytest.approx(2500 * gap, rel=1e-5)
     for tensor in (dpo, kto, low.grad, high.grad):
@@ -134,19 +135,19 @@ def test_dpo_terms_are_sums_over_pairs():
 def test_kto_terms_are_sums_over_good_and_bad(share):
     loss, reference = (tensor.float().requires_grad_() for tensor in losses(200)[:2])
     good = torch.arange(200) < share * 200
-    point, beta = torch.tensor(0.001), 800.0
+    z, beta = torch.tensor(0.001), 800.0
     expected = dict.fromkeys(PREFERENCE_TERMS, 0.0)
     for ours, ref, is_good in zip(loss.tolist(), reference.tolist(), good.tolist(), strict=True):
         gain, side = ref - ours, "better" if is_good else "worse"
-        margin = (1 if is_good else -1) * beta * (gain - point.item())
+        margin = (1 if is_good else -1) * beta * (gain - z.item())
         expected["count"] += 1
-        expected["correct"] += gain > point.item() if is_good else gain < point.item()
+        expected["correct"] += gain > z.item() if is_good else gain < z.item()
         expected["margin"] += margin
         expected[f"{side}_loss"] += ours
         expected[f"{side}_reference"] += ref
         expected[f"{side}_count"] += 1
         expected["saturated"] += not 0.01 <= sigma(margin) <= 0.99
-    check(kto_terms(loss, reference, good, beta, point), expected)
+    check(kto_terms(loss, reference, good, beta, z), expected)
 
 
 def check(terms, expected):

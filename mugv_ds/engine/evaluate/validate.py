@@ -11,7 +11,7 @@ from mugv_ds.data.run_data import RunData
 from mugv_ds.engine.evaluate.evaluate import Evaluator, Measured
 from mugv_ds.engine.evaluate.reference import References
 from mugv_ds.engine.metrics import preference_means
-from mugv_ds.objectives.preference import dpo_terms, kto_terms, reference_point
+from mugv_ds.objectives.preference import dpo_terms, kl_reference_point, kto_terms
 
 
 class Validation:
@@ -81,4 +81,4 @@ class Validation:
             better, worse = place[reader.rows].T
             return dpo_terms(loss[better], loss[worse], reference[better], reference[worse], section.beta)
         good = torch.from_numpy(reader.roles[rows, 0] > 0)
-        return kto_terms(loss, reference, good, section.beta, reference_point(reference - loss))
+        return kto_terms(loss, reference, good, section.beta, kl_reference_point(reference - loss))

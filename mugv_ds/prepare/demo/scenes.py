@@ -1,8 +1,10 @@
 """Coloured shapes that move on a dark background: what a clip shows, how it is drawn at random, and its pixels.
 
-Shape, colour, place and direction are kept few and clear enough that a 288-wide model learns them in minutes on a CPU.
-Every clip lasts two seconds, and in all pictures of one zoom shapes move at one speed in pixels a second; what a frame
-moves follows from the frames a second, which the model is told.
+Shapes, colours, places and directions are few and clear enough that a 288-wide model learns them in minutes on a CPU.
+Every video lasts two seconds. At one zoom all shapes move at one speed in pixels a second, so that how far they move in
+a frame follows from the frames a second, which the model is told.
+
+Shape suffixes: F frames, H height, W width; the last dimension of 3 is RGB.
 """
 
 import itertools
@@ -24,10 +26,10 @@ COLOURS = {
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y), y downwards
 BACKGROUND = (16, 16, 24)
 
-# At zoom 1.
+# These hold at zoom 1.
 _SPEED = 6.0  # pixels a second
-_RADIUS = (12.0, 13.0)  # range; pixels from the centre to a shape's rim, roughly
-_JITTER = 1.0  # most that a path's middle is off the picture's centre on each axis, pixels
+_RADIUS = (12.0, 13.0)  # from … to; pixels from the centre to a shape's rim, roughly
+_JITTER = 1.0  # pixels that a path's middle is at most off the picture's centre on each axis
 
 
 def _circle(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
@@ -39,12 +41,12 @@ def _square(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
 
 
 def _triangle(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Equilateral, pointing up."""
+    """Returns the distance to an equilateral triangle that points up."""
     inner = 0.575 * radius
     return np.maximum(y, np.sqrt(0.75) * abs(x) - 0.5 * y) - inner
 
 
-# Signed distance to the rim, negative inside, of points (x, y) relative to the centre.
+# Each function returns the signed distance to the rim, negative inside, of points (x, y) relative to the centre.
 SHAPES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
     "circle": _circle,
     "square": _square,
@@ -54,12 +56,12 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
 
 @dataclass(frozen=True)
 class Subject:
-    """What a clip shows, and what its caption says of it.
+    """The subject of a clip: what it shows, and what its caption says of it.
 
     Attributes:
         shape, colour: keys of SHAPES and COLOURS.
-        direction: key of DIRECTIONS; None stands still, and the caption says nothing of motion.
-        sideways: the caption says "sideways", which leaves open whether `direction` is left or right.
+        direction: key of DIRECTIONS; None for a shape that stands still, of whose motion the caption says nothing.
+        sideways: whether the caption says "sideways", which leaves open whether `direction` is left or right.
     """
 
     shape: str
@@ -69,12 +71,13 @@ class Subject:
 
     @property
     def caption(self) -> str:
+        """Returns the caption, such as "a red circle moving left"."""
         looks = f"a {self.colour} {self.shape}"
         return looks if self._motion is None else f"{looks} moving {self._motion}"
 
     @property
     def features_path(self) -> str:
-        """The file of the caption's text features, relative to the data set."""
+        """Returns the path of the caption's text features, relative to the data set's folder."""
         words = (word for word in (self.colour, self.shape, self._motion) if word is not None)
         return f"text_features/{'_'.join(words)}_text.pt"
 
@@ -90,11 +93,11 @@ SIDEWAYS = [Subject(*keys, "right", sideways=True) for keys in itertools.product
 
 @dataclass(frozen=True)
 class Format:
-    """How large and how long a clip is.
+    """The size and length of a clip.
 
     Attributes:
-        frames: 1 for an image.
-        height, width: pixels; multiples of 8.
+        frames: number of frames; 1 for an image.
+        height, width: in pixels; multiples of 8.
         fps: frames a second.
         zoom: size and speed of the shapes, relative to those in a picture of 48×48.
     """
@@ -119,14 +122,14 @@ SQUARE = SHORT[:1]
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip to draw.
+    """A clip that `render` can draw.
 
     Attributes:
-        name: sample id and stem of its files.
+        name: sample id, and stem of its files' names.
         subject: what it shows.
-        format: its size.
-        middle: (x, y) of the shape's centre half-way through the clip, pixels.
-        radius: pixels.
+        format: its size and length.
+        middle: (x, y) of the shape's centre half-way through the clip, in pixels.
+        radius: of the shape, in pixels.
     """
 
     name: str
@@ -137,15 +140,17 @@ class Clip:
 
     @property
     def latent_path(self) -> str:
+        """Returns the path of the latent, relative to the data set's folder."""
         return f"latents/{self.name}.pt"
 
 
 def draw_clips(
     split: str, count: int, seed: int, *, subjects: Sequence[Subject] = SUBJECTS, formats: Sequence[Format] = SQUARE
 ) -> list[Clip]:
-    """`count` clips of a split; each depends on (split, seed, its number), the subjects and the formats only.
+    """Draws `count` clips of a split at random.
 
-    All subjects come once before any comes again, in an order that is new each time; the formats take turns.
+    A clip depends on (split, seed, its number), the subjects and the formats only. All subjects come once before any
+    comes again, in an order that is new each time; the formats take turns.
     """
     clips = []
     for number in range(count):
@@ -161,7 +166,7 @@ def draw_clips(
 
 
 def twins(clip: Clip) -> tuple[Clip, Clip]:
-    """The clip moving right and the clip moving left, all else equal."""
+    """Returns the clip moving right and the clip moving left, with all else equal."""
 
     def towards(direction: str) -> Clip:
         return replace(clip, name=f"{clip.name}_{direction}", subject=replace(clip.subject, direction=direction))
@@ -170,20 +175,21 @@ def twins(clip: Clip) -> tuple[Clip, Clip]:
 
 
 def centred(clip: Clip) -> Clip:
-    """The clip with its path through the centre of the picture, and the radius in the middle of the range."""
+    """Returns the clip with its path through the centre of the picture, and the radius in the middle of the range."""
     size = clip.format
     return replace(clip, middle=(size.width / 2, size.height / 2), radius=size.zoom * sum(_RADIUS) / 2)
 
 
 def render(clip: Clip) -> np.ndarray:
-    """Draws a clip: uint8 RGB [frames, height, width, 3], the shape's rim anti-aliased."""
+    """Draws a clip as uint8 RGB [F, H, W, 3], with the shape's rim anti-aliased."""
     size = clip.format
     step_x, step_y = DIRECTIONS[clip.subject.direction] if clip.subject.direction else (0, 0)
     per_frame = size.zoom * _SPEED / size.fps
-    travelled = (per_frame * (np.arange(size.frames) - (size.frames - 1) / 2))[:, None, None]
-    x = np.arange(size.width) + 0.5 - (clip.middle[0] + step_x * travelled)  # of pixels' centres: [F, 1, W]
-    y = (np.arange(size.height) + 0.5)[:, None] - (clip.middle[1] + step_y * travelled)  # [F, H, 1]
-    # A pixel is covered in proportion as the rim crosses it.
-    cover = np.clip(0.5 - SHAPES[clip.subject.shape](x, y, clip.radius), 0, 1)[..., None]
+    travelled_F11 = (per_frame * (np.arange(size.frames) - (size.frames - 1) / 2))[:, None, None]
+    # Pixels' centres, relative to the shape's.
+    x_F1W = np.arange(size.width) + 0.5 - (clip.middle[0] + step_x * travelled_F11)
+    y_FH1 = (np.arange(size.height) + 0.5)[:, None] - (clip.middle[1] + step_y * travelled_F11)
+    # A pixel through which the rim passes is covered in part, by the distance of its centre from the rim.
+    cover_FHW1 = np.clip(0.5 - SHAPES[clip.subject.shape](x_F1W, y_FH1, clip.radius), 0, 1)[..., None]
     colour, background = np.array(COLOURS[clip.subject.colour]), np.array(BACKGROUND)
-    return (background + cover * (colour - background)).round().astype(np.uint8)
+    return (background + cover_FHW1 * (colour - background)).round().astype(np.uint8)

@@ -1,7 +1,10 @@
-"""A small captioned data set with nothing to download: the clips of `scenes`, for every stage of the training recipe.
+"""Makes a small captioned data set for every stage of the training recipe, from the clips of `scenes`; no download.
 
-Clips are drawn and encoded by a linear codec fitted on those of train.csv; captions are encoded by `HashTextEncoder`.
-The clips of train.csv and val.csv are also written as mp4, and encoded as read back from there.
+Clips are drawn, and encoded by a linear codec that is fitted on those of train.csv; captions are encoded by
+`HashTextEncoder`. The clips of train.csv and val.csv are also written as mp4, and encoded as they are read back from
+there.
+
+Shape suffixes: F video frames, H height, W width.
 """
 
 import csv
@@ -39,32 +42,35 @@ from mugv_ds.prepare.demo.scenes import (
 TEXT_CHANNELS = 64
 MAX_TEXT_TOKENS = 40
 
-_VERSION = 3  # of what is drawn and written: a change must raise it, so that older sets are made anew
-_FIT_CLIPS = 200  # more do not change the codec visibly
+_VERSION = 3  # of what is drawn and written; a change must raise it, so that older sets are made anew
+_FIT_CLIPS = 200  # clips that the codec is fitted on; more do not change it visibly
 _MARKER = "demo.json"
 _FOLDERS = ("videos", "latents", "text_features")
 
-Row = tuple[Clip, dict[str, str | int]]  # the dict: the columns that only sets of preferences have
+Row = tuple[Clip, dict[str, str | int]]  # a clip, and the columns that only sets of preferences have
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Rows of each CSV.
+    """The number of rows of each CSV.
 
     Attributes:
         train: clips of 16 frames and 48×48, about as many of each combination of shape, colour and direction.
-        val: held out from train: combinations as there, at places and in sizes that are not.
-        stage1: two fifths images; clips of 16 frames; 48×48 and 40×56 (height × width).
-        stage2: clips of 16 frames at 8 fps and of 32 at 16 fps, 48×48 and 40×56.
-        stage3: clips of 32 frames at 16 fps, 64×64 and 56×72.
-        val_stages: held out from the stages, as many of each of their shapes; a quarter images.
-        sft: as train, but path and radius exactly in the middle of what is drawn in train.
-        pairs: two rows a pair, alike but for their direction: rank 1 moves right, rank 2 left.
-        labels: good moves right, bad moves left.
-        pairs_val, labels_val: held out from pairs and labels.
+        val: clips held out from train, with the same combinations at other places and with other radii.
+        stage1: two fifths images, the rest clips of 16 frames, all of 48×48 or 40×56 (height × width).
+        stage2: clips of 16 frames at 8 fps and of 32 at 16 fps, of 48×48 or 40×56.
+        stage3: clips of 32 frames at 16 fps, of 64×64 or 56×72.
+        val_stages: clips held out from the stages, as many of each of their shapes; a quarter are images.
+        sft: clips as in train, but with path and radius exactly in the middle of what is drawn in train.
+        pairs: two rows a pair, alike but for their direction: the one of rank 1 moves right, that of rank 2 left.
+        labels: clips of which good ones move right and bad ones left.
+        pairs_val, labels_val: rows held out from pairs and labels.
 
     A third of the clips of stage1, stage2, stage3 and sft, and all of pairs and labels, have captions that say
-    "sideways"; of those exactly half move left.
+    "sideways"; exactly half of those move left.
+
+    Raises:
+        ValueError: a number is below 1, or that of pairs or labels is odd.
     """
 
     train: int = 720
@@ -88,16 +94,16 @@ class Sizes:
 
 
 def make_demo_data(out_dir: str | Path, sizes: Sizes | None = None, *, seed: int = 0) -> None:
-    """Writes the data set: a CSV for each of `Sizes`, videos/, latents/, text_features/, codec.safetensors, and
-    prompts_sideways.txt, one of `sideways_prompts` a line.
+    """Writes the data set.
 
-    Returns at once if `out_dir` holds the finished data set of the same arguments; one that is unfinished or of other
-    arguments is made anew.
+    It consists of a CSV for each of `Sizes`, videos/, latents/, text_features/, codec.safetensors, and
+    prompts_sideways.txt with one of `sideways_prompts` a line. A finished data set of the same arguments is left as it
+    is; one that is unfinished or of other arguments is made anew.
 
     Args:
-        out_dir: folder to write, made if missing.
+        out_dir: folder to write; it is made if it is missing.
         sizes: rows of each CSV; by default those of `Sizes`.
-        seed: of everything drawn.
+        seed: seed of everything that is drawn.
 
     Raises:
         ValueError: the training clips are too few to fit the codec, or `out_dir` holds other files.
@@ -127,7 +133,7 @@ def make_demo_data(out_dir: str | Path, sizes: Sizes | None = None, *, seed: int
 
 
 def demo_prompts() -> list[str]:
-    """Eight prompts that train.csv teaches: every shape, colour and direction is among them."""
+    """Returns eight prompts that train.csv teaches, with every shape, colour and direction among them."""
     return [
         "a red circle moving left",
         "a green square moving right",
@@ -141,12 +147,12 @@ def demo_prompts() -> list[str]:
 
 
 def sideways_prompts() -> list[str]:
-    """The captions that leave open whether a shape moves left or right, one for each shape and colour."""
+    """Returns the captions that leave open whether a shape moves left or right, one for each shape and colour."""
     return [subject.caption for subject in SIDEWAYS]
 
 
 def draw_curriculum(sizes: Sizes, seed: int) -> dict[str, list[Row]]:
-    """The rows of every set but train and val, by the CSV's name."""
+    """Draws the rows of every set but train and val, by the CSV's name."""
     images = sizes.stage1 * 2 // 5
     held_out_images = sizes.val_stages // 4
     return {
@@ -169,7 +175,7 @@ def draw_curriculum(sizes: Sizes, seed: int) -> dict[str, list[Row]]:
 
 
 def _spread(few: Sequence[Clip], many: Sequence[Clip]) -> Iterator[Clip]:
-    """Both, the few spread evenly among the many: the first rows are of every kind."""
+    """Yields both, the few spread evenly among the many, so that the first rows are of every kind."""
     places = [(i / len(few), clip) for i, clip in enumerate(few)] + [
         (i / len(many), clip) for i, clip in enumerate(many)
     ]
@@ -181,7 +187,7 @@ def _plain(clips: Sequence[Clip] | Iterator[Clip]) -> list[Row]:
 
 
 def _stage(split: str, count: int, seed: int, formats: Sequence[Format]) -> list[Clip]:
-    """Two thirds clips whose captions say where they move, one third twins whose captions say "sideways"."""
+    """Draws a stage: two thirds clips whose captions say where they move, one third twins moving "sideways"."""
     pairs = count // 6
     clips = draw_clips(split, count - 2 * pairs, seed, formats=formats)
     for clip in draw_clips(f"{split}_sideways", pairs, seed, subjects=SIDEWAYS, formats=formats):
@@ -190,40 +196,40 @@ def _stage(split: str, count: int, seed: int, formats: Sequence[Format]) -> list
 
 
 def _pairs(split: str, count: int, seed: int) -> Iterator[Row]:
-    """`count` pairs: the better clip moves right, the worse left."""
+    """Draws `count` pairs, of which the better clip moves right and the worse left."""
     for clip in draw_clips(split, count, seed, subjects=SIDEWAYS):
         for rank, twin in enumerate(twins(clip), 1):
             yield twin, {"pair_id": clip.name, "rank": rank}
 
 
 def _labelled(split: str, count: int, seed: int) -> Iterator[Row]:
-    """`count` clips that move right and are good, as many that move left and are bad."""
+    """Draws `count` clips that move right and are good, and as many that move left and are bad."""
     for clip in draw_clips(split, count, seed, subjects=SIDEWAYS):
         for label, twin in zip(("good", "bad"), twins(clip), strict=True):
             yield twin, {"label": label}
 
 
 def _film(clip: Clip, out_dir: Path) -> np.ndarray:
-    """Writes a clip's video and reads it back: uint8 [F, H, W, 3]."""
+    """Writes a clip's video and reads it back, as uint8 [F, H, W, 3]."""
     path = out_dir / "videos" / f"{clip.name}.mp4"
     write_mp4(path, render(clip), clip.format.fps)
     return read_mp4(path)[0]
 
 
 def _pixels(frames: np.ndarray) -> Tensor:
-    """uint8 [F, H, W, 3] → [3, F, H, W] in [−1, 1]."""
+    """Converts uint8 frames [F, H, W, 3] to pixels [3, F, H, W] in [−1, 1]."""
     return torch.from_numpy(frames.astype(np.float32) / 127.5 - 1).permute(3, 0, 1, 2)
 
 
 def _encode(clip: Clip, frames: np.ndarray, codec: LinearCodec, out_dir: Path) -> None:
-    """Writes a clip's latent; an image is encoded as the frames of one latent frame, all alike."""
+    """Writes a clip's latent. An image is repeated to the 8 frames of one latent frame."""
     if clip.format.kind == "image":
         frames = frames.repeat(LATENT_STRIDE, axis=0)
     torch.save(codec.encode(_pixels(frames)[None])[0], out_dir / clip.latent_path)
 
 
 def _write_features(out_dir: Path) -> None:
-    """Text features of every caption, and of the negative prompt."""
+    """Writes the text features of every caption, and of the negative prompt."""
     encode = HashTextEncoder(TEXT_CHANNELS, MAX_TEXT_TOKENS)
     texts = {"text_features/negative.pt": NEGATIVE_PROMPT}
     texts |= {subject.features_path: subject.caption + PROMPT_SUFFIX for subject in (*SUBJECTS, *STILLS, *SIDEWAYS)}
@@ -232,7 +238,7 @@ def _write_features(out_dir: Path) -> None:
 
 
 def _write_manifest(path: Path, rows: list[Row]) -> None:
-    """Writes a CSV; all rows have the same columns."""
+    """Writes a CSV, all of whose rows have the same columns."""
     records = [
         {
             "sample_id": clip.name,
@@ -261,14 +267,17 @@ def _read_marker(out_dir: Path) -> dict | None:
 
 
 def _write_marker(out_dir: Path, arguments: dict, *, finished: bool) -> None:
-    """Says what the folder holds; renamed into place, so that it is never half a file."""
+    """Writes into the folder what it holds. The file is renamed into place, so that it is never half written."""
     temporary = out_dir / f"{_MARKER}.tmp"
     temporary.write_text(json.dumps({"arguments": arguments, "finished": finished}))
     temporary.replace(out_dir / _MARKER)
 
 
 def _clear(out_dir: Path, arguments: dict) -> None:
-    """Empty folders in `out_dir`, and a marker that says it is unfinished. Only a demo data set is ever overwritten."""
+    """Empties the folders in `out_dir`, and marks it as unfinished.
+
+    Only a demo data set is ever overwritten: ValueError is raised where the folder holds anything else.
+    """
     if out_dir.exists() and _read_marker(out_dir) is None and any(out_dir.iterdir()):
         raise ValueError(f"{out_dir}: holds files but no {_MARKER}, so it is no demo data set; name another folder")
     out_dir.mkdir(parents=True, exist_ok=True)
