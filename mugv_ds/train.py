@@ -15,7 +15,9 @@ from mugv_ds.config import TrainConfig, exit_status, load_config
 from mugv_ds.config.hostfile import check_launcher
 
 if TYPE_CHECKING:  # the rest of the package is imported when it is needed: a wrong command line answers at once
+    from mugv_ds.checkpoint.manifest import StartWeights
     from mugv_ds.data.run_data import RunData
+    from mugv_ds.engine.evaluate.reference import ReferenceModel
     from mugv_ds.engine.process import Process
 
 
@@ -24,41 +26,50 @@ class Start:
     """A process that has joined its run.
 
     Attributes:
-        process: this one. data: of the run. engine: with the weights that the run starts from.
-        init: path of those weights, resolved; None for initial weights.
+        process: this one. data: of the run. engine: holds the weights that the run starts from, if it starts afresh.
+        weights: that it started from.
     """
 
     process: "Process"
     data: "RunData"
     engine: Any  # DeepSpeed's PipelineEngine
-    init: str | None
-
-    def weights_digest(self, config: TrainConfig) -> str:
-        """The digest of the weights that the run starts from, the same on all ranks; see `weights.start`."""
-        from mugv_ds.weights.start import start_digest
-
-        return self.process.host.first(lambda: start_digest(self.init, config))
+    weights: "StartWeights"
 
 
-def start(config: TrainConfig) -> Start:
+def start(config: TrainConfig, resume: bool = True) -> Start:
     """Joins the launch, opens the data and builds the engine.
+
+    A run that goes on from a checkpoint needs nothing of the weights that it started from, which may be gone.
+
+    Args:
+        resume: whether a checkpoint in `checkpoint.dir` is what the run goes on from.
 
     Raises:
         InputError: config, data or weights cannot be used. PeerError: another rank met an error.
     """
     from mugv_ds.data.run_data import RunData
     from mugv_ds.engine.build import build_engine
-    from mugv_ds.engine.process import start_process
+    from mugv_ds.engine.process import check_same, start_process
     from mugv_ds.models.flops import SampleCost
-    from mugv_ds.weights.start import find_start, load_into
+    from mugv_ds.weights.start import find_weights, load_into, saved_start
 
     process = start_process(config)
     data = RunData(config, SampleCost.of(config), process.layout.data, process.host.first_then_all)
-    init = config.checkpoint.init_from
-    init = init and process.host.first(lambda: str(find_start(init)))
-    weights = init and partial(load_into, init, config.model.dit())
-    engine = build_engine(config, process, shape=data.typical_shape, weights=weights)
-    return Start(process, data, engine, init)
+    check_same(data.content(), process.host, "all hosts must read the same files; copy them anew and start again")
+    saved = process.host.first(lambda: saved_start(config) if resume else None)
+    weights = find_weights(config, saved, process.host.first)
+    load = partial(load_into, weights.path, config.model.dit()) if saved is None and weights.path else None
+    engine = build_engine(config, process, shape=data.typical_shape, weights=load)
+    return Start(process, data, engine, weights)
+
+
+def reference_model(config: TrainConfig, run: Start, fresh: bool) -> "ReferenceModel":
+    """Makes the reference of a preference run. fresh: whether the engine holds its weights."""
+    from mugv_ds.engine.evaluate.reference import ReferenceModel
+    from mugv_ds.weights.start import FrozenWeights
+
+    weights = FrozenWeights(run.weights, config)
+    return ReferenceModel(config, run.process, run.engine, run.data, weights, held=fresh)
 
 
 def train(config: TrainConfig) -> int:
@@ -75,7 +86,6 @@ def train(config: TrainConfig) -> int:
 
     from mugv_ds.checkpoint.store import Store
     from mugv_ds.engine.ema import PowerEma
-    from mugv_ds.engine.evaluate.reference import ReferenceModel, References
     from mugv_ds.engine.guard.signals import STOPPED
     from mugv_ds.engine.loop import Trainer
     from mugv_ds.engine.preview import Previews
@@ -84,19 +94,20 @@ def train(config: TrainConfig) -> int:
     run = start(config)
     process, data, engine = run.process, run.data, run.engine
     previews = data.previewed and Previews(config, process, engine.module, data.previewed, sample_latents)
-    store = Store(config, process, engine, data.digest)
+    store = Store(config, process, engine, data.order(), run.weights)
     ema = PowerEma([fragment.tensors["weight"] for fragment in store.fragments], config.ema.sigma_rel)
     store.extra_kinds = ema.averages
     try:
-        references = References()
-        if config.preference is not None:  # while the weights are those of the reference
-            references = ReferenceModel(config, process, engine, data).references(run.weights_digest(config))
         taken = store.restore()
         if process.rank == 0:
-            fresh = f"starting fresh, from {run.init or 'initial weights'}"
+            fresh = f"starting fresh, from {run.weights.path or 'initial weights'}"
             print(f"going on after step {taken}" if taken else fresh, flush=True)
+        reference = None
+        if config.preference is not None:
+            reference = reference_model(config, run, fresh=not taken)
+            reference.open_files()
         trainer = Trainer(
-            config, process, engine, data=data, references=references, ema=ema, store=store, previews=previews
+            config, process, engine, data=data, reference=reference, ema=ema, store=store, previews=previews
         )
         stopped = trainer.run(taken)
     finally:

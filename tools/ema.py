@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mugv_ds.checkpoint.reader import CheckpointReader, open_checkpoint, open_run
 from mugv_ds.config import InputError
+from mugv_ds.config.power_profile import kind_sigma_rel
 from mugv_ds.config.schema import ModelSection
 from mugv_ds.weights.average import Average, ensemble, reconstruct
 from mugv_ds.weights.base import check_weights
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def write_reconstruction(args: argparse.Namespace) -> Path:
     """Writes a power-function average of the width that was asked for, and warns if the stored ones fit it badly."""
-    checkpoints = open_run(args.checkpoints)
+    checkpoints = open_run(args.checkpoints, lambda kind: kind_sigma_rel(kind) is not None)
     model = newest_model(checkpoints)
     average, fit = reconstruct(checkpoints, args.sigma_rel, DTYPES[model.dtype])
     print(f"fit of the profile: relative error {fit.error:.3g}")
@@ -55,7 +56,21 @@ def write_reconstruction(args: argparse.Namespace) -> Path:
             "width nearer to theirs, or keep more checkpoints",
             file=sys.stderr,
         )
-    return write(average, model, args.out, sigma_rel=str(args.sigma_rel), fit_error=f"{fit.error:.3g}")
+    late = late_averages(checkpoints)
+    if late:
+        print(
+            f"warning: {late}: they take the weights of that moment for those of all steps before, so the profile is "
+            "not the one that was asked for",
+            file=sys.stderr,
+        )
+    facts = {"sigma_rel": str(args.sigma_rel), "fit_error": f"{fit.error:.3g}", **({"began": late} if late else {})}
+    return write(average, model, args.out, **facts)
+
+
+def late_averages(checkpoints: Sequence[CheckpointReader]) -> str:
+    """Names the averages that were switched on in the middle of the run, and when; empty if there are none."""
+    began = {kind: step for checkpoint in checkpoints for kind, step in checkpoint.manifest.began.items()}
+    return ", ".join(f"{kind} was switched on after step {step}" for kind, step in sorted(began.items()))
 
 
 def write_ensemble(args: argparse.Namespace) -> Path:

@@ -22,11 +22,10 @@ def write(config: TrainConfig) -> None:
     """
     import torch.distributed as dist
 
-    from mugv_ds.engine.evaluate.reference import ReferenceModel
-    from mugv_ds.train import start
+    from mugv_ds.train import reference_model, start
 
-    run = start(config)
-    for line in ReferenceModel(config, run.process, run.engine, run.data).write(run.weights_digest(config)):
+    run = start(config, resume=False)
+    for line in reference_model(config, run, fresh=True).write():
         if run.process.rank == 0:
             print(line, flush=True)
     dist.destroy_process_group()  # without it some processes abort at exit

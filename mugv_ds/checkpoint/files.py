@@ -100,6 +100,16 @@ def candidates(run: Path) -> tuple[list[int], str | None]:
     return steps, None
 
 
+def newest_manifest(run: Path) -> Manifest | None:
+    """Returns the manifest of the newest checkpoint in a run's folder that has a sound one; None: there is none."""
+    for step in saved_steps(run):
+        try:
+            return read_manifest(step_folder(run, step))
+        except BrokenCheckpointError:
+            continue  # who restores it says so
+    return None
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
     """Writes contiguous CPU tensors as a safetensors file, and waits until it is on the disk.
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Collection
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
@@ -13,14 +14,16 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from mugv_ds.config.errors import CheckpointError
 
 MANIFEST_NAME = "MANIFEST.json"
-FORMAT = 1
+FORMAT = 2
 WEIGHT = "weight"  # the kind of the fp32 masters
 
 Count = Annotated[int, Field(ge=0)]
 Size = Annotated[int, Field(ge=1)]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 # The only names that are ever opened because a manifest says so: none leads out of the checkpoint's folder.
-FileName = Annotated[str, StringConstraints(pattern=r"^rank-(0|[1-9][0-9]{0,6})\.safetensors$")]
+FileName = Annotated[
+    str, StringConstraints(pattern=r"^rank-(0|[1-9][0-9]{0,6})\.[a-z][a-z_]{0,31}(0\.[0-9]{3})?\.safetensors$")
+]
 
 
 class BrokenCheckpointError(CheckpointError):
@@ -39,9 +42,9 @@ class FileEntry(_Part):
 
 
 class Piece(_Part):
-    """Elements `start` … `start + numel - 1` of a flattened parameter; in `file` the key is `<name>/<kind>`."""
+    """Elements `start` … `start + numel - 1` of a flattened parameter, in the files of a rank under the key `name`."""
 
-    file: FileName
+    rank: Count
     start: Count
     numel: Size
 
@@ -74,12 +77,11 @@ class Counters(_Part):
     optimizer_steps: Count
 
 
-class DataIdentity(_Part):
-    """What the order of the samples and their noise are a function of, besides the step."""
+class StartWeights(_Part):
+    """The weights that the run started from: None for initial ones. digest: of the files, where the run needs it."""
 
-    manifest_sha256: Digest
-    seed: Count
-    global_batch_size: Size
+    path: str | None
+    digest: Digest | None
 
 
 class SavedLayout(_Part):
@@ -95,7 +97,11 @@ class Manifest(_Part):
 
     Attributes:
         step: optimizer steps taken, which is also the position in the data.
-        kinds: of tensors that each parameter has: weight, exp_avg, exp_avg_sq and those that were registered.
+        kinds: of tensors that each parameter has: weight, exp_avg, exp_avg_sq and those that were registered; each
+            rank has a file for each kind, so that who wants the weights reads and verifies nothing else.
+        began: kinds of averages that were switched on during the run, and after which step.
+        start: the weights that the run started from.
+        data: what the order of the samples is a function of beside the step, part by part (`RunData.order`).
         state: what the training loop gave to keep.
         config, config_sha256: the run's config, and the hash of its canonical JSON.
         versions: of what wrote it. git_commit: of this code, if it was in a repository.
@@ -107,7 +113,9 @@ class Manifest(_Part):
     files: dict[FileName, FileEntry]
     parameters: dict[str, Parameter]
     counters: Counters
-    data: DataIdentity
+    began: dict[str, Count]
+    start: StartWeights
+    data: dict[str, str]
     layout: SavedLayout
     state: dict[str, Any]
     config: dict[str, Any]
@@ -119,14 +127,25 @@ class Manifest(_Part):
     def _names_its_files(self) -> "Manifest":
         for name, parameter in self.parameters.items():
             for piece in parameter.pieces:
-                if piece.file not in self.files:
-                    raise ValueError(f"{name}: is in {piece.file}, which is not one of its files")
+                for kind in self.kinds:
+                    if (file := file_name(piece.rank, kind)) not in self.files:
+                        raise ValueError(f"{name}: is in {file}, which is not one of its files")
         return self
+
+    def files_of(self, kinds: Collection[str] | None) -> list[str]:
+        """Returns the names of the files that hold these kinds; None: all of them."""
+        wanted = self.kinds if kinds is None else kinds
+        return sorted(file for file in self.files if file.split(".", 1)[1].removesuffix(".safetensors") in wanted)
 
     def dump(self) -> bytes:
         """The text of `MANIFEST.json`."""
         body = self.model_dump(mode="json")
         return json.dumps(body | {"sha256": digest(body)}, indent=1, allow_nan=False).encode()
+
+
+def file_name(rank: int, kind: str) -> str:
+    """Returns the name of the file with a rank's tensors of one kind."""
+    return f"rank-{rank}.{kind}.safetensors"
 
 
 def digest(value: Any) -> str:
@@ -149,10 +168,11 @@ def parse(text: bytes, where: str) -> Manifest:
             raise ValueError("its own hash differs")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BrokenCheckpointError(f"{where}: not a whole manifest: {error!r}") from None
-    if version > FORMAT:
+    if version != FORMAT:
+        writer = body.get("versions", {}).get("mugv_ds", "another one")
         raise CheckpointError(
-            f"{where}: format {version}, this version of mugv_ds reads up to {FORMAT}; resume with the one that wrote "
-            f"it, {body.get('versions', {}).get('mugv_ds', 'a newer one')}"
+            f"{where}: format {version}, this version of mugv_ds reads {FORMAT}; resume or export it with the version "
+            f"that wrote it ({writer})"
         )
     try:
         return Manifest.model_validate_json(json.dumps(body))

@@ -1,7 +1,10 @@
 """Reads tensors of a checkpoint by name, whatever layout saved them."""
 
 import json
+import os
 import sys
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mugv_ds.checkpoint import files
-from mugv_ds.checkpoint.manifest import WEIGHT, BrokenCheckpointError, Manifest
+from mugv_ds.checkpoint.manifest import WEIGHT, BrokenCheckpointError, Manifest, file_name
 from mugv_ds.config.errors import CheckpointError
 from mugv_ds.config.schema import TrainConfig
 
@@ -81,10 +84,11 @@ class CheckpointReader:
         for piece in self.manifest.parameters[name].pieces:
             first, last = max(start, piece.start), min(stop, piece.start + piece.numel)
             if first < last:
+                file = file_name(piece.rank, kind)
                 try:
-                    saved = self._file(piece.file).get_slice(f"{name}/{kind}")[first - piece.start : last - piece.start]
+                    saved = self._file(file).get_slice(name)[first - piece.start : last - piece.start]
                 except (SafetensorError, OSError) as error:
-                    raise BrokenCheckpointError(f"{self.folder / piece.file}: {error}") from None
+                    raise BrokenCheckpointError(f"{self.folder / file}: {error}") from None
                 out[first - start : last - start].copy_(saved)
 
     def _file(self, name: str) -> safe_open:
@@ -93,9 +97,13 @@ class CheckpointReader:
         return self._files[name]
 
 
-def open_checkpoint(path: Path) -> CheckpointReader:
-    """The checkpoint in `path`, every file of it verified: a `step-<n>` folder, or a run's folder, whose newest sound
-    one is taken; the broken ones are named.
+def open_checkpoint(path: Path, kinds: Collection[str] | None = (WEIGHT,)) -> CheckpointReader:
+    """Opens the checkpoint in `path`: a `step-<n>` folder, or a run's folder, whose newest sound one is taken.
+
+    Of a run's folder the broken ones are named.
+
+    Args:
+        kinds: what will be read, whose files are verified; None: all.
 
     Raises:
         CheckpointError: there is none, or none is sound.
@@ -103,26 +111,30 @@ def open_checkpoint(path: Path) -> CheckpointReader:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder")
     if not is_run(path):
-        return _verified(path)
+        return _verified(path, kinds)
     steps, _ = files.candidates(path)
     for step in steps:
         try:
-            return _verified(files.step_folder(path, step))
+            return _verified(files.step_folder(path, step), kinds)
         except BrokenCheckpointError as error:
             print(f"passed over: {error}", file=sys.stderr, flush=True)
     raise CheckpointError(f"{path}: holds no {'sound ' if steps else ''}checkpoint")
 
 
-def open_run(run: Path) -> list[CheckpointReader]:
-    """All checkpoints in a run's folder, newest first, every file of them verified.
+def open_run(run: Path, wanted: Callable[[str], bool]) -> list[CheckpointReader]:
+    """Opens all checkpoints in a run's folder, newest first, the files of the wanted kinds verified.
 
     Raises:
         CheckpointError: there are none, or one is broken.
     """
-    opened = [_verified(files.step_folder(run, step)) for step in files.saved_steps(run)]
-    if not opened:
+    folders = [files.step_folder(run, step) for step in files.saved_steps(run)]
+    if not folders:
         raise CheckpointError(f"{run}: holds no checkpoint")
-    return opened
+    manifests = [files.read_manifest(folder) for folder in folders]
+    return [
+        _verified(folder, list(filter(wanted, manifest.kinds)))
+        for folder, manifest in zip(folders, manifests, strict=True)
+    ]
 
 
 def is_run(path: Path) -> bool:
@@ -130,8 +142,9 @@ def is_run(path: Path) -> bool:
     return not (path / files.MANIFEST_NAME).exists() and not path.name.startswith("step-")
 
 
-def _verified(folder: Path) -> CheckpointReader:
+def _verified(folder: Path, kinds: Collection[str] | None) -> CheckpointReader:
     manifest = files.read_manifest(folder)
-    for name, entry in manifest.files.items():
-        files.verify(folder / name, entry)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets the interpreter go
+        for _ in pool.map(lambda name: files.verify(folder / name, manifest.files[name]), manifest.files_of(kinds)):
+            pass
     return CheckpointReader(folder, manifest)

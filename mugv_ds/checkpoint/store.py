@@ -27,19 +27,22 @@ from mugv_ds.checkpoint.fragments import Fragment, fragments, read_counters, ref
 from mugv_ds.checkpoint.manifest import (
     WEIGHT,
     BrokenCheckpointError,
-    DataIdentity,
     Manifest,
     Parameter,
     Piece,
     SavedLayout,
+    StartWeights,
     digest,
+    file_name,
 )
 from mugv_ds.checkpoint.reader import CheckpointReader
 from mugv_ds.checkpoint.snapshot import HostMemory, first_non_finite
 from mugv_ds.config.errors import CheckpointError, PeerError
+from mugv_ds.config.load import leaves
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.models.dit import DiT
 
+_SHOWN = 48  # characters of a value in a message
 _PACKAGES = ("mugv_ds", "torch", "deepspeed", "safetensors")
 
 
@@ -72,7 +75,8 @@ class Store:
 
     Args:
         config: the run. process: this process. engine: holds what is saved.
-        data_sha256: hash of the training manifest.
+        data: what the order of its samples is a function of, part by part; see `data.run_data.RunData.order`.
+        start: the weights that the run started from.
 
     Attributes:
         fragments: what this rank owns.
@@ -84,7 +88,14 @@ class Store:
         CheckpointError: another run uses the folder, or it cannot be written.
     """
 
-    def __init__(self, config: TrainConfig, process: Process, engine: PipelineEngine, data_sha256: str) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        process: Process,
+        engine: PipelineEngine,
+        data: Mapping[str, str],
+        start: StartWeights = StartWeights(path=None, digest=None),  # noqa: B008, it is frozen
+    ) -> None:
         self.dir = Path(config.checkpoint.dir)
         self.fragments: list[Fragment] = fragments(engine)
         self.extra_kinds: Mapping[str, Sequence[Tensor]] = {}
@@ -96,14 +107,14 @@ class Store:
         self._pending: Future | None = None
         self._newest: int | None = None
         self._lock: files.Lock | None = None
-        self._data = DataIdentity(
-            manifest_sha256=data_sha256, seed=config.data.seed, global_batch_size=config.data.global_batch_size
-        )
+        self._run, self._data = config, dict(data)
+        self._began: dict[str, int] = {}  # averages that were switched on during the run → after which step
         with torch.device("meta"):
             self._shapes = {name: tuple(value.shape) for name, value in DiT(config.model.dit()).named_parameters()}
         run_config = config.model_dump(mode="json")
         self._constant = {
             "data": self._data,
+            "start": start,
             "layout": SavedLayout(**asdict(process.layout)),
             "config": run_config,
             "config_sha256": digest(run_config),
@@ -134,7 +145,7 @@ class Store:
             return
         kept = json.loads(json.dumps(dict(state or {}), allow_nan=False))  # the caller may go on to change it
         copies, problem = self._copy()
-        about = {"counters": read_counters(self._engine), "state": kept, **self._constant}
+        about = {"counters": read_counters(self._engine), "state": kept, "began": self._began, **self._constant}
         if self._config.background:
             self._pending = self._thread.submit(self._write, step, copies, problem, about)
         else:
@@ -204,7 +215,7 @@ class Store:
         sizes = self._agree(size, host)
         try:
             self._first(lambda: files.start_folder(self.dir, step, sum(sizes)), host)
-            saved = self._agree(lambda: self._write_file(folder / f"rank-{self._rank}.safetensors", tensors), host)
+            saved = self._agree(lambda: self._write_files(folder, tensors), host)
             self._first(lambda: self._commit(step, saved, about), host)
         except BaseException:
             if self._rank == 0:
@@ -213,20 +224,31 @@ class Store:
             raise
         self._newest = step
 
-    def _write_file(self, path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        entry = files.write_tensors(path, tensors)
-        held = [(fragment.name, fragment.start, fragment.numel) for fragment in self.fragments]
-        return {"entry": entry.model_dump(), "held": held, "kinds": sorted({key.rpartition("/")[2] for key in tensors})}
+    def _write_files(self, folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """Writes this rank's files, one for each kind."""
+        by_kind: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, _, kind = key.rpartition("/")
+            by_kind.setdefault(kind, {})[name] = tensor
+        entries = {
+            kind: files.write_tensors(folder / file_name(self._rank, kind), held).model_dump()
+            for kind, held in sorted(by_kind.items())
+        }
+        return {"entries": entries, "held": [(piece.name, piece.start, piece.numel) for piece in self.fragments]}
 
     def _commit(self, step: int, saved: list[dict[str, Any]], about: dict[str, Any]) -> None:
         pieces: dict[str, list[Piece]] = {name: [] for name in self._shapes}
         for rank, report in enumerate(saved):
             for name, start, numel in report["held"]:
-                pieces[name].append(Piece(file=f"rank-{rank}.safetensors", start=start, numel=numel))
+                pieces[name].append(Piece(rank=rank, start=start, numel=numel))
         manifest = Manifest(
             step=step,
-            kinds=tuple(sorted({kind for report in saved for kind in report["kinds"]})),
-            files={f"rank-{rank}.safetensors": report["entry"] for rank, report in enumerate(saved)},
+            kinds=tuple(sorted({kind for report in saved for kind in report["entries"]})),
+            files={
+                file_name(rank, kind): entry
+                for rank, report in enumerate(saved)
+                for kind, entry in report["entries"].items()
+            },
             parameters={
                 name: Parameter(shape=shape, pieces=tuple(sorted(pieces[name], key=lambda piece: piece.start)))
                 for name, shape in self._shapes.items()
@@ -274,7 +296,7 @@ class Store:
             limit = "checkpoint.resume is 'must'" if before is None else f"one before step {before} is wanted"
             why = f"{what}; remove them to start afresh, or use another dir" if wanted else f"{what}, and {limit}"
             raise self._refusal(f"{self.dir}: {why}")
-        self._agree(lambda: self._load(manifest))
+        self._agree(lambda: self._load(manifest, resuming=before is None))
         refresh_weights(self._engine)
         set_counters(self._engine, manifest.counters)
         self.state, self._newest = manifest.state, manifest.step
@@ -301,15 +323,20 @@ class Store:
             self._say(f"passed over: {problem}")
         return None if problems else found[0]
 
-    def _load(self, manifest: Manifest) -> None:
+    def _load(self, manifest: Manifest, resuming: bool) -> None:
         """Checks that the checkpoint fits this run, and fills the tensors that this rank owns."""
         folder = files.step_folder(self.dir, manifest.step)
+        if resuming:
+            self._check_config(manifest, folder)
         self._check_model(manifest, folder)
         if not self._config.accept_changed_data:
             self._check_data(manifest, folder)
         missing = sorted(self.extra_kinds.keys() - set(manifest.kinds))
+        self._began = dict.fromkeys(missing, manifest.step) | {
+            kind: step for kind, step in manifest.began.items() if kind in self.extra_kinds
+        }
         if missing:
-            self._say(f"{folder}: holds no {', '.join(missing)}; taken from the weights")
+            self._say(f"{folder}: holds no {', '.join(missing)}; taken from the weights, as later checkpoints will say")
         unused = sorted(set(manifest.kinds) - self._kinds(0).keys()) if self.fragments else []
         if unused:
             self._say(f"{folder}: holds {', '.join(unused)}, which this run does not keep; left out")
@@ -329,13 +356,33 @@ class Store:
                 )
 
     def _check_data(self, manifest: Manifest, folder: Path) -> None:
-        for key, there in manifest.data:
-            here = getattr(self._data, key)
-            if here != there:
-                raise CheckpointError(
-                    f"{folder}: was trained with data.{key} {there}, this run has {here}: samples would be repeated "
-                    "and left out; set it as it was, or checkpoint.accept_changed_data to go on with a new order"
-                )
+        differing = [key for key in {**manifest.data, **self._data} if manifest.data.get(key) != self._data.get(key)]
+        if differing:
+            there_here = ((key, _short(manifest.data.get(key)), _short(self._data.get(key))) for key in differing)
+            parts = ", ".join(f"{key} ({there}, now {here})" for key, there, here in there_here)
+            raise CheckpointError(
+                f"{folder}: the order of its samples was another; what differs: {parts}. Samples would be repeated and "
+                "left out: set it as it was, or checkpoint.accept_changed_data to go on with a new order"
+            )
+
+    def _check_config(self, manifest: Manifest, folder: Path) -> None:
+        """Says which settings are not those that the checkpoint was saved with; refuses what cannot be meant."""
+        then, now = (dict(leaves(config)) for config in (manifest.config, self._run.model_dump(mode="json")))
+        steps = self._run.schedule.steps
+        if steps < manifest.step:
+            raise CheckpointError(
+                f"{folder}: has taken {manifest.step} steps, and schedule.steps = {steps}; raise it, or use another "
+                "checkpoint.dir for a new run"
+            )
+        objectives = [config.get("preference.objective") for config in (then, now)]
+        if objectives[0] != objectives[1]:
+            raise CheckpointError(
+                f"{folder}: is of a run with preference.objective = {objectives[0]}, this one has {objectives[1]}; use "
+                "another checkpoint.dir, and name this one as checkpoint.init_from"
+            )
+        for key in sorted(then.keys() | now.keys()):
+            if then.get(key) != now.get(key):
+                self._say(f"changed since {folder.name}: {key} = {_short(then.get(key))} → {_short(now.get(key))}")
 
     def _give_up(self, steps: list[int]) -> None:
         for step in steps:
@@ -369,6 +416,12 @@ class Store:
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _short(value: Any) -> str:
+    """A value for a message; of a SHA-256 the beginning."""
+    text = str(value)
+    return f"{text[:_SHOWN]}…" if len(text) > _SHOWN else text
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

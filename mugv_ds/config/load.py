@@ -132,12 +132,12 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> Json:
 
 def _refuse_non_finite(layer: _Layer) -> None:
     """Python's JSON reader takes NaN, Infinity and 1e999, which no setting can mean."""
-    for key, value in _leaves(layer.values):
+    for key, value in leaves(layer.values):
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{layer.origin}: {key} = {_show(value)}: must be a finite number")
 
 
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted key and value of everything in `value` that is neither an object nor a list."""
     if isinstance(value, dict):
         items = value.items()
@@ -147,7 +147,7 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, value
         return
     for name, child in items:
-        yield from _leaves(child, f"{key}.{name}" if key else str(name))
+        yield from leaves(child, f"{key}.{name}" if key else str(name))
 
 
 def _merge(base: Json, top: Json) -> Json:

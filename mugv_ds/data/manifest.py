@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Features, Value
 from datasets.arrow_writer import ArrowWriter
 
@@ -143,6 +144,19 @@ class Index:
     def shapes(self) -> np.ndarray:
         """(T, H, W) of every row's latent: int32 [n, 3]; zeros where it could not be read."""
         return np.stack([self.column(name).to_numpy() for name in _SHAPE_COLUMNS], axis=1)
+
+    def ids_digest(self) -> str:
+        """SHA-256 of the sample ids in the order of the rows, however Arrow has cut them into chunks."""
+        lengths, text = hashlib.sha256(), hashlib.sha256()
+        for chunk in self.column("sample_id").chunks:
+            lengths.update(pc.binary_length(chunk).to_numpy(zero_copy_only=False).astype(np.int32).data)
+            text.update(pc.binary_join(pa.array([chunk.to_pylist()]), "")[0].as_py().encode())
+        return hashlib.sha256(lengths.digest() + text.digest()).hexdigest()
+
+    def content(self) -> str:
+        """SHA-256 of the CSV, the number of rows and the latents' shapes: what processes must agree on."""
+        shapes = hashlib.sha256(np.ascontiguousarray(self.shapes(), np.int32).data).hexdigest()
+        return hashlib.sha256(f"{self.digest} {len(self)} {shapes}".encode()).hexdigest()
 
     def column(self, name: str) -> pa.ChunkedArray:
         """A column of the CSV that rows have too, memory-mapped; null where the CSV does not say.

@@ -1,5 +1,7 @@
 """What every step of a run holds, from all its streams: known to all ranks before anything is sent."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -66,7 +68,7 @@ class PlannedStep:
 
     Attributes:
         position: of the step in the run's data, from 0.
-        stream: name of the stream that plays.
+        stream: name of the stream that plays. source: the reader of its items.
         shape: (T, H, W) of all its latents.
         micro: samples of every micro-batch on a data rank.
         item_size: samples of an item of `refs`.
@@ -75,6 +77,7 @@ class PlannedStep:
 
     position: int
     stream: str
+    source: int
     shape: Shape
     micro: int
     item_size: int
@@ -139,6 +142,28 @@ class Plan:
                         "samples have; add some, or set preference.sft_weight to 0"
                     )
 
+    def identity(self) -> dict[str, str]:
+        """Names what the order of the steps is a function of, each part as a short text or as a SHA-256.
+
+        Plans that agree in all parts play the same items at the same positions, on any layout.
+        """
+        shapes = hashlib.sha256()
+        for stream in (*self.streams, *filter(None, [self.companion])):
+            shapes.update(f"{stream.source} {stream.shapes.shape}".encode())
+            shapes.update(np.ascontiguousarray(stream.shapes, np.int32).data)
+        sizes = [
+            f"{'×'.join(map(str, shape))}: {size.step * stream.item_size}"
+            for stream in self.streams
+            for shape, size in sorted(stream.sizes.items())
+        ]
+        return {
+            "data.seed": str(self._seed),
+            "the latents' shapes": shapes.hexdigest(),
+            "the batch sizes": ", ".join(sizes),
+            "the streams' shares": json.dumps([stream.share for stream in self.streams]),
+            "the SFT samples of a step": str(self.companion and self.companion.ratio),
+        }
+
     def turn(self, position: int) -> int:
         """Number of the stream that plays at a position."""
         return self._mixture.turn(position)[0]
@@ -152,6 +177,7 @@ class Plan:
         return PlannedStep(
             position=position,
             stream=stream.name,
+            source=stream.source,
             shape=step.shape,
             micro=stream.item_size * stream.sizes[step.shape].micro,
             item_size=stream.item_size,

@@ -3,6 +3,7 @@
 What a sample draws is a function of (seed, key, visit) alone, so every process that reads it gets the same.
 """
 
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -38,6 +39,7 @@ class Batch(NamedTuple):
     reference: Tensor  # fp32 [B], flow loss under the frozen reference; 0 where there is none
     row: Tensor  # int64 [B], of its source's manifest
     visit: Tensor  # int64 [B]
+    content: Tensor  # int64 [B], `content_of` what was read; 0 where nobody asks
 
 
 def stack(samples: Iterable[Batch]) -> Batch:
@@ -111,8 +113,12 @@ class FlowSamples:
         """
         return [self.sample(item, visit, (self.seed, self.name(item), visit or 0), item)]
 
-    def sample(self, row_number: int, visit: int | None, key: Key, item: int) -> Batch:
-        """As `read`, for a row that belongs to this item, with what is drawn from `key`."""
+    def sample(self, row_number: int, visit: int | None, key: Key, item: int, with_content: bool = False) -> Batch:
+        """Does as `read`, for a row that belongs to this item, with what is drawn from `key`.
+
+        Args:
+            with_content: whether to hash what is read, for a comparison with what a reference was measured on.
+        """
         tokens = self.data.max_text_tokens
         row = self.index.row(row_number)
         drop = not self.held_out and noise.caption_uniform(*key) < self.flow.caption_drop
@@ -142,6 +148,7 @@ class FlowSamples:
             reference=torch.tensor(0.0),
             row=torch.tensor(row_number),
             visit=torch.tensor(visit or 0),
+            content=torch.tensor(content_of(x0, text) if with_content else 0),
         )
 
     def draw_time(self, row_number: int, key: Key, item: int) -> float:
@@ -179,7 +186,7 @@ class AnnotatedSamples:
     Args:
         samples: reads them.
         rows: int [items, 1 or 2], of the manifest. roles: int [items, 1 or 2], 1 better or good, −1 worse or bad.
-        reference: see `reference_error`; None while it is being computed.
+        reference: see `with_reference`; None while it is being measured.
     """
 
     samples: FlowSamples
@@ -216,40 +223,48 @@ class AnnotatedSamples:
             InputError: the reference's error is not known.
         """
         return [
-            with_role(self.samples.sample(row, visit, self._key(item, visit), item), role, self.samples, self.reference)
+            self._sample(row, role, item, visit)
             for row, role in zip(self.rows[item].tolist(), self.roles[item].tolist(), strict=True)
         ]
+
+    def _sample(self, row: int, role: int, item: int, visit: int | None) -> Batch:
+        sample = self.samples.sample(row, visit, self._key(item, visit), item, with_content=True)
+        sample = sample._replace(role=torch.tensor(role, dtype=torch.int8))
+        return sample if self.reference is None else with_reference(sample, self.reference, self.samples)
 
     def _key(self, item: int, visit: int | None) -> Key:
         name = self.name(item)
         return (self.seed, f"pair {name}" if self.item_size == 2 else name, visit or 0)
 
 
-def with_role(sample: Batch, role: int, samples: FlowSamples, reference: np.ndarray | None) -> Batch:
-    """The sample marked as better (1) or worse (−1), with the reference's error."""
-    error = 0.0
-    if reference is not None:
-        error = reference_error(reference, int(sample.row), int(sample.visit), samples)
-    return sample._replace(
-        role=torch.tensor(role, dtype=torch.int8), reference=torch.tensor(error, dtype=torch.float32)
-    )
+def content_of(latent: Tensor, text: Tensor) -> int:
+    """CRC-32 of what a sample gives to the model: the normalised latent fp32 and the text features fp32."""
+    return zlib.crc32(latent.contiguous().numpy(), zlib.crc32(text.contiguous().numpy()))
 
 
-def reference_error(reference: np.ndarray, row: int, visit: int, samples: FlowSamples) -> float:
-    """The frozen reference's flow loss of a (row, visit).
+def with_reference(sample: Batch, reference: np.ndarray, samples: FlowSamples) -> Batch:
+    """Returns the sample with the frozen reference's flow loss of it.
 
     Args:
-        reference: float64 [rows, visits], NaN where it is not known.
+        reference: `data.reference.REFERENCE_DTYPE` [rows, visits].
 
     Raises:
-        InputError: it is not known.
+        InputError: the loss is not known, or the reference was measured on other files.
     """
-    if visit >= reference.shape[1] or np.isnan(reference[row, visit]):
+    row, visit = int(sample.row), int(sample.visit)
+    name = samples.name(row)
+    if visit >= reference.shape[1] or np.isnan(reference["loss"][row, visit]):
         raise InputError(
-            f"the reference's error of sample {samples.name(row)} at visit {visit} is not known, only of "
-            f"{reference.shape[1]} visits; make them with `make reference CONFIG=…` for as many steps as the run has"
+            f"the reference's error of sample {name} at visit {visit} is not known, only of {reference.shape[1]} "
+            "visits; make them with `make reference CONFIG=…` for as many steps as the run has"
         )
-    return float(reference[row, visit])
+    loss, content = reference[row, visit]
+    if content != sample.content:
+        raise InputError(
+            f"sample {name}: its latent or its caption is not what the reference was measured on; write the reference "
+            "anew with `make reference CONFIG=…`, or restore the files"
+        )
+    return sample._replace(reference=torch.tensor(float(loss), dtype=torch.float32))
 
 
 @dataclass(frozen=True)

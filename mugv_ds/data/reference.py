@@ -26,10 +26,13 @@ REFERENCE_SCHEMA = pa.schema(
         pa.field("visit", pa.int32(), nullable=False),  # how many times the sample was visited before
         pa.field("timestep", pa.float32(), nullable=False),  # [0, 1000]
         pa.field("loss", pa.float64(), nullable=False),
+        pa.field("content", pa.uint32(), nullable=False),  # of what was read, see `data.readers.content_of`
     ]
 )
+# A cell of the losses as they are used, [rows, visits]; the loss is NaN where it is not known.
+REFERENCE_DTYPE = np.dtype([("loss", np.float64), ("content", np.uint32)])
 _METADATA = b"mugv_ds.reference"
-_VERSION = 1
+_VERSION = 2
 _MAX_VALUES = 1 << 28  # 2 GiB of losses, 67 million samples of 4 visits: a file that asks for more is not one of ours
 _SHOWN = 40  # characters of a key's value in a message
 _REMEDY = "make it with make reference CONFIG=…"
@@ -85,7 +88,7 @@ def write_reference(path: str | Path, key: ReferenceKey, table: pa.Table) -> Non
 
 
 def read_reference(path: str | Path, key: ReferenceKey, sample_ids: Sequence[str]) -> np.ndarray:
-    """The losses of the cache: float64 [samples, visits], NaN where it has none; visits is the highest one plus 1.
+    """Returns the cache as `REFERENCE_DTYPE` [samples, visits]; visits is the highest one plus 1.
 
     Args:
         path: a file of `write_reference`.
@@ -103,15 +106,23 @@ def read_reference(path: str | Path, key: ReferenceKey, sample_ids: Sequence[str
         raise InputError(f"{path}: {problem}; {_REMEDY}")
     rows = pc.index_in(table["sample_id"], pa.array(sample_ids, pa.string()))
     if rows.null_count:
-        unknown = table["sample_id"].filter(rows.is_null())[0]
-        raise InputError(f"{path}: sample {unknown.as_py()!r} is not in the manifest; {_REMEDY}")
+        stranger = table["sample_id"].filter(rows.is_null())[0]
+        raise InputError(f"{path}: sample {stranger.as_py()!r} is not in the manifest; {_REMEDY}")
     visit = table["visit"].to_numpy()
     visits = int(visit.max(initial=-1)) + 1
     if len(sample_ids) * visits > _MAX_VALUES:
         raise InputError(f"{path}: {visits} visits of {len(sample_ids)} samples are too many; {_REMEDY}")
-    losses = np.full((len(sample_ids), visits), np.nan)
-    losses[rows.to_numpy(), visit] = table["loss"].to_numpy()
-    return losses
+    cells = unknown(len(sample_ids), visits)
+    for name in REFERENCE_DTYPE.names:
+        cells[name][rows.to_numpy(), visit] = table[name].to_numpy()
+    return cells
+
+
+def unknown(rows: int, visits: int) -> np.ndarray:
+    """Returns cells [rows, visits] of which no loss is known."""
+    cells = np.zeros((rows, visits), REFERENCE_DTYPE)
+    cells["loss"] = np.nan
+    return cells
 
 
 def _read(path: Path, key: ReferenceKey) -> pa.Table:

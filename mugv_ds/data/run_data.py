@@ -69,18 +69,31 @@ class RunData:
         self.readers = Sources((self._flows(self.train), *map(self._annotated, self.sources)))
         self.plan = self._plan()
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 of what decides the order of samples beside seed and global batch size."""
-        data, preference = self._config.data, self._config.preference
-        if data.budget is None and not data.mixture and preference is None:
-            return self.train.digest
-        parts = [index.digest for index in (self.train, *self.sources)]
-        parts += [section.model_dump_json() for section in (data.budget, *data.mixture) if section is not None]
-        if preference is not None:
-            keys = {"objective", "sft_weight", "sft_ratio"}
-            parts += [preference.model_dump_json(include=keys), *(str(source.weight) for source in preference.sources)]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    def order(self) -> dict[str, str]:
+        """Names what the run's samples and their noise are a function of beside the position: part → value or SHA-256.
+
+        A run may go on from a checkpoint of another one with the same parts without repeating or leaving out samples.
+        """
+        ids, annotations = hashlib.sha256(), hashlib.sha256()
+        for index in (self.train, *self.sources):
+            ids.update(index.ids_digest().encode())
+        for reader in self.readers.readers[1:]:
+            for array in (reader.rows, reader.roles):
+                annotations.update(np.ascontiguousarray(array, np.int32).data)
+        parts = {"the sample ids": ids.hexdigest(), **self.plan.identity()}
+        return parts | ({"the pairs or labels": annotations.hexdigest()} if self.sources else {})
+
+    def content(self) -> dict[str, str]:
+        """Names what every manifest holds, as this process sees it: config key → SHA-256 of CSV and index."""
+        sources = self._config.preference.sources if self._config.preference else ()
+        indexes = {
+            "data.manifest": self.train,
+            "data.val_manifest": self.validation,
+            "preview.manifest": self.previewed,
+        }
+        for source, index, held_out in zip(sources, self.sources, self.held_out, strict=True):
+            indexes |= {f"preference.{source.name}.manifest": index, f"preference.{source.name}.val_manifest": held_out}
+        return {key: index.content() for key, index in indexes.items() if index is not None}
 
     @property
     def typical_shape(self) -> Shape:

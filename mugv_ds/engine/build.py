@@ -60,7 +60,9 @@ def build_engine(
         for block in module.blocks:
             block.compile_segments()
     if weights is not None:
-        weights(module.named_layers())
+        # One replica of each stage reads them; DeepSpeed sends them to the others.
+        reads = process.coordinates.data == process.coordinates.sequence == 0
+        process.host.attempt(lambda: weights(module.named_layers()) if reads else None)
     optimizer = adamw(module.parameters(), config.optimizer, process.device)
     engine, *_ = deepspeed.initialize(
         model=module,

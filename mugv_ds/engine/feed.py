@@ -39,6 +39,7 @@ def empty_batch(size: int, shape: tuple[int, int, int], text_tokens: int, channe
         reference=empty(size),
         row=empty(size, dtype=torch.int64),
         visit=empty(size, dtype=torch.int64),
+        content=empty(size, dtype=torch.int64),
     )
 
 

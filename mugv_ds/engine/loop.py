@@ -17,7 +17,7 @@ from mugv_ds.data.readers import Batch
 from mugv_ds.data.run_data import RunData
 from mugv_ds.engine.ema import PowerEma
 from mugv_ds.engine.evaluate.evaluate import Evaluator
-from mugv_ds.engine.evaluate.reference import References
+from mugv_ds.engine.evaluate.reference import ReferenceModel
 from mugv_ds.engine.evaluate.validate import Validation
 from mugv_ds.engine.feed import Feed
 from mugv_ds.engine.guard.guard import Guard, Prefetched, Rollback, StepResult
@@ -52,7 +52,7 @@ class Trainer:
     Args:
         config: the run. process: this process. engine: see `build_engine`.
         data: what is trained on and validated with.
-        references: of a preference run, see `engine.evaluate.reference`.
+        reference: of a preference run; None: it is none.
         ema: averages of the weights, which take in those of every step that was applied.
         store: saves when a checkpoint is due, and holds the state that the run goes on from.
         previews: writes videos when they are due; None: there are none.
@@ -65,7 +65,7 @@ class Trainer:
         engine: PipelineEngine,
         *,
         data: RunData,
-        references: References,
+        reference: ReferenceModel | None,
         ema: PowerEma,
         store: Checkpoints,
         previews: Previews | None = None,
@@ -73,10 +73,11 @@ class Trainer:
         self.config, self.process, self.engine = config, process, engine
         self.ema, self.store, self.previews = ema, store, previews
         self.dit = config.model.dit()
-        self.plan, self.readers = data.plan, data.readers_with(references.train)
+        self.data, self.plan, self.readers, self.reference = data, data.plan, data.readers, reference
         self.feed = Feed(engine.module, process, config.data, self.dit.caption_channels)
         self.evaluator = Evaluator(process, engine, self.feed, config.data.num_workers)
-        self.validation = Validation(config.preference, data, references, self.evaluator)
+        held_out = reference.held_out() if reference else []
+        self.validation = Validation(config.preference, data, held_out, self.evaluator)
         parameters = sum(p.numel() for p in engine.module.parameters())
         self.probe = OptimizerProbe(engine.basic_optimizer, parameters, process.layout.replicas)
         self.guard = Guard(config, process, engine, self._explain)
@@ -116,6 +117,9 @@ class Trainer:
         world = {"rank": self.process.rank, "world_size": self.process.layout.world_size}
         recorder = Recorder(logging, **world, start=start, steps=steps, peak=peak)
         position = self.guard.history.position(start)
+        if self.reference is not None:
+            tables = self.reference.complete(position, position + steps - start, partial(self.guard.alive, start))
+            self.readers = self.data.readers_with(tables)
         self.waited = 0.0
         with closing(recorder), closing(self._readings(position, position + steps - start)) as readings:
             step, result = start, None

@@ -15,6 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from mugv_ds.config.errors import ConfigError, PeerError
+from mugv_ds.config.load import leaves
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.parallel.layout import Layout, RankCoordinates, sequence_group
 
@@ -191,23 +192,22 @@ def check_same_config(config: TrainConfig, host: HostGroup) -> None:
     Raises:
         ConfigError: on a rank whose config differs; names the keys. PeerError: on the others.
     """
-    own = _leaves(config.model_dump(mode="json"))
+    check_same(dict(leaves(config.model_dump(mode="json"))), host, "all ranks must be started with one config")
+
+
+def check_same(own: dict[str, Any], host: HostGroup, remedy: str) -> None:
+    """Compares what this rank has under each key with what rank 0 has.
+
+    Args:
+        own: of JSON types. remedy: what the message tells the user to do.
+
+    Raises:
+        ConfigError: on a rank where something differs; names the keys. PeerError: on the others.
+    """
     first = host.gather(own if host.rank == 0 else None)[0]
     different = [
         f"{key} = {own.get(key)!r} on rank {host.rank}, {first.get(key)!r} on rank 0"
         for key in sorted(own.keys() | first.keys())
         if own.get(key) != first.get(key)
     ]
-    host.raise_together(
-        ConfigError(f"{'; '.join(different)}: all ranks must be started with one config") if different else None
-    )
-
-
-def _leaves(value: Any, key: str = "") -> dict[str, Any]:
-    """Dotted key → value of what is no object."""
-    if not isinstance(value, dict):
-        return {key: value}
-    found = {}
-    for name, child in value.items():
-        found |= _leaves(child, f"{key}.{name}" if key else name)
-    return found
+    host.raise_together(ConfigError(f"{'; '.join(different)}: {remedy}") if different else None)

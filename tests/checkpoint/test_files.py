@@ -86,13 +86,12 @@ def test_pieces_make_the_whole_and_any_part(tmp_path, ranks):
 )
 def test_every_element_is_saved_once(pieces, complaint):
     with pytest.raises(ValueError, match=complaint):
-        Parameter(shape=(2, 3), pieces=tuple(Piece(file="rank-0.safetensors", start=s, numel=n) for s, n in pieces))
+        Parameter(shape=(2, 3), pieces=tuple(Piece(rank=0, start=s, numel=n) for s, n in pieces))
 
 
 def rename(name: str):
     def change(body) -> None:
-        body["files"][name] = body["files"].pop("rank-1.safetensors")
-        body["parameters"]["a.weight"]["pieces"][1]["file"] = name
+        body["files"][name] = body["files"].pop("rank-1.weight.safetensors")
 
     return change
 
@@ -103,9 +102,13 @@ def rename(name: str):
         (lambda body: body.update(step=7), False, "its own hash differs"),
         (lambda body: body.update(step=7), True, "is of step 7"),
         (rename("../secret.safetensors"), True, "String should match pattern"),
-        (rename("rank-1.safetensors\n"), True, "String should match pattern"),
+        (rename("rank-1.weight.safetensors\n"), True, "String should match pattern"),
         (rename("/etc/passwd"), True, "String should match pattern"),
-        (lambda body: body["files"].pop("rank-1.safetensors"), True, "is in rank-1.safetensors, which is not one of"),
+        (
+            lambda body: body["files"].pop("rank-1.weight.safetensors"),
+            True,
+            "is in rank-1.weight.safetensors, which is",
+        ),
         (lambda body: body["parameters"]["a.weight"]["pieces"].pop(), True, "elements are saved of 35"),
         (lambda body: body.update(extra=1), True, "extra"),
         (lambda body: body.pop("counters"), True, "counters"),
@@ -130,8 +133,8 @@ def test_what_is_no_manifest_is_broken(tmp_path, text):
 
 def test_a_newer_format_is_refused_not_passed_over(tmp_path):
     write_checkpoint(tmp_path, 2, TENSORS.items())
-    edit(write_checkpoint(tmp_path, 3, TENSORS.items()), lambda body: body.update(format=2, unknown=[1]))
-    with pytest.raises(CheckpointError, match="format 2, this version of mugv_ds reads up to 1") as error:
+    edit(write_checkpoint(tmp_path, 3, TENSORS.items()), lambda body: body.update(format=3, unknown=[1]))
+    with pytest.raises(CheckpointError, match="format 3, this version of mugv_ds reads 2") as error:
         open_checkpoint(tmp_path)
     assert not isinstance(error.value, BrokenCheckpointError)
 
@@ -157,19 +160,19 @@ def link(path: Path) -> None:
 )
 def test_a_damaged_file_is_named(tmp_path, damage, complaint):
     folder = write_checkpoint(tmp_path, 3, TENSORS.items())
-    damage(folder / "rank-1.safetensors")
-    with pytest.raises(BrokenCheckpointError, match=rf"rank-1\.safetensors: .*{complaint}"):
+    damage(folder / "rank-1.weight.safetensors")
+    with pytest.raises(BrokenCheckpointError, match=rf"rank-1\.weight\.safetensors: .*{complaint}"):
         open_checkpoint(folder)
 
 
 def test_a_file_without_its_tensor_is_broken(tmp_path):
     """The hash is right: it was written so."""
     folder = write_checkpoint(tmp_path, 3, TENSORS.items())
-    path = folder / "rank-0.safetensors"
+    path = folder / "rank-0.weight.safetensors"
     path.unlink()
     entry = files.write_tensors(path, {"other/weight": torch.zeros(1)})
     edit(folder, lambda body: body["files"].update({path.name: entry.model_dump()}))
-    with open_checkpoint(folder) as saved, pytest.raises(BrokenCheckpointError, match=r"rank-0\.safetensors"):
+    with open_checkpoint(folder) as saved, pytest.raises(BrokenCheckpointError, match=r"rank-0\.weight\.safetensors"):
         saved.read("a.weight")
 
 

@@ -37,7 +37,7 @@ class Case:
         self.rank = self.process.rank
 
     @contextlib.contextmanager
-    def store(self, data: str = DATA, **checkpoint) -> Iterator[Store]:
+    def store(self, data: dict = DATA, **checkpoint) -> Iterator[Store]:
         store = Store(settings(self.folder, LAYOUT, **checkpoint), self.process, self.engine, data)
         try:
             yield store
@@ -90,7 +90,7 @@ def said(text: str) -> Iterator[None]:
 
 
 def shard(folder: Path, step: int) -> Path:
-    return files.step_folder(folder, step) / "rank-1.safetensors"
+    return files.step_folder(folder, step) / "rank-1.weight.safetensors"
 
 
 def damage(path: Path, how: str) -> None:
@@ -108,12 +108,12 @@ def falls_back(case: Case) -> None:
     with case.store() as store:
         case.save(store, 1, 2, 3, 4)  # the three last are kept
         case.on_rank_0(lambda: damage(shard(case.folder, 4), "truncated"))
-        with said("step-00000004/rank-1.safetensors: "):
+        with said("step-00000004/rank-1.weight.safetensors: "):
             assert store.restore() == 3
         case.check(store, 3)
         case.on_rank_0(lambda: damage(shard(case.folder, 3), "one bit"))
         begin = time.monotonic()
-        with said("step-00000003/rank-1.safetensors: its SHA-256 differs"):
+        with said("step-00000003/rank-1.weight.safetensors: its SHA-256 differs"):
             assert store.restore() == 2
         assert time.monotonic() - begin < 10
         case.check(store, 2)
@@ -262,9 +262,12 @@ def sweeps_and_locks(case: Case) -> None:
 def refuses_other_data_and_models(case: Case) -> None:
     with case.store() as store:
         case.save(store, 1)
-    with case.store(data="1" * 64) as store, refused("was trained with data.manifest_sha256 000"):
+    other = {"the sample ids": "1" * 64}
+    with case.store(data=other) as store, refused("what differs: the sample ids (000"):
         store.restore()
-    with case.store(data="1" * 64, accept_changed_data=True) as store:
+    with case.store(data=DATA | {"data.seed": "1"}) as store, refused("what differs: data.seed (None, now 1)"):
+        store.restore()
+    with case.store(data=other, accept_changed_data=True) as store:
         assert store.restore() == 1
         shapes = [(f.name, torch.ones(2)) for f in store.fragments]
         case.on_rank_0(lambda: write_checkpoint(case.folder, 2, shapes[:1]))
@@ -273,13 +276,13 @@ def refuses_other_data_and_models(case: Case) -> None:
 
     def newer() -> None:
         path = files.step_folder(case.folder, 1) / files.MANIFEST_NAME
-        body = json.loads(path.read_text()) | {"format": 2}
+        body = json.loads(path.read_text()) | {"format": 3}
         body.pop("sha256")
         path.write_text(json.dumps(body | {"sha256": digest(body)}))
         files.remove(case.folder, 2)
 
     case.on_rank_0(newer)
-    with case.store() as store, refused("format 2, this version of mugv_ds reads up to 1"):
+    with case.store() as store, refused("format 3, this version of mugv_ds reads 2"):
         store.restore()
 
 
@@ -288,7 +291,7 @@ def saves_kinds_that_are_registered(case: Case) -> None:
         case.save(store, 1)
         average = [torch.full((f.numel,), 7.0) for f in store.fragments]
         store.extra_kinds["average"] = average
-        with said("step-00000001: holds no average; taken from the weights"):
+        with said("step-00000001: holds no average; taken from the weights, as later"):
             assert store.restore() == 1
         assert all(t.eq(1).all() for t in average)
         for t in average:

@@ -18,7 +18,7 @@ from tests.helpers.distributed import run_ranks
 from tests.parallel.test_layouts import CHANNELS, GLOBAL_BATCH, SHAPE, global_batch, perturb
 from tests.parallel.test_layouts import config as layout_config
 
-DATA = "0" * 64  # hash of the data
+DATA = {"the sample ids": "0" * 64}  # what the order of the samples is a function of
 HALF, STEPS = 3, 6
 AVERAGES = ("ema_0.050", "ema_0.100")
 KINDS = ("weight", "exp_avg", "exp_avg_sq", *AVERAGES)
@@ -41,7 +41,7 @@ def settings(folder: Path, layout: tuple[int, int, int], variant: str = "fp32", 
 class Run:
     """An engine that trains on the global batches, averages of its weights, and its store."""
 
-    def __init__(self, config: TrainConfig, process: Process, data: str = DATA) -> None:
+    def __init__(self, config: TrainConfig, process: Process, data: dict = DATA) -> None:
         self.process, self.engine = process, build_engine(config, process, SHAPE, weights=perturb)
         self.store = Store(config, process, self.engine, data)
         self.ema = PowerEma([fragment.tensors["weight"] for fragment in self.store.fragments], config.ema.sigma_rel)

@@ -14,7 +14,6 @@ from mugv_ds.config.schema import TrainConfig
 from mugv_ds.data.run_data import RunData
 from mugv_ds.engine.build import build_engine
 from mugv_ds.engine.ema import PowerEma
-from mugv_ds.engine.evaluate.reference import References
 from mugv_ds.engine.loop import Trainer
 from mugv_ds.engine.process import start_process
 from mugv_ds.models.flops import SampleCost
@@ -104,7 +103,7 @@ def follow_run(config: TrainConfig, process) -> None:
             poison.pop().remove()
 
     data = RunData(config, SampleCost.of(config), process.layout.data)
-    trainer = Trainer(config, process, engine, data=data, references=References(), ema=ema, store=Compare())
+    trainer = Trainer(config, process, engine, data=data, reference=None, ema=ema, store=Compare())
     trainer.run(0)
     assert taken == [True, True, False, True, True]
     held = sum(a.numel() for a in ema.averages["ema_0.050"])

@@ -124,18 +124,19 @@ def offsets(rows: torch.Tensor) -> torch.Tensor:
 def train_with_another_reference(paths: list[Path]) -> None:
     """One step of each config, with references that differ from the policy by `offsets`."""
     for path in paths:
-        made = trainer.ReferenceModel.references
+        made = trainer.ReferenceModel.complete
 
-        def references(self, weights, made=made):
-            tables = made(self, weights).train
-            scaled = [table * offsets(torch.arange(len(table))).numpy()[:, None] for table in tables]
-            return trainer.References(tuple(scaled), (None,))
+        def complete(self, first, stop, made=made):
+            scaled = [cells.copy() for cells in made(self, first, stop)]
+            for cells in scaled:
+                cells["loss"] *= offsets(torch.arange(len(cells))).numpy()[:, None]
+            return scaled
 
-        trainer.ReferenceModel.references = references
+        trainer.ReferenceModel.complete = complete
         try:
             trainer.run(path, path.parent / "out", 1)
         finally:
-            trainer.ReferenceModel.references = made
+            trainer.ReferenceModel.complete = made
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,6 @@ from mugv_ds.data.sample import read_row, read_text
 from mugv_ds.data.video import read_mp4
 from mugv_ds.engine.build import build_engine
 from mugv_ds.engine.ema import PowerEma
-from mugv_ds.engine.evaluate.reference import References
 from mugv_ds.engine.loop import Trainer
 from mugv_ds.engine.preview import Previews
 from mugv_ds.engine.process import HostGroup, Process, start_process
@@ -120,7 +119,7 @@ def run_case(config: TrainConfig, folder: Path) -> None:
         process,
         engine,
         data=data,
-        references=References(),
+        reference=None,
         ema=ema,
         store=NoStore(),
         previews=previews,

@@ -91,7 +91,7 @@ def test_a_pickle_that_runs_code_ends_the_run_and_does_not_run(tmp_path, report,
         "latent": tmp_path / "data/latents/train-2.pt",
         "text features": tmp_path / "data/text_features/train-2_text.pt",
         "weights to start from": weights,
-        "checkpoint": tmp_path / "run/checkpoints/step-00000001/rank-0.safetensors",
+        "checkpoint": tmp_path / "run/checkpoints/step-00000001/rank-0.weight.safetensors",
     }[where]
 
     class Payload:

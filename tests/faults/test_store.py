@@ -47,16 +47,16 @@ def test_a_run_killed_while_it_saves_loses_no_checkpoint(tmp_path, manifest, ref
 
 
 def truncate(run_dir: Path) -> None:
-    shard = run_dir / "step-00000010/rank-1.safetensors"
+    shard = run_dir / "step-00000010/rank-1.weight.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1000])
 
 
 def flip_and_delete(run_dir: Path) -> None:
-    shard = run_dir / "step-00000010/rank-0.safetensors"
+    shard = run_dir / "step-00000010/rank-0.weight.safetensors"
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    (run_dir / "step-00000008/rank-1.safetensors").unlink()
+    (run_dir / "step-00000008/rank-1.weight.safetensors").unlink()
 
 
 def empty_latest(run_dir: Path) -> None:
@@ -112,7 +112,7 @@ def damaged(folder: Path, manifest: Path, reference: Done, damage) -> Done:
 
 
 def all_bad(run_dir: Path) -> None:
-    for shard in run_dir.glob("step-*/rank-0.safetensors"):
+    for shard in run_dir.glob("step-*/rank-0.weight.safetensors"):
         shard.write_bytes(shard.read_bytes()[:-1])
 
 

@@ -8,7 +8,16 @@ from pathlib import Path
 from torch import Tensor
 
 from mugv_ds.checkpoint import files
-from mugv_ds.checkpoint.manifest import Counters, DataIdentity, Manifest, Parameter, Piece, SavedLayout, digest
+from mugv_ds.checkpoint.manifest import (
+    Counters,
+    Manifest,
+    Parameter,
+    Piece,
+    SavedLayout,
+    StartWeights,
+    digest,
+    file_name,
+)
 from mugv_ds.config import load_config
 from tests.helpers.dataset import write_config
 
@@ -21,6 +30,7 @@ def write_checkpoint(
     averages: Mapping[str, float] | None = None,
     ranks: int = 2,
     model: dict | None = None,
+    began: Mapping[str, int] | None = None,
 ) -> Path:
     """Writes fp32 tensors as the kind "weight", cut into a piece for each rank, and `latest`; returns the folder.
 
@@ -29,7 +39,8 @@ def write_checkpoint(
     averages = averages or {}
     run.mkdir(parents=True, exist_ok=True)
     config = load_config(write_config(run / "config", Path("unused"), **({"model": model} if model else {})))
-    held: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
+    kinds = {"weight": 1.0, **averages}
+    held: dict[str, dict[str, Tensor]] = {file_name(rank, kind): {} for rank in range(ranks) for kind in kinds}
     parameters = {}
     for name, tensor in tensors:
         cuts = [tensor.numel() * rank // ranks for rank in range(ranks + 1)]
@@ -37,21 +48,22 @@ def write_checkpoint(
         for rank, (start, stop) in enumerate(pairwise(cuts)):
             if start < stop:
                 piece = tensor.reshape(-1)[start:stop]
-                held[rank][f"{name}/weight"] = piece
-                held[rank] |= {f"{name}/{kind}": piece * factor for kind, factor in averages.items()}
-                pieces.append(Piece(file=f"rank-{rank}.safetensors", start=start, numel=stop - start))
+                for kind, factor in kinds.items():
+                    held[file_name(rank, kind)][name] = piece * factor
+                pieces.append(Piece(rank=rank, start=start, numel=stop - start))
         parameters[name] = Parameter(shape=tuple(tensor.shape), pieces=tuple(pieces))
     files.start_folder(run, step, 0)
     folder = files.unfinished_folder(run, step)
-    written = {f"rank-{rank}.safetensors": held[rank] for rank in range(ranks)}
     run_config = json.loads(config.model_dump_json())
     manifest = Manifest(
         step=step,
         kinds=tuple(sorted(("weight", *averages))),
-        files={name: files.write_tensors(folder / name, part) for name, part in written.items()},
+        files={name: files.write_tensors(folder / name, part) for name, part in held.items()},
         parameters=parameters,
         counters=Counters(global_steps=step, skipped_steps=0, schedule_steps=step, optimizer_steps=step),
-        data=DataIdentity(manifest_sha256="0" * 64, seed=0, global_batch_size=4),
+        began=began or {},
+        start=StartWeights(path=None, digest=None),
+        data={"the sample ids": "0" * 64},
         layout=SavedLayout(data=ranks, sequence=1, pipeline=1),
         state={},
         config=run_config,

@@ -6,17 +6,18 @@ from pathlib import Path
 import torch
 from deepspeed.utils import safe_get_full_optimizer_state
 
+from mugv_ds.checkpoint.manifest import StartWeights
 from mugv_ds.config import load_config
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.data.run_data import RunData
 from mugv_ds.engine.build import build_engine
 from mugv_ds.engine.ema import PowerEma
-from mugv_ds.engine.evaluate.reference import ReferenceModel, References
+from mugv_ds.engine.evaluate.reference import ReferenceModel
 from mugv_ds.engine.loop import Trainer
 from mugv_ds.engine.metrics import Recorder
 from mugv_ds.engine.process import start_process
 from mugv_ds.models.flops import SampleCost
-from mugv_ds.weights.start import load_into, start_digest
+from mugv_ds.weights.start import FrozenWeights, load_into, start_digest
 from tests.parallel.test_layouts import perturb
 
 
@@ -36,18 +37,23 @@ class TestTrainer(Trainer):
         init = config.checkpoint.init_from
         weights = partial(load_into, init, config.model.dit()) if init else perturb
         engine = build_engine(config, process, data.typical_shape, weights=weights)
-        self.references = References()
+        reference = None
+        self.references = []
         if config.preference is not None:
-            self.references = ReferenceModel(config, process, engine, data).references(start_digest(init, config))
+            frozen = FrozenWeights(StartWeights(path=init, digest=start_digest(init, config)), config)
+            reference = ReferenceModel(config, process, engine, data, frozen, held=True)
+            reference.open_files()
+            self.references = reference.complete(0, config.schedule.steps)
         super().__init__(
             config,
             process,
             engine,
             data=data,
-            references=self.references,
+            reference=reference,
             ema=PowerEma([], ()),
             store=NoStore(),
         )
+        self.readers = data.readers_with(self.references)
         self.recorder = Recorder(
             config.logging, rank=process.rank, world_size=process.layout.world_size, start=0, steps=10**6, peak=None
         )
@@ -77,7 +83,7 @@ def run(path: Path, out: Path, steps: int) -> None:
     trainer = TestTrainer(config)
     losses = trainer.train(steps)
     gradients = trainer.first_gradients(config.optimizer.betas[0]) if steps == 1 else {}
-    references = [torch.from_numpy(table) for table in trainer.references.train]
+    references = [torch.from_numpy(cells["loss"].copy()) for cells in trainer.references]
     out.mkdir(exist_ok=True)
     results = {"losses": losses, "gradients": gradients, "references": references}
     torch.save(results, out / f"rank{trainer.process.rank}.pt")

@@ -66,6 +66,7 @@ def global_batch(step: int) -> Batch:
         reference=torch.zeros(b),
         row=torch.arange(b),
         visit=torch.zeros(b, dtype=torch.int64),
+        content=torch.zeros(b, dtype=torch.int64),
     )
 
 

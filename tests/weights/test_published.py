@@ -234,12 +234,12 @@ def test_a_checkpoint_of_a_bf16_run_is_rounded(tmp_path, state):
 
 
 def test_a_broken_checkpoint_is_passed_over_or_refused(run, tmp_path, state, capsys):
-    shard = run / "step-00000004/rank-1.safetensors"
+    shard = run / "step-00000004/rank-1.weight.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
     export(run, tmp_path / "out", layout="pt")
     assert torch.equal(load_dit(tmp_path / "out").start_token, state["start_token"])
     assert f"passed over: {shard}" in capsys.readouterr().err
-    with pytest.raises(CheckpointError, match=r"rank-1\.safetensors: .* bytes, the manifest says"):
+    with pytest.raises(CheckpointError, match=r"rank-1\.weight\.safetensors: .* bytes, the manifest says"):
         export(run / "step-00000004", tmp_path / "other", layout="pt")
     assert not (tmp_path / "other").exists()
 

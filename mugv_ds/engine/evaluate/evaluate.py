@@ -1,6 +1,6 @@
 """Flow losses of given samples under the present weights, without gradients, on any layout."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -15,6 +15,7 @@ from mugv_ds.data.manifest import Shape
 from mugv_ds.data.plan import SampleRef
 from mugv_ds.data.quarantine import Quarantined, Replacing
 from mugv_ds.data.readers import Batch, Reader, Sources
+from mugv_ds.data.reference import REFERENCE_DTYPE, unknown
 from mugv_ds.engine.feed import Feed
 from mugv_ds.engine.process import Process
 
@@ -27,6 +28,7 @@ class Measured:
 
     Attributes:
         row, visit: which samples; whole numbers. timestep: in [0, 1000]. elements: over which the loss is a mean.
+        content: see `data.readers.content_of`.
         loss: flow loss. reference: that of the frozen reference, 0 where it is not known.
     """
 
@@ -34,6 +36,7 @@ class Measured:
     visit: np.ndarray
     timestep: np.ndarray
     elements: np.ndarray
+    content: np.ndarray
     loss: np.ndarray
     reference: np.ndarray
 
@@ -48,11 +51,12 @@ class Measured:
         _, first = np.unique(np.stack([self.row, self.visit]), axis=1, return_index=True)
         return Measured(*(column[first] for column in vars(self).values()))
 
-    def table(self, rows: int, visits: int) -> np.ndarray:
-        """The losses as [rows, visits], NaN where there is none."""
-        table = np.full((rows, visits), np.nan)
-        table[self.row.astype(np.int64), self.visit.astype(np.int64)] = self.loss
-        return table
+    def cells(self, rows: int, visits: int) -> np.ndarray:
+        """Returns the losses as `data.reference.REFERENCE_DTYPE` [rows, visits], NaN where there is none."""
+        cells = unknown(rows, visits)
+        for name in REFERENCE_DTYPE.names:
+            cells[name][self.row.astype(np.int64), self.visit.astype(np.int64)] = getattr(self, name)
+        return cells
 
 
 class Evaluator:
@@ -66,6 +70,11 @@ class Evaluator:
     def __init__(self, process: Process, engine: PipelineEngine, feed: Feed, num_workers: int) -> None:
         self._process, self._engine, self._feed, self._num_workers = process, engine, feed, num_workers
 
+    @property
+    def reads(self) -> bool:
+        """Whether this rank reads samples."""
+        return self._feed.reads
+
     def losses(self, batches: list[Batch] | None, shape: Shape, size: int, count: int) -> Measured:
         """The losses of all data ranks' samples, on every rank; fillers are left out.
 
@@ -76,16 +85,16 @@ class Evaluator:
         self.set_shape(shape, size)
         module.loss.recorded.clear()
         self._engine.eval_batch(self._feed.stage(batches, shape, size, count), num_micro_batches=count)
-        own = torch.zeros(7, count * size, dtype=torch.float64)
+        own = torch.zeros(8, count * size, dtype=torch.float64)
         if batches is not None and module.is_last:
             for i, columns in enumerate(zip(*(_about(batch) for batch in batches), strict=True)):
                 own[i] = torch.cat(columns)
-            own[6] = torch.cat(module.loss.recorded).cpu()
+            own[7] = torch.cat(module.loss.recorded).cpu()
         rows = self._process.host.rows(own.flatten())
         last = [rank for rank in range(layout.world_size) if self._reads_last(rank)]
         columns = rows[last].unflatten(1, own.shape).transpose(0, 1).flatten(1).numpy()
-        _, row, visit, timestep, elements, reference, loss = columns[:, columns[0] > 0]
-        return Measured(row, visit, timestep, elements, loss, reference)
+        _, row, visit, timestep, elements, content, reference, loss = columns[:, columns[0] > 0]
+        return Measured(row, visit, timestep, elements, content, loss, reference)
 
     def _reads_last(self, rank: int) -> bool:
         place = self._process.layout.coordinates(rank)
@@ -101,11 +110,11 @@ class Evaluator:
         reader: Reader,
         micro: Callable[[Shape], int],
         *,
-        visits: int = 1,
+        visits: Sequence[int] = (0,),
         replace: bool = False,
         alive: Callable[[], None] = lambda: None,
     ) -> Iterator[tuple[Shape, Measured, list[Quarantined]]]:
-        """Every item of a reader at the visits 0, 1, …, by latent shape.
+        """Measures every item of a reader at some visits, by latent shape.
 
         Args:
             micro: items of a micro-batch of a shape.
@@ -118,7 +127,7 @@ class Evaluator:
         layout, place, calls, own = self._process.layout, self._process.coordinates, [], []
         most = _AT_ONCE * layout.pipeline
         for shape, items in zip(*group_by_shape(reader.shapes), strict=True):
-            refs = [SampleRef(0, int(item), visit) for visit in range(visits) for item in items]
+            refs = [SampleRef(0, int(item), visit) for visit in visits for item in items]
             size = micro(shape)
             at_once = size * layout.data
             refs += [refs[-1]._replace(visit=None)] * (-len(refs) % at_once)
@@ -158,7 +167,7 @@ class Evaluator:
 
 
 def _about(batch: Batch) -> tuple[torch.Tensor, ...]:
-    """weight, row, visit, timestep, elements of noised frames, reference: [B] each."""
+    """weight, row, visit, timestep, elements of noised frames, content, reference: [B] each."""
     channels, _, height, width = batch.target.shape[1:]
     elements = batch.x_mask.sum(dim=1) * (channels * height * width)
-    return batch.weight, batch.row, batch.visit, batch.timestep, elements, batch.reference
+    return batch.weight, batch.row, batch.visit, batch.timestep, elements, batch.content, batch.reference

@@ -1,6 +1,6 @@
 """What held-out samples say of a run: at fixed samples, timesteps and noise, comparable across layouts and stages."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -9,7 +9,6 @@ from mugv_ds.config.schema import PreferenceSection
 from mugv_ds.data.readers import AnnotatedSamples, Reader
 from mugv_ds.data.run_data import RunData
 from mugv_ds.engine.evaluate.evaluate import Evaluator, Measured
-from mugv_ds.engine.evaluate.reference import References
 from mugv_ds.engine.metrics import preference_means
 from mugv_ds.objectives.preference import dpo_terms, kl_reference_point, kto_terms
 
@@ -19,16 +18,21 @@ class Validation:
 
     Args:
         preference: section of the config. data: of the run; held-out sets that are not given are not measured.
-        references: of the run. evaluator: runs the samples.
+        references: losses of the reference on the held-out annotations, by source; None where there are none.
+        evaluator: runs the samples.
     """
 
     def __init__(
-        self, preference: PreferenceSection | None, data: RunData, references: References, evaluator: Evaluator
+        self,
+        preference: PreferenceSection | None,
+        data: RunData,
+        references: Sequence[np.ndarray | None],
+        evaluator: Evaluator,
     ) -> None:
         self._section, self._data, self._evaluator = preference, data, evaluator
         self._flows = data.held_out_flows()
         self._preferences: dict[str, AnnotatedSamples] = {}
-        for number, reference in enumerate(references.held_out):
+        for number, reference in enumerate(references):
             reader = data.held_out_annotations(number, reference)
             if reader is not None:
                 self._preferences[preference.sources[number].name] = reader
