@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from mugv_ds.files.inert import Described, Name, read_inert
+from mugv_ds.files.pickle_stream import Described, Name, read_pickle
 
 VALUES = {
     "text": ["a", "ä" * 300, ""],
@@ -28,7 +28,7 @@ def test_plain_values_come_out_as_they_are(protocol):
         values = {key: value for key, value in VALUES.items() if key != "set"}
     else:
         values = VALUES
-    read = read_inert(pickle.dumps({"values": values, "one": shared, "same": shared}, protocol=protocol))
+    read = read_pickle(pickle.dumps({"values": values, "one": shared, "same": shared}, protocol=protocol)).value
     assert read == {"values": values, "one": shared, "same": shared}
     assert read["one"] is read["same"]
 
@@ -39,7 +39,7 @@ def test_objects_are_described_and_never_made(protocol, tmp_path):
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'sentinel'}",), {"a": 1}
 
-    read = read_inert(pickle.dumps([Payload(), len, collections.Counter("a")], protocol=protocol))
+    read = read_pickle(pickle.dumps([Payload(), len, collections.Counter("a")], protocol=protocol)).value
     assert isinstance(read[0], Described) and read[0].callee == "posix.system" and read[0].state == {"a": 1}
     assert isinstance(read[1], Name) and read[1].endswith(".len")
     assert isinstance(read[2], Described) and read[2].callee == "collections.Counter"
@@ -51,7 +51,7 @@ def test_objects_are_described_and_never_made(protocol, tmp_path):
 )
 def test_broken_streams_are_refused(data):
     with pytest.raises(ValueError):
-        read_inert(data)
+        read_pickle(data)
 
 
 def test_a_damaged_stream_is_read_or_refused_and_nothing_else():
@@ -63,7 +63,7 @@ def test_a_damaged_stream_is_read_or_refused_and_nothing_else():
         for _ in range(draw.randint(1, 3)):
             damaged[draw.randrange(len(damaged))] = draw.randrange(256)
         try:
-            read_inert(bytes(damaged[: draw.randint(1, len(damaged))]))
+            read_pickle(bytes(damaged[: draw.randint(1, len(damaged))]))
         except ValueError:
             refused += 1
     assert refused > 1000
