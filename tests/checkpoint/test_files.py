@@ -13,6 +13,7 @@ from mugv_ds.checkpoint import files
 from mugv_ds.checkpoint.manifest import BrokenCheckpointError, Parameter, Piece, digest
 from mugv_ds.checkpoint.reader import CheckpointReader, open_checkpoint
 from mugv_ds.config import CheckpointError
+from mugv_ds.files import retry
 from tests.helpers.saved import write_checkpoint
 
 TENSORS = {"a.weight": torch.arange(35.0).view(5, 7), "b": torch.tensor([1.5])}
@@ -43,7 +44,7 @@ def test_files_are_safetensors(tmp_path):
 def test_a_file_system_that_comes_back_is_waited_for(tmp_path, monkeypatch, failures, code, ends):
     """Not one that is full."""
     waits, left = [], [failures]
-    monkeypatch.setattr(files.time, "sleep", waits.append)
+    monkeypatch.setattr(retry.time, "sleep", waits.append)
     original = files.os.fsync
 
     def fsync(descriptor: int) -> None:
