@@ -12,7 +12,7 @@ ALLOWED = {
     "files": {"config"},
     "objectives": {"config"},
     "data": {"config", "files", "objectives", "models"},
-    "models": {"config", "files"},
+    "models": {"config"},
     "parallel": {"models", "config"},
     "checkpoint": {"config", "files", "models"},
     "weights": {"config", "models", "checkpoint", "files"},
