@@ -346,9 +346,7 @@ def _records(csv_path: Path) -> Iterator[tuple[int, Record]]:
             raise ManifestError(f"{csv_path}:1: empty")
         where = f"{csv_path}:{line}"
         if len(header) > _MAX_COLUMNS:
-            raise ManifestError(
-                f"{where}: {len(header)} columns, at most {_MAX_COLUMNS} are allowed; is it a header?"
-            )
+            raise ManifestError(f"{where}: {len(header)} columns, at most {_MAX_COLUMNS} are allowed; is it a header?")
         for name, count in Counter(header).items():
             if count > 1:
                 raise ManifestError(f"{where}: duplicate column {name[:100]!r}")

@@ -15,7 +15,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 MAX_BYTES = 1 << 26
-MAX_OPCODES = 4_000_000  # .metadata takes 72 for each chunk; 4 M are read in about 5 s and 0.5 GB
+MAX_OPCODES = 3_000_000  # .metadata takes 72 for each chunk; 3 M are read in about 3 s and 0.4 GB
 MAX_DEPTH = 100
 MAX_OBJECTS = 10_000_000  # with those that are referred to counted every time
 _MAX_SETS = 10_000  # an empty one takes 216 bytes, three times what any other opcode of one byte does
