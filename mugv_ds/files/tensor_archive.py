@@ -265,6 +265,8 @@ class _Part(io.RawIOBase):
         size = left if size is None or size < 0 else min(size, left)
         if size > self.allowance:
             raise ArchiveError("an archive with too many records")
+        if size == 0:  # perhaps far beyond what a file can be
+            return b""
         self.allowance -= size
         self._file.seek(self._start + self._at)
         data = self._file.read(size)

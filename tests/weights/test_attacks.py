@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import random
 import re
 import socket
 import struct
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from mugv_ds.data.sample import read_latent
+from mugv_ds.files.tensor_archive import ArchiveError, read_archive
 from mugv_ds.models import DiTConfig
 from mugv_ds.models.codec import LinearCodec
 from mugv_ds.weights.convert import open_weights
@@ -32,6 +34,7 @@ DEEP = b")" + b"\x85" * 1_000_000
 def write_archive(file: Path, pickled: bytes, compression: int = zipfile.ZIP_STORED) -> None:
     """An archive of torch.save with this data.pkl and a storage of 4 KiB."""
     with zipfile.ZipFile(file, "w", compression) as archive:
+        archive.writestr("x/version", "3\n")
         archive.writestr("x/data.pkl", pickled)
         archive.writestr("x/data/0", bytes(4096))
 
@@ -43,6 +46,7 @@ def key_of(key: bytes) -> bytes:
 def zeros_compressed(file: Path) -> None:
     """A small archive that unpacks to 2 GiB."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr("x/version", "3\n")
         with archive.open("x/data.pkl", "w", force_zip64=True) as record:
             record.write(b"\x80\x02")
             for _ in range(128):
@@ -51,15 +55,21 @@ def zeros_compressed(file: Path) -> None:
 
 
 def many_records(file: Path) -> None:
-    """An archive whose directory names 3 million records."""
-    count, entry = 3_000_000, struct.Struct("<4sHHHHHHIIIHHHHHII8s")
+    """A sound archive of torch.save, but that its directory names 3 million more records."""
+    torch.save(torch.zeros(24, 1, 1, 1), file)
+    with zipfile.ZipFile(file) as archive:
+        start, folder = archive.start_dir, archive.namelist()[0].partition("/")[0].encode()
+        known = len(archive.namelist())
+    whole = file.read_bytes()
+    directory = whole[start : whole.rindex(b"PK\x06\x06") if b"PK\x06\x06" in whole else whole.rindex(b"PK\x05\x06")]
+    count, entry = 3_000_000, struct.Struct("<4sHHHHHHIIIHHHHHII")
     with file.open("wb") as out:
-        out.write(b"PK\x03\x04".ljust(64, b"\0"))
+        out.write(whole[:start] + directory)
         for n in range(count):
-            name = b"%08d" % n
-            out.write(entry.pack(b"PK\x01\x02", 20, 20, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, name))
-        end, size = out.tell(), count * entry.size
-        out.write(struct.pack("<4sQHHIIQQQQ", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, 64))
+            name = b"%s/%07d" % (folder, n)
+            out.write(entry.pack(b"PK\x01\x02", 20, 20, 0, 0, 0, 0, 0, 0, 0, len(name), 0, 0, 0, 0, 0, 0) + name)
+        end, total = out.tell(), known + count
+        out.write(struct.pack("<4sQHHIIQQQQ", b"PK\x06\x06", 44, 45, 45, 0, 0, total, total, end - start, start))
         out.write(struct.pack("<4sIQI", b"PK\x06\x07", 0, end, 1))
         out.write(struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0))
 
@@ -198,3 +208,20 @@ def test_the_tensors_of_an_archive_in_the_middle_of_a_file_are_those_that_were_s
     for value, (start, length) in zip(values, places, strict=True):
         read = load_chunk(Chunk((0,) * value.dim(), tuple(value.shape), file, start, length), value.dtype)
         assert torch.equal(read, value)
+
+
+def test_a_damaged_archive_is_read_or_refused_and_nothing_else(tmp_path):
+    file, draw, refused = tmp_path / "x.pt", random.Random(0), 0
+    torch.save({"a": torch.randn(3, 4), "b": torch.arange(5), "c": torch.ones(2).bool()}, file)
+    sound = file.read_bytes()
+    for _ in range(3000):
+        damaged = bytearray(sound)
+        for _ in range(draw.randint(1, 3)):
+            at = draw.choice([draw.randrange(len(sound)), len(sound) - draw.randint(1, 700), draw.randrange(400)])
+            damaged[at] = draw.choice([0, 255, draw.randrange(256)])
+        file.write_bytes(damaged[: draw.choice([len(sound), draw.randint(1, len(sound))])])
+        try:
+            read_archive(file)
+        except ArchiveError:
+            refused += 1
+    assert 1000 < refused < 3000
