@@ -8,12 +8,15 @@ from pathlib import Path
 import torch
 
 from mugv_ds.config import InputError
+from mugv_ds.config.regular_file import read_text_file
 from mugv_ds.data.video import contact_sheet, read_image, video_name, write_mp4
 from mugv_ds.models.codec import LinearCodec
 from mugv_ds.models.text import HashTextEncoder
 from mugv_ds.prepare.demo.sets import demo_prompts
 from mugv_ds.sampling.sampler import sample_videos
 from mugv_ds.weights.published import load_dit
+
+_MAX_PROMPTS_BYTES = 1 << 24
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,13 +90,9 @@ def read_prompts(path: Path) -> list[str]:
     """Reads the lines of a text file that are not blank.
 
     Raises:
-        InputError: the file is not UTF-8, or all of it is blank.
-        OSError: the file cannot be read.
+        InputError: the file cannot be read, is larger than 16 MiB, not UTF-8, or all of it is blank.
     """
-    try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason}, byte {error.start})") from error
+    prompts = [line.strip() for line in read_text_file(path, _MAX_PROMPTS_BYTES).splitlines() if line.strip()]
     if not prompts:
         raise InputError(f"{path}: no prompts; write one a line")
     return prompts

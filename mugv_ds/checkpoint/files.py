@@ -6,7 +6,6 @@
 <run>/lock                held by the run that uses the folder
 """
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -14,17 +13,18 @@ import os
 import re
 import shutil
 import socket
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mugv_ds.checkpoint.manifest import MANIFEST_NAME, BrokenCheckpointError, FileEntry, Manifest, parse
-from mugv_ds.config.errors import CheckpointError
+from mugv_ds.config.errors import CheckpointError, InputError
+from mugv_ds.config.regular_file import NotRegularError, open_regular, read_bytes_file
+from mugv_ds.files.retry import STORE_WAITS, retried
 
 LATEST = "latest"
 LOCK = "lock"
@@ -33,28 +33,9 @@ _LEFT_OVER = re.compile(r"step-[0-9]{8,12}(\.removed)?\.tmp")
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 _CHUNK = 1 << 20  # bytes that are hashed and written at once: few enough to be read from memory only once
 _MAX_MANIFEST_BYTES = 1 << 28
-# How a network file system fails that is away for a while, and the seconds to wait before each further try.
-_PASSING = {errno.EIO, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN}
-_WAITS = (1.0, 5.0, 20.0)
+_MAX_NAME_BYTES = 256  # of what is in `latest`
 
-T = TypeVar("T")
-
-
-def retried(function: Callable[[], T]) -> T:
-    """Calls `function`, and again after a while if the file system fails as one does that comes back.
-
-    Raises:
-        OSError: it failed otherwise, or has not come back.
-    """
-    for wait in _WAITS:
-        try:
-            return function()
-        except OSError as error:
-            if error.errno not in _PASSING:
-                raise
-            print(f"warning: {error}; trying again in {wait:g} s", flush=True)
-            time.sleep(wait)
-    return function()
+_retried = partial(retried, waits=STORE_WAITS, raises=OSError)
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -85,10 +66,12 @@ def candidates(run: Path) -> tuple[list[int], str | None]:
     """
     latest, steps = run / LATEST, saved_steps(run)
     try:
-        with latest.open(encoding="utf-8", errors="replace") as file:
-            name = file.read(256).strip()
+        with open_regular(latest) as file:
+            name = file.read(_MAX_NAME_BYTES).decode(errors="replace").strip()
     except FileNotFoundError:
         return steps, f"{latest}: missing; the folder is scanned" if steps else None
+    except NotRegularError as error:
+        raise CheckpointError(f"{error}; remove it") from None
     if not name:
         return steps, f"{latest}: empty; the folder is scanned" if steps else None
     if not _STEP.fullmatch(name):
@@ -127,7 +110,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
     text += b" " * (-len(text) % 8)  # the format wants the data aligned
     parts = [len(text).to_bytes(8, "little") + text, *(t.view(-1).view(torch.uint8).numpy() for t in tensors.values())]
     try:
-        return retried(lambda: _write_parts(path, parts))
+        return _retried(lambda: _write_parts(path, parts))
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not say which file
 
@@ -170,7 +153,7 @@ def start_folder(run: Path, step: int, needed: int) -> None:
     Raises:
         CheckpointError: there is not enough space. OSError: the file system fails.
     """
-    retried(lambda: discard(run, step))
+    _retried(lambda: discard(run, step))
     free = free_bytes(run)
     if needed > free:
         raise CheckpointError(
@@ -183,8 +166,8 @@ def start_folder(run: Path, step: int, needed: int) -> None:
 def commit(run: Path, step: int, manifest: Manifest) -> None:
     """Completes a checkpoint whose other files are on the disk; from the rename on it is valid."""
     unfinished = unfinished_folder(run, step)
-    retried(lambda: write_durably(unfinished / MANIFEST_NAME, manifest.dump()))
-    retried(lambda: sync_folder(unfinished))
+    _retried(lambda: write_durably(unfinished / MANIFEST_NAME, manifest.dump()))
+    _retried(lambda: sync_folder(unfinished))
     remove(run, step)  # one that was found broken, or from before the run went back
     publish(run, step)
 
@@ -242,11 +225,11 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     try:
-        if path.stat().st_size > _MAX_MANIFEST_BYTES:
-            raise BrokenCheckpointError(f"{path}: larger than {gib(_MAX_MANIFEST_BYTES)}")
-        text = path.read_bytes()
+        text = read_bytes_file(path, _MAX_MANIFEST_BYTES)
     except OSError as error:
         raise BrokenCheckpointError(f"{path}: {error.strerror}") from None
+    except InputError as error:
+        raise BrokenCheckpointError(str(error)) from None
     manifest = parse(text, str(path))
     if _STEP.fullmatch(folder.name) and folder.name != step_folder(folder.parent, manifest.step).name:
         raise BrokenCheckpointError(f"{path}: is of step {manifest.step}")
@@ -264,7 +247,7 @@ def verify(path: Path, entry: FileEntry) -> None:
             raise BrokenCheckpointError(f"{path}: missing")
         if (size := path.stat().st_size) != entry.bytes:
             raise BrokenCheckpointError(f"{path}: {size} bytes, the manifest says {entry.bytes}")
-        found = retried(lambda: _sha256(path))
+        found = _retried(lambda: _sha256(path))
     except OSError as error:
         raise BrokenCheckpointError(f"{path}: {error.strerror}") from None
     if found != entry.sha256:
@@ -272,7 +255,7 @@ def verify(path: Path, entry: FileEntry) -> None:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -12,8 +12,10 @@ from typing import NoReturn
 import psutil
 
 from mugv_ds.config.errors import InputError
+from mugv_ds.config.regular_file import read_text_file
 
 MAX_SLOTS = 1024
+_MAX_BYTES = 1 << 20
 _LINE = re.compile(r"(?P<host>\S+)\s+slots=(?P<slots>[0-9]{1,18})")
 _HOST = re.compile(r"[A-Za-z0-9._-]+")
 
@@ -35,14 +37,9 @@ def parse_hostfile(path: str | Path) -> dict[str, int]:
             that a shell or ssh could take for something else, or has slots outside 1..1024.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else None
-    except OSError as error:
-        raise HostfileError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise HostfileError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
-    if text is None:
+    if not path.is_file():
         raise HostfileError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
+    text = read_text_file(path, _MAX_BYTES, HostfileError)
     hosts: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), start=1):
         entry = line.partition("#")[0].strip()

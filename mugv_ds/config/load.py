@@ -13,9 +13,12 @@ from pydantic_core import ErrorDetails
 
 from mugv_ds.config.deepspeed import check_deepspeed_section
 from mugv_ds.config.errors import ConfigError
+from mugv_ds.config.regular_file import read_text_file
 from mugv_ds.config.schema import Section, TrainConfig
 
 Json = dict[str, Any]
+_MAX_FILES = 100  # that make up a config
+_MAX_FILE_BYTES = 1 << 20
 _SHOWN = 60  # characters of a wrong value that an error message repeats
 
 
@@ -31,7 +34,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Reads the config at `path`, puts `overrides` on top and checks the result.
 
     A file may name another one, relative to itself, as `"extends"`, or a list of them; their values come first, in that
-    order. Objects merge key by key, everything else is replaced.
+    order. Objects merge key by key, everything else is replaced. At most 100 files of 1 MiB make up a config.
 
     Args:
         path: JSON file.
@@ -41,7 +44,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         ConfigError: anything is wrong with a file, a key or a value; one line that names file (or override) and key.
     """
     path = Path(path)
-    layers = [*_read_chain(path, str(path)), *(_read_override(text) for text in overrides)]
+    layers = [*_read_chain(path), *(_read_override(text) for text in overrides)]
     merged: Json = {}
     for layer in layers:
         _refuse_non_finite(layer)
@@ -57,38 +60,50 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     return config
 
 
-def _read_chain(path: Path, origin: str, above: tuple[Path, ...] = ()) -> list[_Layer]:
-    """The file at `path` and those that it extends, what comes first first.
+def _read_chain(path: Path) -> list[_Layer]:
+    """The file at `path` and those that it extends, what comes first first; each is read once.
 
-    Args:
-        origin: who asked for it. above: the files that extend it.
+    A file that comes several times counts where it comes last: there its values replace what they did before.
     """
-    values = _read_file(path, origin)
-    if path.resolve() in above:
-        raise ConfigError(f"{origin}: {path} is extended in a circle; remove one of the links")
-    bases = values.pop("extends", [])
-    bases = [bases] if isinstance(bases, str) else bases
-    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError(f"{path}: extends = {_show(bases)}: must be the path of a JSON file, or a list of such")
-    layers = [
-        layer
-        for base in bases
-        for layer in _read_chain(path.parent / base, f"{path}: extends", (*above, path.resolve()))
-    ]
-    return [*layers, _Layer(str(path), values)]
+    layers: list[_Layer] = []  # what comes last first
+    read: set[Path] = set()
+
+    def visit(path: Path, origin: str, above: tuple[Path, ...]) -> None:
+        """Adds the file and what it extends; `origin` asked for it, `above` extend it."""
+        _refuse_irregular(path, origin)
+        real = path.resolve()
+        if real in above:
+            raise ConfigError(f"{origin}: {path} is extended in a circle; remove one of the links")
+        if real in read:
+            return
+        if len(read) == _MAX_FILES:
+            raise ConfigError(f"{origin}: {path} would be file {_MAX_FILES + 1} of this config; merge some of them")
+        read.add(real)
+        values = _read_file(path)
+        bases = values.pop("extends", [])
+        bases = [bases] if isinstance(bases, str) else bases
+        if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+            raise ConfigError(f"{path}: extends = {_show(bases)}: must be the path of a JSON file, or a list of such")
+        layers.append(_Layer(str(path), values))
+        for base in reversed(bases):
+            visit(path.parent / base, f"{path}: extends", (*above, real))
+
+    visit(path, str(path), ())
+    return layers[::-1]
 
 
-def _read_file(path: Path, origin: str) -> Json:
-    """The object in the file at `path`; `origin` says who asked for it where there is none."""
+def _refuse_irregular(path: Path, origin: str) -> None:
     try:
-        # Asking first keeps a FIFO from blocking the start.
-        text = path.read_text(encoding="utf-8") if path.is_file() else None
+        is_file = path.is_file()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
-    if text is None:
+    if not is_file:
         raise ConfigError(f"{origin}: there is no regular file {path}")
+
+
+def _read_file(path: Path) -> Json:
+    """The object in the file at `path`."""
+    text = read_text_file(path, _MAX_FILE_BYTES, ConfigError)
     try:
         values = _parse(text)
     except json.JSONDecodeError as error:

@@ -128,7 +128,7 @@ def read_text(path: Path, channels: int, max_tokens: int) -> tuple[Tensor, Tenso
         raise SampleError(f"{path}: a {type(content).__name__}, expected a dict with 'y' and 'mask'")
     for key in ("y", "mask"):
         if key not in content:
-            raise SampleError(f"{path}: no {key!r}; it has {list(content)}")
+            raise SampleError(f"{path}: no {key!r}; it has {list(content)[:10]}")
     y, mask = content["y"], content["mask"]
     # A caption may be saved as a view into its padded form, no more.
     y = check_dense(y, f"{path}: y", dtypes=FLOAT_DTYPES, max_storage_bytes=max_tokens * channels * 4)

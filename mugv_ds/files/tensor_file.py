@@ -1,15 +1,5 @@
-"""Opening `.pt` files that somebody else wrote: no code runs, nothing is allocated beyond what the file holds.
+"""Opening the `.pt` files of samples: a latent, or a caption's features. `tensor_archive` says how they are read."""
 
-`torch.load(weights_only=True)` runs no code, but it does call constructors such as `bytearray(n)` or
-`torch.FloatTensor(n)` with any `n` the file asks for, and unpacks compressed records. So a file is looked at before it
-is loaded: a plain, uncompressed archive whose pickle names nothing but dense tensors and their storages. The tensors
-are mapped into memory, not read.
-"""
-
-import errno
-import pickletools  # disassembles, never executes
-import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +8,9 @@ from torch import Tensor
 
 from mugv_ds.config.errors import InputError
 from mugv_ds.config.model import LATENT_CHANNELS
+from mugv_ds.files.tensor_archive import ArchiveError, UnsafeArchiveError, read_archive
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-_MAX_HEADER_BYTES = 1 << 20  # data.pkl of one latent or caption is under 1 KB
-_PLAIN_GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"} | {
-    f"torch {name}Storage"
-    for name in ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")
-}
-# What torch.save writes for tensors that are not plain: sparse, meta, complex, quantised, float8, parameters.
-_OTHER_TENSOR_GLOBALS = re.compile(
-    r"torch (\w+Storage|Size|device|[a-z]+\d+\w*)|torch\._utils _rebuild_\w+|torch\._tensor _rebuild_from_type_v2"
-    r"|torch\.serialization _get_layout|torch\.nn\.parameter Parameter|torch\.storage \w+Storage"
-)
-_GLOBAL_OPCODES = {"GLOBAL", "INST"}
-_HIDDEN_GLOBAL_OPCODES = {"STACK_GLOBAL", "EXT1", "EXT2", "EXT4"}  # torch.save writes none of these
 
 
 class SampleError(InputError):
@@ -52,17 +30,13 @@ def load_tensors(path: Path) -> Any:
         OSError: the file system failed; this says nothing about the sample.
     """
     try:
-        _refuse_unless_plain(path)
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except SampleError:
-        raise
+        return read_archive(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise SampleError(f"{path}: missing") from error
-    except Exception as error:  # parsers of broken files raise nearly every class there is
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a seek to a broken offset
-            raise
-        reason = str(error).partition("\n")[0]
-        raise SampleError(f"{path}: truncated, or not a file of torch.save ({reason})") from error
+    except UnsafeArchiveError as error:
+        raise UnsafeFileError(f"{path}: {error}") from error
+    except ArchiveError as error:
+        raise SampleError(f"{path}: {error}") from error
 
 
 def check_dense(
@@ -105,54 +79,3 @@ def check_latent(value: Any, path: Path) -> Tensor:
     if latent.dim() != 4 or latent.shape[0] != LATENT_CHANNELS or 0 in latent.shape:
         raise SampleError(f"{path}: shape {list(latent.shape)}, expected [{LATENT_CHANNELS}, T, H, W] with T, H, W ≥ 1")
     return latent
-
-
-def _refuse_unless_plain(path: Path) -> None:
-    """Checks the archive `path` before torch sees it; the reasons are in the head of this file."""
-    with path.open("rb") as file:
-        head = file.read(64)
-    if not head.startswith(b"PK"):
-        _refuse_foreign(path, head)
-    with zipfile.ZipFile(path) as archive:
-        records = archive.infolist()
-        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-            raise SampleError(f"{path}: a compressed archive; torch.save writes uncompressed ones")
-        if sum(record.file_size for record in records) > path.stat().st_size:
-            raise SampleError(f"{path}: its records claim more bytes than the file has")
-        headers = [record for record in records if record.filename.rpartition("/")[2] == "data.pkl"]
-        if len(headers) != 1 or headers[0].file_size > _MAX_HEADER_BYTES:
-            raise SampleError(f"{path}: not an archive of torch.save with one small data.pkl")
-        unexpected = _globals(archive.read(headers[0])) - _PLAIN_GLOBALS
-    if not all(_OTHER_TENSOR_GLOBALS.fullmatch(name) for name in unexpected):
-        raise UnsafeFileError(
-            f"{path}: asks for {', '.join(sorted(unexpected))}, which no tensor needs; "
-            "nothing was executed, find out who wrote this file"
-        )
-    if unexpected:
-        raise SampleError(f"{path}: not a plain dense tensor (it needs {', '.join(sorted(unexpected))})")
-
-
-def _refuse_foreign(path: Path, head: bytes) -> None:
-    """Says what a file that is no archive looks like instead."""
-    if not head:
-        raise SampleError(f"{path}: 0 bytes")
-    if head.startswith(b"version https://git-lfs"):
-        raise SampleError(f"{path}: a Git LFS pointer, not the data; run `git lfs pull`")
-    if head.startswith(b"\x80"):
-        raise UnsafeFileError(
-            f"{path}: a bare pickle (as torch.save wrote before 1.6), which can run code; save it again"
-        )
-    if head.lstrip().startswith(b"<"):
-        raise SampleError(f"{path}: an HTML or XML page, not the data; download it again")
-    raise SampleError(f"{path}: not a file of torch.save")
-
-
-def _globals(pickled: bytes) -> set[str]:
-    """Every "module name" that a pickle would import, or the opcode where the name is not written out."""
-    names = set()
-    for opcode, argument, _ in pickletools.genops(pickled):
-        if opcode.name in _GLOBAL_OPCODES:
-            names.add(argument)
-        elif opcode.name in _HIDDEN_GLOBAL_OPCODES:
-            names.add(opcode.name)
-    return names

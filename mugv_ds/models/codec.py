@@ -9,13 +9,15 @@ from typing import Self
 
 import torch
 from einops import rearrange
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from mugv_ds.config.model import LATENT_CHANNELS as CHANNELS
 from mugv_ds.config.model import LATENT_STRIDE as BLOCK
+from mugv_ds.config.regular_file import read_bytes_file
 
 _BLOCK_PIXELS = 3 * BLOCK**3
+_MAX_BYTES = 1 << 20  # the buffers take 154 KB
 _RANK_TOLERANCE = 1e-10  # of the largest variance; rounding in fp64 leaves about 1e-15
 
 
@@ -78,9 +80,14 @@ class LinearCodec(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Reads a codec that `save` wrote."""
+        """Reads a codec that `save` wrote.
+
+        Raises:
+            InputError: it is no regular file, or larger than a codec. SafetensorError, RuntimeError: it is none.
+            OSError: it is missing, or the file system failed.
+        """
         codec = cls()
-        codec.load_state_dict(load_file(path))
+        codec.load_state_dict(load(read_bytes_file(path, _MAX_BYTES)))
         return codec
 
 

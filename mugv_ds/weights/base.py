@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from mugv_ds.config import ConfigError
 from mugv_ds.config.errors import CheckpointError
 from mugv_ds.config.model import HEAD_DIM, PRESETS, DiTConfig
+from mugv_ds.files.tensor_archive import PARAMETER, ArchiveError, read_archive
 from mugv_ds.models.dit import DiT
 
 # A null caption that some training checkpoints carry and the published weights do not.
@@ -82,6 +84,23 @@ def infer_sizes(weights: Weights) -> DiTConfig:
 def preset_of(config: DiTConfig) -> str | None:
     """Returns the name of the preset of these sizes, None if there is none."""
     return next((name for name, preset in PRESETS.items() if preset == config), None)
+
+
+def read_state(file: Path, beside: tuple[str, ...] = ()) -> Any:
+    """What torch.save put into a file of weights, its tensors mapped, not read.
+
+    Args:
+        file: the file. beside: see `read_archive`; parameters may be there too.
+
+    Raises:
+        CheckpointError: it is missing, or no file of plain tensors.
+    """
+    try:
+        return read_archive(file, beside=(PARAMETER, *beside))
+    except ArchiveError as error:
+        raise CheckpointError(f"{file}: cannot be read as plain tensors: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
 
 
 def is_stored(value: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """The published Megatron training checkpoints as weights of a DiT. Megatron is not needed.
 
 Two forms: one file a tensor-parallel rank ("legacy"), and torch.distributed.checkpoint with the layers stacked
-("torch_dist"). Only weights are read, and only as data: see `MegatronLegacy` and `checkpoint.inert`.
+("torch_dist"). Only weights are read, and only as data: see `files.tensor_archive` and `files.pickle_stream`.
 """
 
 import re
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mugv_ds.config.errors import CheckpointError
-from mugv_ds.weights.base import UNUSED, Weights, is_stored
+from mugv_ds.config.regular_file import read_text_file
+from mugv_ds.weights.base import UNUSED, Weights, is_stored, read_state
 from mugv_ds.weights.megatron_names import STACKED, is_weight, published_name, published_rows, split_dimension
 from mugv_ds.weights.torch_dist import METADATA_NAME, StackReader, StoredTensor, read_metadata
 
@@ -21,7 +22,10 @@ _LATEST = "latest_checkpointed_iteration.txt"
 _PASSED_OVER = (
     *("_io.", "argparse.", "collections.", "functools.", "pathlib.", "signal.", "types."),
     *("megatron.", "numpy.", "torch.", "transformer_engine."),
+    *("_codecs.encode", "builtins.bytearray", "builtins.set", "builtins.complex"),  # bytes, sets and numbers
+    *("__builtin__.bytearray", "__builtin__.set", "__builtin__.complex"),  # as protocol 2 calls them
 )
+_MAX_LATEST_BYTES = 1 << 10
 
 
 def find_megatron(path: Path) -> Path | None:
@@ -35,7 +39,7 @@ def find_megatron(path: Path) -> Path | None:
     latest = path / _LATEST
     if not latest.is_file():
         return None
-    text = latest.read_text(errors="replace").strip()
+    text = read_text_file(latest, _MAX_LATEST_BYTES, CheckpointError).strip()
     name = f"iter_{int(text):07d}" if re.fullmatch(r"[0-9]{1,9}", text) else text
     if not re.fullmatch(r"iter_[0-9]+|release", name) or not (path / name).is_dir():
         raise CheckpointError(f"{latest}: names {text!r}, which is no iteration in this folder")
@@ -86,8 +90,8 @@ class MegatronWeights(Weights):
 class MegatronLegacy(Weights):
     """Tensors by Megatron name from `mp_rank_YY/model_optim_rng.pt`, mapped, the ranks' parts joined when asked for.
 
-    What Megatron saves beside the weights (arguments, random state) is replaced by empty objects: no class or function
-    that a file names is looked up. A file that names one from elsewhere than `_PASSED_OVER` is refused, and so are
+    What Megatron saves beside the weights (arguments, random state) is passed over: no class or function that a file
+    names is looked up. A file that names one from elsewhere than `_PASSED_OVER` is refused, and so are
     files of pipeline parallelism.
     """
 
@@ -160,35 +164,13 @@ class MegatronStacked(Weights):
         return len(self._place)
 
 
-class _Empty:
-    """Stands in for an object that is passed over: takes any arguments and any state, and keeps nothing."""
-
-    def __new__(cls, *_: object, **__: object) -> "_Empty":
-        return super().__new__(cls)
-
-    def __init__(self, *_: object, **__: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
 def _load_rank(file: Path) -> dict[str, Tensor]:
     """The weights in a rank's file, mapped.
 
     Raises:
         CheckpointError: the file is missing, broken, or names classes from elsewhere.
     """
-    try:
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        if refused := [name for name in foreign if not name.startswith(_PASSED_OVER)]:
-            raise CheckpointError(f"{file}: holds {refused[0]}, which is neither a tensor nor Megatron's; refused")
-        with torch.serialization.safe_globals([(_Empty, name) for name in foreign]):
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{file}: cannot be read: {' '.join(str(error).split())[:300]}") from None
+    state = read_state(file, _PASSED_OVER)
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise CheckpointError(f"{file}: has no model (virtual pipeline stages cannot be read)")
     weights = {name: value for name, value in state["model"].items() if is_weight(str(name))}

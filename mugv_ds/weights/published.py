@@ -15,10 +15,13 @@ from torch import Tensor
 from mugv_ds.checkpoint.reader import CheckpointReader, open_checkpoint
 from mugv_ds.config.errors import CheckpointError
 from mugv_ds.config.model import DiTConfig
+from mugv_ds.config.regular_file import read_text_file
 from mugv_ds.models.dit import DiT
-from mugv_ds.weights.base import Weights, check_weights, is_stored
+from mugv_ds.weights.base import Weights, check_weights, is_stored, read_state
 from mugv_ds.weights.save import CONFIG_NAME, INDEX_NAMES, SINGLE_NAMES, Layout, save_weights
 
+_MAX_CONFIG_BYTES = 1 << 20
+_MAX_INDEX_BYTES = 1 << 24  # 100,000 tensors
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -110,9 +113,11 @@ def load_dit(path: str | Path) -> DiT:
     path = Path(path)
     file = (path if path.is_dir() else path.parent) / CONFIG_NAME
     try:
-        config = DiTConfig(**json.loads(file.read_text()))
-    except (OSError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: must hold the model's sizes, as the converter writes them: {error}") from None
+        config = DiTConfig(**json.loads(read_text_file(file, _MAX_CONFIG_BYTES)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file}: must hold the model's sizes, as the converter writes them: {_one_line(error)}"
+        ) from None
     with torch.device("meta"):
         model = DiT(config)
     weights = PublishedWeights(path)
@@ -167,10 +172,10 @@ def export(checkpoint: Path, out: Path, *, layout: Layout) -> Path:
 def _read_index(file: Path) -> dict[str, str]:
     """Which shard each tensor is in."""
     try:
-        placed = json.loads(file.read_text())["weight_map"]
+        placed = json.loads(read_text_file(file, _MAX_INDEX_BYTES))["weight_map"]
         if all(isinstance(shard, str) for shard in placed.values()):
             return placed
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: must hold a weight_map of tensors to shards: {_one_line(error)}") from None
     raise CheckpointError(f"{file}: its weight_map must give a file name for each tensor")
 
@@ -191,10 +196,7 @@ def _names(file: Path) -> list[str]:
 
 def _load_pt(file: Path) -> dict[str, Tensor]:
     """The state dict in a file; its tensors are mapped, not read."""
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise CheckpointError(f"{file}: cannot be read as plain tensors: {_one_line(error)}") from None
+    state = read_state(file)
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     ):

@@ -4,22 +4,24 @@
 which `.distcp` file hold it, as a tensor of its own.
 """
 
-import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from mugv_ds.config.errors import CheckpointError
-from mugv_ds.files.inert import Described, read_inert
+from mugv_ds.config.regular_file import read_bytes_file
+from mugv_ds.files.pickle_stream import MAX_BYTES, Described, Name, read_pickle
+from mugv_ds.files.tensor_archive import PARAMETER, ArchiveError, read_archive
 from mugv_ds.weights.base import is_stored
 
 METADATA_NAME = ".metadata"
+_MAX_DIMENSIONS = 8
+_MAX_CHUNKS = 1024  # of one layer: each is compared with each
 _DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 
 
@@ -57,16 +59,16 @@ def read_metadata(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Stor
     """
     file = folder / METADATA_NAME
     try:
-        state = read_inert(file.read_bytes()).state
+        state = read_pickle(read_bytes_file(file, MAX_BYTES)).value.state
         tensors = {
             name: described.state
             for name, described in state["state_dict_metadata"].items()
             if described.callee.endswith(".TensorStorageMetadata") and wanted(name)
         }
         places = {
-            (index.state["fqn"], _size(index.state["offset"])): info.state
+            _place(index.state["fqn"], _size(index.state["offset"])): info.state
             for index, info in state["storage_data"].items()
-            if index.state["fqn"] in tensors
+            if type(index.state["fqn"]) is str and index.state["fqn"] in tensors
         }
         return {name: _stored_tensor(folder, name, tensor, places) for name, tensor in tensors.items()}
     except CheckpointError:
@@ -77,23 +79,27 @@ def read_metadata(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Stor
         ) from None
 
 
-def _stored_tensor(folder: Path, name: str, state: dict, places: Mapping[tuple, dict]) -> StoredTensor:
+def _stored_tensor(folder: Path, name: str, state: dict, places: Mapping[str, dict]) -> StoredTensor:
     dtype_name = state["properties"].state[0]
-    if dtype_name not in _DTYPES:
-        raise CheckpointError(f"{folder / METADATA_NAME}: {name} is {dtype_name}, and must be floating-point")
+    if type(dtype_name) is not Name or dtype_name not in _DTYPES:
+        shown = dtype_name[:100] if type(dtype_name) is Name else "of no known dtype"
+        raise CheckpointError(f"{folder / METADATA_NAME}: {name} is {shown}, and must be floating-point")
     dtype, shape, chunks = _DTYPES[dtype_name], _size(state["size"]), []
     for described in state["chunks"]:
         offset, size = _size(described.state["offsets"]), _size(described.state["sizes"])
         if not len(offset) == len(size) == len(shape):
             raise ValueError(f"a chunk of {name} has another rank than {name}")
-        place = places[name, offset]
+        place = places.get(_place(name, offset))
+        if place is None:
+            raise ValueError(f"says nowhere which file holds a chunk of {name!r}")
         relative, start, length = place["relative_path"], place["offset"], place["length"]
         file = folder / relative
         if Path(relative).name != relative or not file.is_file():
             raise CheckpointError(f"{folder / METADATA_NAME}: names {relative!r}, which is not a file in this folder")
         if place.get("transform_descriptors"):
             raise CheckpointError(f"{file}: {name} was transformed (compressed) when it was saved; save it plainly")
-        if not (0 <= start <= start + length <= file.stat().st_size and prod(size) * dtype.itemsize <= length):
+        is_inside = type(start) is type(length) is int and 0 <= start <= start + length <= file.stat().st_size
+        if not is_inside or prod(size) * dtype.itemsize > length:
             raise CheckpointError(f"{file}: has not the bytes that {METADATA_NAME} gives {name}")
         chunks.append(Chunk(offset, size, file, start, length))
     if not sum(prod(chunk.size) for chunk in chunks) == prod(shape) > 0:
@@ -101,11 +107,17 @@ def _stored_tensor(folder: Path, name: str, state: dict, places: Mapping[tuple, 
     return StoredTensor(name, shape, dtype, tuple(chunks))
 
 
+def _place(name: str, offset: tuple[int, ...]) -> str:
+    """Key of a chunk. A string, because the hashes of tuples of numbers can be chosen to be equal."""
+    return f"{name} {offset}"
+
+
 def _size(described: Described) -> tuple[int, ...]:
     """A torch.Size as it is described."""
     (size,) = described.arguments
-    if not (isinstance(size, tuple) and all(type(length) is int and length >= 0 for length in size)):
-        raise ValueError(f"{size!r} is no size")
+    is_short = isinstance(size, tuple) and len(size) <= _MAX_DIMENSIONS
+    if not (is_short and all(type(length) is int and 0 <= length < 2**63 for length in size)):
+        raise ValueError(f"an object of class {type(size).__name__} where a size should be")
     return size
 
 
@@ -125,7 +137,7 @@ class StackReader:
             CheckpointError: a chunk is not what `.metadata` says, or the chunks do not make up the layer.
         """
         chunks = [chunk for chunk in stored.chunks if chunk.offset[0] <= layer < chunk.offset[0] + chunk.size[0]]
-        if not _make_up(chunks, stored.shape[1:]):
+        if len(chunks) > _MAX_CHUNKS or not _make_up(chunks, stored.shape[1:]):
             raise CheckpointError(f"{stored.chunks[0].file.parent}: the chunks of {stored.name} do not make it up")
         if self._kept[0] is not stored:
             self._kept = (stored, {})
@@ -152,12 +164,10 @@ def load_chunk(chunk: Chunk, dtype: torch.dtype) -> Tensor:
         CheckpointError: it is not the plain tensor that `.metadata` says.
     """
     try:
-        with chunk.file.open("rb") as file:
-            value = torch.load(FilePart(file, chunk.start, chunk.length), map_location="cpu", weights_only=True)
-    except Exception as error:
+        value = read_archive(chunk.file, start=chunk.start, length=chunk.length, beside=(PARAMETER,))
+    except (ArchiveError, OSError) as error:
         raise CheckpointError(
-            f"{chunk.file}: the bytes from {chunk.start} on cannot be read as a tensor: "
-            f"{' '.join(str(error).split())[:200]}"
+            f"{chunk.file}: the bytes from {chunk.start} on cannot be read as a tensor: {error}"
         ) from None
     if not (isinstance(value, Tensor) and value.dtype == dtype and value.numel() == prod(chunk.size)):
         raise CheckpointError(f"{chunk.file}: the bytes from {chunk.start} on are not the tensor that is announced")
@@ -175,28 +185,3 @@ def _make_up(chunks: list[Chunk], shape: tuple[int, ...]) -> bool:
         for one, other in combinations(boxes, 2)
     )
     return inside and apart and sum(prod(n for _, n in box) for box in boxes) == prod(shape)
-
-
-class FilePart(io.RawIOBase):
-    """Some bytes of an open file as a file of their own."""
-
-    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
-        self._file, self._start, self._length = file, start, length
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence])
-        return self._at
-
-    def readinto(self, buffer: memoryview) -> int:
-        view = memoryview(buffer).cast("B")[: max(0, self._length - self._at)]
-        self._file.seek(self._start + self._at)
-        count = self._file.readinto(view)
-        self._at += count
-        return count

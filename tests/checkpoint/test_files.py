@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from mugv_ds.checkpoint import files
 from mugv_ds.checkpoint.manifest import BrokenCheckpointError, Parameter, Piece, digest
 from mugv_ds.checkpoint.reader import CheckpointReader, open_checkpoint
 from mugv_ds.config import CheckpointError
+from mugv_ds.files import retry
+from tests.helpers.attack import verdict
 from tests.helpers.saved import write_checkpoint
 
 TENSORS = {"a.weight": torch.arange(35.0).view(5, 7), "b": torch.tensor([1.5])}
@@ -43,7 +46,7 @@ def test_files_are_safetensors(tmp_path):
 def test_a_file_system_that_comes_back_is_waited_for(tmp_path, monkeypatch, failures, code, ends):
     """Not one that is full."""
     waits, left = [], [failures]
-    monkeypatch.setattr(files.time, "sleep", waits.append)
+    monkeypatch.setattr(retry.time, "sleep", waits.append)
     original = files.os.fsync
 
     def fsync(descriptor: int) -> None:
@@ -263,3 +266,19 @@ def test_a_config_of_another_version_is_named(tmp_path):
     manifest.config["model"]["presets"] = 1
     with pytest.raises(CheckpointError, match=r"its config: model\.presets: .*; read it with mugv_ds 0\.1\.0"):
         CheckpointReader(folder, manifest).run_config()
+
+
+@pytest.mark.parametrize("kind", [os.mkfifo, Path.mkdir], ids=["FIFO", "directory"])
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("latest", files.candidates),
+        ("step-00000004/MANIFEST.json", lambda run: files.read_manifest(run / "step-00000004")),
+    ],
+    ids=["latest", "manifest"],
+)
+def test_what_is_no_file_is_not_waited_for(tmp_path, name, read, kind):
+    write_checkpoint(tmp_path, 4, TENSORS.items())
+    (tmp_path / name).unlink()
+    kind(tmp_path / name)
+    assert verdict(read, tmp_path).startswith(f"{tmp_path / name}: a ")

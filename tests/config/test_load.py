@@ -2,6 +2,7 @@
 
 import copy
 import json
+import multiprocessing
 import os
 
 import pytest
@@ -205,3 +206,48 @@ def test_not_a_regular_file(tmp_path):
 def test_not_utf8(tmp_path):
     (tmp_path / "run.json").write_bytes(b'{"model": "\xff"}')
     assert "run.json: not UTF-8 text: invalid start byte at byte 11" in error_of(tmp_path / "run.json")
+
+
+def test_a_diamond_of_many_floors_is_read_once(tmp_path):
+    write(tmp_path, "0a.json", GOOD)
+    write(tmp_path, "0b.json", {"extends": "0a.json", "schedule": {"steps": 7}})
+    for floor in range(1, 25):
+        for side, lr in (("a", 2e-4), ("b", 3e-4)):
+            below = [f"{floor - 1}a.json", f"{floor - 1}b.json"]
+            write(tmp_path, f"{floor}{side}.json", {"extends": below, "optimizer": {"lr": lr}})
+    reading = multiprocessing.get_context("fork").Process(target=lambda: load_config(tmp_path / "24a.json"))
+    reading.start()
+    reading.join(10)
+    if reading.is_alive():
+        reading.kill()
+        raise AssertionError("not read after 10 s")
+    found = load_config(tmp_path / "24a.json")
+    assert (found.schedule.steps, found.optimizer.lr) == (7, 2e-4)
+
+
+def test_a_file_that_comes_twice_counts_as_if_it_were_read_twice(tmp_path):
+    """d, b, d, c, a is the order; d comes after b."""
+    write(tmp_path, "d.json", {**GOOD, "optimizer": {"lr": 1e-4}})
+    write(tmp_path, "b.json", {"extends": "d.json", "optimizer": {"lr": 2e-4, "eps": 1e-7}})
+    write(tmp_path, "c.json", {"extends": "d.json"})
+    found = load_config(write(tmp_path, "a.json", {"extends": ["b.json", "c.json"]}))
+    assert (found.optimizer.lr, found.optimizer.eps) == (1e-4, 1e-7)
+
+
+def test_files_are_few_and_small(tmp_path):
+    write(tmp_path, "0.json", GOOD)
+    for n in range(1, 101):
+        write(tmp_path, f"{n}.json", {"extends": f"{n - 1}.json"})
+    assert load_config(tmp_path / "99.json").optimizer.lr == 1e-4
+    assert "0.json would be file 101 of this config" in error_of(tmp_path / "100.json")
+    for n in range(101, 2000):
+        write(tmp_path, f"{n}.json", {"extends": f"{n - 1}.json"})
+    assert "would be file 101 of this config" in error_of(tmp_path / "1999.json")
+    large = write(tmp_path, "large.json", json.dumps(GOOD) + " " * (1 << 20))
+    assert error_of(large) == f"{large}: larger than 1,048,576 bytes; is this the right file?"
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["FIFO", "device"])
+def test_what_is_no_file_is_not_extended(tmp_path, make):
+    make(tmp_path / "base.json")
+    assert "extends: there is no regular file" in error_of(write(tmp_path, "run.json", {"extends": "base.json"}))

@@ -13,6 +13,7 @@ import torch
 
 from mugv_ds.data.manifest import ManifestError, PathError, build_index, open_index, resolve
 from mugv_ds.files.tensor_file import UnsafeFileError
+from tests.helpers.attack import verdict
 
 HEADER = "sample_id,source,latent_path,text_feat_path"
 SIZED = HEADER + ",num_frames,height,width"
@@ -300,3 +301,19 @@ def test_random_manifest(tmp_path):
     assert shares[1, 45, 80] == pytest.approx(0.3 * 0.4, rel=0.1)
     assert shares[15, 160, 90] == pytest.approx(0.175 * 0.03, rel=0.4)
     assert {index.row(i).kind for i in np.flatnonzero(index.shapes()[:, 0] == 1)[:50].tolist()} == {"image"}
+
+
+@pytest.mark.parametrize(
+    ("header", "complaint"),
+    [
+        (",".join(map(str, range(140_000))), "140000 columns, at most 1000 are allowed"),
+        (",".join([*map(str, range(900)), "0"]), "duplicate column '0'"),
+        ("x" * 5000 + ",b", "missing column 'sample_id'"),
+    ],
+    ids=["wide", "twice", "long"],
+)
+def test_a_header_that_is_none_is_refused_with_one_short_line(tmp_path, header, complaint):
+    csv = tmp_path / "wide.csv"
+    csv.write_text(f"{header}\n")
+    line = verdict(open_index, csv)
+    assert line.startswith(f"{csv}:1: ") and complaint in line

@@ -270,6 +270,6 @@ def test_failing_file_system_is_not_a_bad_sample(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(torch, "load", fail)
+    monkeypatch.setattr(os, "open", fail)
     with pytest.raises(OSError, match="Input/output error"):
         read_latent(tmp_path / "x.pt", SHAPE)
