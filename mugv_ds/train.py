@@ -9,7 +9,7 @@ import os
 import sys
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mugv_ds.config import TrainConfig, exit_status, load_config
 from mugv_ds.config.hostfile import check_launcher
@@ -144,5 +144,16 @@ def main(argv: list[str] | None = None) -> int:
     return exit_status(run)
 
 
+def leave(status: int) -> NoReturn:
+    """Ends the process at once with this status.
+
+    After an error, threads of the process groups outlive the interpreter, whose end would abort the process and with it
+    the status that says what happened.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

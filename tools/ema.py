@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mugv_ds.checkpoint.reader import CheckpointReader, open_checkpoint, open_run
-from mugv_ds.config import InputError
+from mugv_ds.config import CheckpointError, InputError
 from mugv_ds.config.power_profile import kind_sigma_rel
 from mugv_ds.config.schema import ModelSection
 from mugv_ds.weights.average import Average, ensemble, reconstruct
@@ -75,7 +75,12 @@ def late_averages(checkpoints: Sequence[CheckpointReader]) -> str:
 
 def write_ensemble(args: argparse.Namespace) -> Path:
     """Writes an exponentially decaying average of the checkpoints that were named."""
-    checkpoints = [open_checkpoint(path) for path in args.checkpoints]
+    whole = [path for path in args.checkpoints if path.suffix != ".tmp"]
+    for path in sorted(set(args.checkpoints) - set(whole)):
+        print(f"passed over: {path}: was not saved to its end", file=sys.stderr)
+    if not whole:
+        raise CheckpointError("no whole checkpoint among those that were named")
+    checkpoints = [open_checkpoint(path) for path in whole]
     model = newest_model(checkpoints)
     return write(ensemble(checkpoints, args.gamma, DTYPES[model.dtype]), model, args.out, gamma=str(args.gamma))
 

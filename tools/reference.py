@@ -6,7 +6,6 @@ deepspeed --hostfile hostfiles/localhost --no_ssh --node_rank 0 --master_addr 12
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 
 from mugv_ds.config import ConfigError, TrainConfig, exit_status, load_config
@@ -53,4 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from mugv_ds.train import leave
+
+    leave(main())

@@ -6,6 +6,8 @@
 <run>/lock                held by the run that uses the folder
 """
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -13,6 +15,9 @@ import os
 import re
 import shutil
 import socket
+import threading
+import time
+import uuid
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -28,11 +33,15 @@ from mugv_ds.files.retry import STORE_WAITS, retried
 
 LATEST = "latest"
 LOCK = "lock"
+BEAT_SECONDS = 10.0  # of a lock that is a file
+_STALE_BEATS = 6  # missed by a holder that is taken to be gone
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}  # a file system without locks
 _STEP = re.compile(r"step-([0-9]{8,12})")
 _LEFT_OVER = re.compile(r"step-[0-9]{8,12}(\.removed)?\.tmp")
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 _CHUNK = 1 << 20  # bytes that are hashed and written at once: few enough to be read from memory only once
 _MAX_MANIFEST_BYTES = 1 << 28
+_TOKEN_WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds
 _MAX_NAME_BYTES = 256  # of what is in `latest`
 
 _retried = partial(retried, waits=STORE_WAITS, raises=OSError)
@@ -56,7 +65,7 @@ def saved_steps(run: Path) -> list[int]:
 
 
 def candidates(run: Path) -> tuple[list[int], str | None]:
-    """The steps with a checkpoint, newest first, and what is odd about `latest`, if anything.
+    """The steps with a checkpoint, newest first, and what is odd in the folder, if anything.
 
     `latest` is for readers and other tools. The checkpoints themselves decide: one newer than `latest` is from a run
     that was killed before it could say so.
@@ -64,23 +73,54 @@ def candidates(run: Path) -> tuple[list[int], str | None]:
     Raises:
         CheckpointError: `latest` does not name a checkpoint, or names one where there are none.
     """
-    latest, steps = run / LATEST, saved_steps(run)
+    steps, notes = saved_steps(run), []
+    links = sorted(path.name for path in run.glob("step-*") if path.is_symlink())
+    if links:
+        notes.append(f"{run}: {', '.join(links)}: symlinks are passed over; move the checkpoints themselves here")
+    note = _odd_latest(run, steps)
+    return steps, "; ".join([*notes, *([note] if note else [])]) or None
+
+
+def _odd_latest(run: Path, steps: list[int]) -> str | None:
+    """What is odd about `latest`; see `candidates` for the errors."""
+    latest = run / LATEST
     try:
         with open_regular(latest) as file:
             name = file.read(_MAX_NAME_BYTES).decode(errors="replace").strip()
     except FileNotFoundError:
-        return steps, f"{latest}: missing; the folder is scanned" if steps else None
+        return f"{latest}: missing; the folder is scanned" if steps else None
     except NotRegularError as error:
         raise CheckpointError(f"{error}; remove it") from None
     if not name:
-        return steps, f"{latest}: empty; the folder is scanned" if steps else None
+        return f"{latest}: empty; the folder is scanned" if steps else None
     if not _STEP.fullmatch(name):
         raise CheckpointError(f"{latest}: names {name!r}, which is not a checkpoint; write step-<n> into it")
     if not steps:
         raise CheckpointError(f"{latest}: names {name}, but {run} holds no checkpoint; remove {latest} to start afresh")
-    if not (run / name).is_dir():
-        return steps, f"{latest}: names {name}, which is not there; the folder is scanned"
-    return steps, None
+    return None if (run / name).is_dir() else f"{latest}: names {name}, which is not there; the folder is scanned"
+
+
+def write_token(run: Path) -> str:
+    """Writes a small file under a name of its own, by which other hosts can tell that they see this folder."""
+    name = f".shared-{uuid.uuid4().hex}"
+    (run / name).touch()
+    return name
+
+
+def check_token(run: Path, name: str) -> None:
+    """Looks for the file of `write_token`, some seconds long: network file systems take a while to show a new name.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    for wait in (0.0, *_TOKEN_WAITS):
+        time.sleep(wait)
+        if (run / name).exists():
+            return
+    raise CheckpointError(
+        f"{run}: {socket.gethostname()} does not see what rank 0 wrote there; all hosts need one folder as "
+        "checkpoint.dir, on a shared file system"
+    )
 
 
 def newest_manifest(run: Path) -> Manifest | None:
@@ -174,7 +214,7 @@ def commit(run: Path, step: int, manifest: Manifest) -> None:
 
 def publish(run: Path, step: int) -> None:
     """The rename that makes a checkpoint valid."""
-    unfinished_folder(run, step).rename(step_folder(run, step))
+    _rename(unfinished_folder(run, step), step_folder(run, step))
     sync_folder(run)
 
 
@@ -184,6 +224,15 @@ def point_latest(run: Path, step: int) -> None:
     write_durably(beside, f"{step_folder(run, step).name}\n".encode())
     beside.replace(run / LATEST)
     sync_folder(run)
+
+
+def _rename(source: Path, target: Path) -> None:
+    """Renames; a network file system that did so may answer, to a request it had to repeat, that there is no source."""
+    try:
+        source.rename(target)
+    except FileNotFoundError:
+        if source.exists() or not target.exists():
+            raise
 
 
 def discard(run: Path, step: int) -> None:
@@ -198,7 +247,7 @@ def remove(run: Path, step: int) -> None:
     if step_folder(run, step).exists():
         if doomed.exists():
             shutil.rmtree(doomed)
-        step_folder(run, step).rename(doomed)
+        _rename(step_folder(run, step), doomed)
         sync_folder(run)
         shutil.rmtree(doomed)
 
@@ -212,9 +261,13 @@ def sweep(run: Path) -> None:
 
 
 def expired(steps: list[int], newest: int, keep_last: int, keep_every: int) -> list[int]:
-    """Those of `steps` up to `newest` that are neither among the last nor kept for ever; 0 keeps none for ever."""
+    """Those of `steps` up to `newest` that are neither among the last nor kept for ever.
+
+    Args:
+        keep_every: steps divisible by it are kept for ever, but for 0, the start; 0: none is.
+    """
     older = sorted((step for step in steps if step <= newest), reverse=True)
-    return [step for step in older[keep_last:] if keep_every == 0 or step % keep_every]
+    return [step for step in older[keep_last:] if step == 0 or keep_every == 0 or step % keep_every]
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -262,28 +315,94 @@ def _sha256(path: Path) -> str:
 class Lock:
     """Keeps other runs out of a folder until it is released or the process ends, however it ends.
 
+    The kernel's lock does that where the file system knows it. Where it does not (some of Lustre and NFS), the lock is
+    a file that only one can make, with a heartbeat; one whose holder is dead is taken over.
+
     Raises:
         CheckpointError: another run has it.
     """
 
     def __init__(self, run: Path) -> None:
-        path = run / LOCK
-        self._file = path.open("a+")
+        self._path = run / LOCK
+        self._beating = threading.Event()
+        try:
+            self._file = self._path.open("a+")
+        except OSError as error:
+            raise CheckpointError(f"{self._path}: {error.strerror}; name another checkpoint.dir") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.seek(0)
             holder = self._file.read(256).strip()
             self._file.close()
-            raise CheckpointError(
-                f"{path}: another run uses this folder ({holder}); end it or set checkpoint.dir to another"
-            ) from None
+            raise self._taken(holder) from None
+        except OSError as error:
+            self._file.close()
+            if error.errno not in _NO_LOCKS:
+                raise CheckpointError(f"{self._path}: cannot be locked: {error.strerror}") from None
+            self._hold()
+            return
         self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._file.write(f"{_own_name()}\n")
         self._file.flush()
 
+    def _hold(self) -> None:
+        """Makes the file that stands for the lock, and keeps it young."""
+        self._path = self._path.with_name(f"{LOCK}.held")
+        for _ in range(2):
+            try:
+                descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            except FileExistsError:
+                holder = self._holder()
+                if holder is not None:
+                    raise self._taken(holder) from None
+                print(f"{self._path}: its holder is gone; taken over", flush=True)
+                self._path.unlink(missing_ok=True)
+                continue
+            except OSError as error:
+                raise CheckpointError(f"{self._path}: {error.strerror}; name another checkpoint.dir") from None
+            with os.fdopen(descriptor, "w") as file:
+                file.write(_own_name())
+            threading.Thread(target=self._beat, name="lock", daemon=True).start()
+            return
+        raise self._taken("one that was quicker")
+
+    def _holder(self) -> str | None:
+        """Who has the file; None: nobody any more, as a process of this host that is gone, or one without heartbeat."""
+        try:
+            holder = read_bytes_file(self._path, 256).decode(errors="replace").strip()
+            own = re.fullmatch(rf"process ([0-9]+) on {re.escape(socket.gethostname())}", holder)
+            if own and not Path(f"/proc/{own[1]}").exists():
+                return None
+            probe = self._path.with_suffix(f".{os.getpid()}")  # the file system's clock, not this host's
+            probe.touch()
+            age = probe.stat().st_mtime - self._path.stat().st_mtime
+            probe.unlink()
+            return None if age > _STALE_BEATS * BEAT_SECONDS else holder
+        except FileNotFoundError:
+            return None
+
+    def _beat(self) -> None:
+        while not self._beating.wait(BEAT_SECONDS):
+            with contextlib.suppress(OSError):  # the file system may be away for a while
+                os.utime(self._path)
+
+    def _taken(self, holder: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self._path}: another run uses this folder ({holder}); end it or set checkpoint.dir to another"
+        )
+
     def release(self) -> None:
-        self._file.close()
+        """Lets others in."""
+        if self._path.name == LOCK:
+            self._file.close()
+        else:
+            self._beating.set()
+            self._path.unlink(missing_ok=True)
+
+
+def _own_name() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def free_bytes(run: Path) -> int:

@@ -120,6 +120,9 @@ class Store:
             "config_sha256": digest(run_config),
         }
         self._first(self._open)
+        token = self._first(lambda: files.write_token(self.dir))
+        self._agree(lambda: files.check_token(self.dir, token))
+        self._first(lambda: (self.dir / token).unlink())
 
     def _open(self) -> None:
         self.dir.mkdir(parents=True, exist_ok=True)

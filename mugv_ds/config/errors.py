@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Callable
 
+TEMPORARY = 75  # exit status of a run that may be started again as it is: EX_TEMPFAIL of sysexits.h
+
 
 class InputError(ValueError):
     """What the user gave cannot be used. Commands print the message, one line, and exit with status 2."""
@@ -24,8 +26,12 @@ class TrainingError(RuntimeError):
     """The run cannot go on, though the user did nothing wrong. Commands print the message and exit with status 1."""
 
 
+class TransientError(TrainingError):
+    """Something outside failed for minutes that may work again later. Commands exit with status 75: start again."""
+
+
 def exit_status(command: Callable[[], int]) -> int:
-    """What `command` returns; or prints its error as one line and gives 2 for InputError, 1 for the others above.
+    """What `command` returns, or prints its error as one line and gives the status of it.
 
     Of PeerError nothing is printed: the other rank says why.
     """
@@ -36,6 +42,6 @@ def exit_status(command: Callable[[], int]) -> int:
         return 2
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return TEMPORARY if isinstance(error, TransientError) else 1
     except PeerError:
         return 1

@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -10,16 +11,18 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice
 from traceback import format_tb
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from mugv_ds.config.errors import TrainingError
 from mugv_ds.data.plan import SampleRef
 
 Batch = TypeVar("Batch")
 
 _MAX_RESTARTS = 1  # in a row without a step in between
+_SHARED_MEMORY = "/dev/shm"
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +53,7 @@ def loader(
             there are workers, a thread of this process pins ahead of time.
 
     Raises:
-        RuntimeError: workers were killed again, before the step was read.
+        TrainingError: workers were killed again, before the step was read; or shared memory ran out.
         Exception: what `make` raised, as it was; in a worker, with its traceback as a note.
     """
     step, restarts, failure = start_step, 0, None
@@ -66,8 +69,14 @@ def loader(
                     yield made
                     step, restarts = step + 1, 0
         except (RuntimeError, ConnectionError, EOFError) as error:
-            if num_workers == 0 or not _worker_died(error) or restarts == _MAX_RESTARTS:
+            if num_workers == 0 or not _worker_died(error):
                 raise
+            if restarts == _MAX_RESTARTS:
+                raise TrainingError(
+                    f"loader workers were killed {restarts + 1} times in a row at step {step} ({_first_line(error)}); "
+                    "the kernel does so where memory runs out: lower data.num_workers, or give the job more memory and "
+                    f"{_SHARED_MEMORY} more room ({_shared_memory_free()} are free)"
+                ) from error
             restarts += 1
             samples = [name(ref) for refs in micro_batches(step) for ref in refs]
             logger.warning(
@@ -97,7 +106,11 @@ class _Reader(Dataset):
 
     def __getitem__(self, refs: list[SampleRef]) -> Batch | _Failure:
         try:
-            return self.make(refs)
+            made = self.make(refs)
+            if get_worker_info() is not None:
+                # Here, where a failure can be handed over: the thread that sends it would lose it, and all would wait.
+                _share(made)
+            return made
         except Exception as error:
             error.add_note("".join(format_tb(error.__traceback__)))  # a traceback does not pickle
             return _Failure(error)
@@ -127,6 +140,39 @@ def _read(
             # An exception from a worker is part of a reference cycle that holds the iterator. The garbage collector
             # may take its queues first, and the iterator would then wait 5 s for each worker.
             batches._shutdown_workers()
+
+
+def _share(made: Any) -> None:
+    """Moves the tensors of a batch into shared memory, out of which the training process takes them.
+
+    Raises:
+        TrainingError: there is not enough of it.
+    """
+    if isinstance(made, torch.Tensor):
+        try:
+            made.share_memory_()
+        except RuntimeError as error:
+            raise TrainingError(
+                f"{_SHARED_MEMORY} is too small for a batch of {made.nbytes / 2**20:.0f} MiB more, "
+                f"{_shared_memory_free()} are free ({_first_line(error)}); enlarge it (docker run --shm-size, or "
+                "--ipc=host), or lower data.num_workers; 0 needs none"
+            ) from error
+    elif isinstance(made, (tuple, list)):
+        for part in made:
+            _share(part)
+    elif isinstance(made, dict):
+        _share(list(made.values()))
+
+
+def _shared_memory_free() -> str:
+    try:
+        return f"{shutil.disk_usage(_SHARED_MEMORY).free / 2**20:.0f} MiB"
+    except OSError as error:
+        return str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _worker_died(error: Exception) -> bool:

@@ -12,6 +12,7 @@ from mugv_ds.data.readers import Batch, Sources, stack
 from mugv_ds.data.sample import SampleError, UnsafeFileError
 
 MAX_ATTEMPTS = 10  # replacements tried for one sample
+FILLER = "a filler of weight 0"  # what takes the place where no sample does
 
 
 class Quarantined(NamedTuple):
@@ -34,16 +35,23 @@ class Reading(NamedTuple):
 class Replacing:
     """`Sources` for training: an item that cannot be read is replaced by another of its source and latent shape.
 
-    The replacement is drawn by `replacement`: whoever reads the same item takes the same one.
+    The replacement is drawn by `replacement`: whoever reads the same item takes the same one. Where none can be read
+    either, a filler of weight 0 keeps the step whole.
+
+    Args:
+        sources: reads the items.
+        aside: (source, item) of those that are not to be read any more, because they spoilt steps.
     """
 
     sources: Sources
+    aside: frozenset[tuple[int, int]] = frozenset()
 
     def __call__(self, refs: Sequence[SampleRef]) -> Reading:
         """The micro-batch of these refs.
 
         Raises:
-            SampleError: no replacement could be read either. UnsafeFileError: a file asks for more than tensors.
+            UnsafeFileError: a file asks for more than tensors.
+            ConfigError, InputError, TransientError: see `data.readers`.
         """
         read = [self._read(ref) for ref in refs]
         batch = stack(sample for samples, _ in read for sample in samples)
@@ -54,6 +62,8 @@ class Replacing:
         taken, name, visit, reasons = ref.item, reader.name(ref.item), ref.visit, []
         for attempt in range(MAX_ATTEMPTS):
             try:
+                if (ref.source, taken) in self.aside:
+                    raise SampleError(f"{reader.name(taken)}: the steps that held it had no finite loss and gradient")
                 samples = reader.read(taken, visit)
             except UnsafeFileError:
                 raise
@@ -67,7 +77,8 @@ class Replacing:
             if not reasons:
                 return samples, None
             return samples, Quarantined(name, visit or 0, "; ".join(reasons), reader.name(taken))
-        raise SampleError(f"{reasons[0]}; nor could {len(reasons) - 1} samples of its shape be read in its place")
+        why = f"{reasons[0]}; nor could {len(reasons) - 1} samples of its shape be read in its place"
+        return reader.fillers(ref.item), Quarantined(name, visit or 0, why, FILLER)
 
 
 def replacement(shapes: np.ndarray, item: int, *, seed: int, name: str, visit: int, attempt: int) -> int | None:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from mugv_ds.config.errors import ConfigError, InputError
+from mugv_ds.config.model import LATENT_CHANNELS
 from mugv_ds.config.schema import DataSection, FlowSection
 from mugv_ds.data import noise
 from mugv_ds.data.manifest import Index
 from mugv_ds.data.plan import SampleRef
-from mugv_ds.data.sample import SampleError, read_row, read_text
-from mugv_ds.files.retry import retried
+from mugv_ds.data.sample import SampleError, read_patiently, read_row, read_text
 from mugv_ds.objectives import flow
 
 Key = tuple[int, str, int]  # seed, sample or pair, visit: what randomness is drawn from
@@ -70,6 +70,8 @@ class Reader(Protocol):
 
     def time(self, item: int, visit: int) -> float: ...
 
+    def fillers(self, item: int) -> list[Batch]: ...
+
 
 @dataclass(frozen=True)
 class FlowSamples:
@@ -109,9 +111,13 @@ class FlowSamples:
 
         Raises:
             SampleError: a file of the sample cannot be used; the message names it.
-            ConfigError: nor can `data.null_text_path`. TrainingError: the file system failed time and again.
+            ConfigError: nor can `data.null_text_path`. TransientError: the file system failed for minutes.
         """
         return [self.sample(item, visit, (self.seed, self.name(item), visit or 0), item)]
+
+    def fillers(self, item: int) -> list[Batch]:
+        """Returns what stands in for an item that cannot be read; see `filler`."""
+        return [self.filler(item)]
 
     def sample(self, row_number: int, visit: int | None, key: Key, item: int, with_content: bool = False) -> Batch:
         """Does as `read`, for a row that belongs to this item, with what is drawn from `key`.
@@ -122,11 +128,10 @@ class FlowSamples:
         tokens = self.data.max_text_tokens
         row = self.index.row(row_number)
         drop = not self.held_out and noise.caption_uniform(*key) < self.flow.caption_drop
-        sample = retried(
-            lambda: read_row(self.index, row_number, channels=self.channels, max_text_tokens=tokens, with_text=not drop)
-        )
+        given = {"channels": self.channels, "max_text_tokens": tokens, "with_text": not drop}
+        sample = read_patiently(lambda: read_row(self.index, row_number, **given), self.index.root)
         x0, frames = sample.latent, sample.latent.shape[1]
-        text, text_mask = retried(self.null_text) if drop else (sample.text, sample.text_mask)
+        text, text_mask = self.null_text() if drop else (sample.text, sample.text_mask)
 
         t = torch.tensor(self.draw_time(row_number, key, item))
         epsilon = noise.gaussian(*key, tuple(x0.shape))
@@ -151,6 +156,28 @@ class FlowSamples:
             content=torch.tensor(content_of(x0, text) if with_content else 0),
         )
 
+    def filler(self, row_number: int) -> Batch:
+        """Returns what stands in for a row that cannot be read: of its shape, without content, and of weight 0."""
+        frames, height, width = self.index.row(row_number).latent_shape
+        x = torch.zeros(LATENT_CHANNELS, frames, height, width)
+        text_mask = torch.zeros(self.data.max_text_tokens, dtype=torch.bool)
+        text_mask[0] = True
+        return Batch(
+            x=x,
+            target=x.clone(),
+            timestep=torch.tensor(flow.MAX_TIME / 2),
+            text=torch.zeros(self.data.max_text_tokens, self.channels),
+            text_mask=text_mask,
+            x_mask=torch.ones(frames, dtype=torch.bool),
+            fps=torch.tensor(self.data.default_fps, dtype=torch.float32),
+            weight=torch.tensor(0.0),
+            role=torch.tensor(0, dtype=torch.int8),
+            reference=torch.tensor(0.0),
+            row=torch.tensor(row_number),
+            visit=torch.tensor(0),
+            content=torch.tensor(0),
+        )
+
     def draw_time(self, row_number: int, key: Key, item: int) -> float:
         """The timestep in [0, 1000] of a row of this item, drawn from `key`."""
         if self.held_out:
@@ -168,11 +195,13 @@ class FlowSamples:
         """Features and mask of `data.null_text_path`; see `read_text`.
 
         Raises:
-            ConfigError: they cannot be used. OSError: the file system failed.
+            ConfigError: they cannot be used. TransientError: the file system failed for minutes.
         """
-        path = self.index.resolve(self.data.null_text_path)
+        index, path = self.index, self.data.null_text_path
         try:
-            return read_text(path, self.channels, self.data.max_text_tokens)
+            return read_patiently(
+                lambda: read_text(index.resolve(path), self.channels, self.data.max_text_tokens), index.root
+            )
         except SampleError as error:  # no sample is at fault, so none is to be replaced
             raise ConfigError(f"data.null_text_path: {error}") from error
 
@@ -219,11 +248,18 @@ class AnnotatedSamples:
         """The samples of an item; of a pair the better one first.
 
         Raises:
-            SampleError, ConfigError, TrainingError: see `FlowSamples.read`.
+            SampleError, ConfigError, TransientError: see `FlowSamples.read`.
             InputError: the reference's error is not known.
         """
         return [
             self._sample(row, role, item, visit)
+            for row, role in zip(self.rows[item].tolist(), self.roles[item].tolist(), strict=True)
+        ]
+
+    def fillers(self, item: int) -> list[Batch]:
+        """Returns what stands in for an item that cannot be read, with its roles; see `FlowSamples.filler`."""
+        return [
+            self.samples.filler(row)._replace(role=torch.tensor(role, dtype=torch.int8))
             for row, role in zip(self.rows[item].tolist(), self.roles[item].tolist(), strict=True)
         ]
 

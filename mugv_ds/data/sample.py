@@ -1,12 +1,19 @@
 """Reading one sample: its latent and its text features, with everything checked that training relies on."""
 
+import logging
+import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from mugv_ds.data.manifest import Index, Row, Shape
+from mugv_ds.config.errors import TransientError
+from mugv_ds.data.manifest import Index, PathError, Row, Shape
+from mugv_ds.files.retry import READ_WAITS, TRANSIENT
 from mugv_ds.files.tensor_file import (
     FLOAT_DTYPES,
     SampleError,
@@ -16,7 +23,20 @@ from mugv_ds.files.tensor_file import (
     load_tensors,
 )
 
-__all__ = ["Sample", "SampleError", "UnsafeFileError", "normalise", "read_latent", "read_row", "read_text"]
+__all__ = [
+    "Sample",
+    "SampleError",
+    "UnsafeFileError",
+    "normalise",
+    "read_latent",
+    "read_patiently",
+    "read_row",
+    "read_text",
+]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Statistics of the VideoVAE's latents, one value a channel; the published state dict carries the same.
 LATENT_SHIFT = torch.tensor(
@@ -34,6 +54,8 @@ LATENT_SCALE = torch.tensor(
     ]
 )  # fmt: skip
 
+_LONG_WAITS = (10.0, 20.0, 40.0, 60.0, 60.0, 60.0)  # seconds; a file system that is restarted comes back within these
+_LARGEST_LATENT, _LARGEST_TEXT = 1e3, 1e5  # magnitudes; the VideoVAE's latents stay below 100, T5's features below 1e4
 _MASK_DTYPES = (*FLOAT_DTYPES, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 
@@ -80,6 +102,44 @@ def read_row(index: Index, i: int, *, channels: int, max_text_tokens: int, with_
     return Sample(latent, text, mask, row)
 
 
+def read_patiently(read: Callable[[], T], root: Path) -> T:
+    """Returns what `read` returns, and decides of a failure whose fault it is: the file's, or the file system's.
+
+    A file that cannot be opened though its folder can be read is a bad file, as one with a bad content is. A file
+    system that is away is waited for, some minutes.
+
+    Args:
+        read: reads files below `root`; it is called again after a failure.
+
+    Raises:
+        SampleError: a file cannot be used; of a path that leads somewhere it must not, too.
+        TransientError: the file system did not come back.
+    """
+    for wait in (*READ_WAITS, *_LONG_WAITS, None):
+        try:
+            return read()
+        except PathError as error:
+            raise SampleError(str(error)) from error
+        except OSError as error:
+            is_away = not _is_readable(root)
+            if error.errno not in TRANSIENT and not is_away:
+                raise SampleError(f"{error.filename or root}: {error.strerror}") from error
+            if wait in (_LONG_WAITS[0], None) and not is_away:
+                raise SampleError(f"{error.filename or root}: {error.strerror}, time and again") from error
+            if wait is None:
+                raise TransientError(f"{root}: {error}; the file system has been away for minutes") from error
+            logger.warning("%s; trying again in %g s", error, wait)
+            time.sleep(wait)
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _is_readable(root: Path) -> bool:
+    try:
+        return any(os.scandir(root))  # a mount that is gone leaves an empty folder
+    except OSError:
+        return False
+
+
 def normalise(latent: Tensor) -> Tensor:
     """(z − shift) / scale of a raw latent [24, T, H, W] from the VideoVAE."""
     return (latent - LATENT_SHIFT[:, None, None, None]) / LATENT_SCALE[:, None, None, None]
@@ -96,7 +156,7 @@ def read_latent(path: Path, expected_shape: Shape) -> Tensor:
         float32 [24, T, H, W], contiguous.
 
     Raises:
-        SampleError: the file is not that, or has NaN or Inf.
+        SampleError: the file is not that, or has NaN, Inf or values beyond all sense.
         OSError: the file system failed.
     """
     stored = check_latent(load_tensors(path), path)
@@ -104,7 +164,7 @@ def read_latent(path: Path, expected_shape: Shape) -> Tensor:
         raise SampleError(f"{path}: T, H, W = {list(stored.shape[1:])}, but the manifest means {list(expected_shape)}")
     # A copy even of float32: the mapping, and with it the open file, must not outlive this call.
     latent = stored.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    _check_finite(latent, str(path))
+    _check_range(latent, str(path), _LARGEST_LATENT)
     return latent
 
 
@@ -120,7 +180,7 @@ def read_text(path: Path, channels: int, max_tokens: int) -> tuple[Tensor, Tenso
         (float32 [max_tokens, C] zero beyond L, bool [max_tokens] False beyond L).
 
     Raises:
-        SampleError: the file is not that, has NaN or Inf, or its mask is all zero or not binary.
+        SampleError: the file is not that, has NaN, Inf or values beyond all sense, or a mask all zero or not binary.
         OSError: the file system failed.
     """
     content = load_tensors(path)
@@ -146,13 +206,17 @@ def read_text(path: Path, channels: int, max_tokens: int) -> tuple[Tensor, Tenso
         raise SampleError(f"{path}: mask is all zero")
     text = torch.zeros(max_tokens, channels)
     text[:length] = y[0, 0]
-    _check_finite(text, f"{path}: y")
+    _check_range(text, f"{path}: y", _LARGEST_TEXT)
     text_mask = torch.zeros(max_tokens, dtype=torch.bool)
     text_mask[:length] = mask[0] == 1
     return text, text_mask
 
 
-def _check_finite(values: Tensor, name: str) -> None:
-    if not torch.isfinite(values).all():
+def _check_range(values: Tensor, name: str, largest: float) -> None:
+    """Raises SampleError if a value is not finite, or so large that it would cost the step."""
+    most = values.abs().max()
+    if not torch.isfinite(most):
         nans, infs = int(values.isnan().sum()), int(values.isinf().sum())
         raise SampleError(f"{name}: {nans} NaN and {infs} Inf of {values.numel()} values")
+    if most > largest:
+        raise SampleError(f"{name}: has values up to {most:.3g}, and at most {largest:g} makes sense")

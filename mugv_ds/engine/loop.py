@@ -80,7 +80,7 @@ class Trainer:
         self.validation = Validation(config.preference, data, held_out, self.evaluator)
         parameters = sum(p.numel() for p in engine.module.parameters())
         self.probe = OptimizerProbe(engine.basic_optimizer, parameters, process.layout.replicas)
-        self.guard = Guard(config, process, engine, self._explain)
+        self.guard = Guard(config, process, engine, self._explain, self._items)
         self.waited = 0.0  # seconds spent waiting for data since the last record
 
     def run(self, start: int) -> bool:
@@ -97,6 +97,8 @@ class Trainer:
             TrainingError: the run cannot go on. PeerError: another rank says why.
         """
         self.guard.start(self.store.state)
+        if start == 0 and self.config.checkpoint.save_every:
+            self.store.save(0, self.guard.state())  # so that there is a step to go back to before the first is due
         while True:
             try:
                 stopped = self._run_from(start)
@@ -163,17 +165,23 @@ class Trainer:
         if not self.feed.reads:
             return
         rank, ranks = self.process.coordinates.data, self.process.layout.data
-        steps = loader(
-            lambda position: self.plan.step(position).micro_batches(rank, ranks),
-            start_step=first,
-            stop_step=stop,
-            make=Replacing(self.readers),
-            name=lambda ref: self.readers.readers[ref.source].name(ref.item),
-            num_workers=self.config.data.num_workers,
-            pin=self.process.device.type == "cuda",
-        )
-        with closing(steps):
-            yield from steps
+        while first < stop:
+            aside = self.guard.history.aside()
+            steps = loader(
+                lambda position: self.plan.step(position).micro_batches(rank, ranks),
+                start_step=first,
+                stop_step=stop,
+                make=Replacing(self.readers, aside),
+                name=lambda ref: self.readers.readers[ref.source].name(ref.item),
+                num_workers=self.config.data.num_workers,
+                pin=self.process.device.type == "cuda",
+            )
+            with closing(steps):
+                for reading in steps:
+                    yield reading
+                    first += 1
+                    if self.guard.history.aside() != aside:  # what was read ahead may hold one of them
+                        break
 
     def _read(self, readings: Iterator[list[Reading]] | None) -> tuple[list[Batch] | None, Prefetched]:
         """The next step's micro-batches, as far as this rank reads, and what the guard has to know of them."""
@@ -227,7 +235,8 @@ class Trainer:
         own = None if batches is None else batches[:streamed]
         now = self.evaluator.losses(own, planned.shape, planned.micro, streamed)
         gains = (now.reference - now.loss) * (now.elements if section.reduction == "sum" else 1.0)
-        self.engine.module.loss.kl_reference_point = float(kl_reference_point(torch.from_numpy(gains)))
+        point = float(kl_reference_point(torch.from_numpy(gains))) if len(gains) else 0.0  # all may be fillers
+        self.engine.module.loss.kl_reference_point = point
 
     def _weigh(self, batches: list[Batch] | None, streamed: int, companions: int) -> list[Batch] | None:
         """Weighs the micro-batches so that the step's loss is L + λ·ℓ(SFT).
@@ -276,6 +285,11 @@ class Trainer:
                     f"preference.max_better_ratio = {limit:g} × the reference's {means['better_reference']:.4g}; go on "
                     "from an earlier checkpoint with a smaller learning rate or a larger preference.sft_weight"
                 )
+
+    def _items(self, position: int) -> list[tuple[int, int]]:
+        """The (source, item)s of a data step."""
+        step = self.plan.step(position)
+        return [(ref.source, ref.item) for ref in (*step.refs, *step.companions)]
 
     def _explain(self, position: int) -> State:
         """The samples of a data step and their timesteps, for the record of what went wrong."""

@@ -16,11 +16,10 @@ from mugv_ds.config.schema import TrainConfig
 from mugv_ds.data.manifest import Index, Row
 from mugv_ds.data.noise import gaussian
 from mugv_ds.data.readers import FlowSamples
-from mugv_ds.data.sample import SampleError, read_row
+from mugv_ds.data.sample import SampleError, read_patiently, read_row
 from mugv_ds.data.video import encode_gif, to_frames, video_name, write_mp4
 from mugv_ds.engine.metrics import Recorder
 from mugv_ds.engine.process import Process
-from mugv_ds.files.retry import retried
 from mugv_ds.models.codec import LinearCodec
 from mugv_ds.parallel.inference import PipelinedModel
 from mugv_ds.parallel.pipeline import DiTPipeline
@@ -75,7 +74,7 @@ class Previews:
         first, step = self._process.coordinates.data, self._process.layout.data
         mine = [min(begin + first, count - 1) for begin in range(0, count, step)]
         self._prompts = [self._prompt(index, row, channels) for row in mine]
-        self._null_text = retried(FlowSamples(index, self._data, self._flow, channels).null_text)
+        self._null_text = FlowSamples(index, self._data, self._flow, channels).null_text()
         if self._process.rank == 0:
             self._codec = self._load_codec()
             try:
@@ -86,7 +85,7 @@ class Previews:
     def _prompt(self, index: Index, row: int, channels: int) -> Prompt:
         tokens = self._data.max_text_tokens
         try:
-            sample = retried(lambda: read_row(index, row, channels=channels, max_text_tokens=tokens))
+            sample = read_patiently(lambda: read_row(index, row, channels=channels, max_text_tokens=tokens), index.root)
         except SampleError as error:
             raise ConfigError(f"preview.manifest: {error}; repair the file or leave the row out") from error
         return Prompt(sample.row, sample.text, sample.text_mask, sample.latent[:, :1].clone())

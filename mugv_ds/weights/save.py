@@ -3,6 +3,7 @@
 import json
 import mmap
 import shutil
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -62,9 +63,8 @@ def save_weights(
     needed, free = sum(value.nbytes for value in planned.values()), shutil.disk_usage(out.parent).free
     if needed > free:
         raise CheckpointError(f"{out}: needs {needed:,} bytes, and {free:,} are free on that disk")
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    partial.chmod(0o755)  # mkdtemp lets only its maker in
     try:
         if layout == "pt":
             _save_pt(weights, planned, partial / PT_NAME)

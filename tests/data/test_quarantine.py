@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from mugv_ds.config.errors import ConfigError, TrainingError
+from mugv_ds.config.errors import ConfigError, TransientError
+from mugv_ds.data import sample
 from mugv_ds.data.plan import SampleRef
-from mugv_ds.data.quarantine import Replacing, replacement
+from mugv_ds.data.quarantine import FILLER, Replacing, replacement
 from mugv_ds.data.readers import Sources
-from mugv_ds.data.sample import SampleError, UnsafeFileError
-from mugv_ds.files import retry
+from mugv_ds.data.sample import UnsafeFileError
 from tests.engine.test_feed import samples
 from tests.helpers.dataset import write_config, write_dataset
 
@@ -75,11 +75,15 @@ def test_the_replacement_is_of_the_same_source(root, tmp_path_factory):
 
 
 @pytest.mark.parametrize("row", [2, 6], ids=["all of the shape are bad", "the only one of its shape"])
-def test_without_a_readable_replacement_the_sample_is_an_error(root, row):
+def test_without_a_readable_replacement_a_filler_counts_nowhere(root, row):
     read = samples(root, caption_drop=0.0)
     spoil(root, *range(7))
-    with pytest.raises(SampleError, match=rf"train-{row}\.pt: .* of its shape be read in its place"):
-        Replacing(read)([SampleRef(0, row, 0)])
+    reading = Replacing(read)([SampleRef(0, row, 0)])
+    (bad,) = reading.quarantined
+    assert bad.replaced_by == FILLER and f"train-{row}.pt: " in bad.why and "be read in its place" in bad.why
+    assert reading.batch.weight.tolist() == [0] and tuple(reading.batch.x.shape[2:]) == SHAPES[row]
+    spoil_free = Replacing(samples(root, caption_drop=0.0)).sources.readers[0].filler(row)
+    assert all(torch.equal(one[0], other) for one, other in zip(reading.batch, spoil_free, strict=True))
 
 
 def test_what_is_no_sample_s_fault_replaces_none(root):
@@ -94,11 +98,11 @@ def test_what_is_no_sample_s_fault_replaces_none(root):
 
 def test_a_file_system_that_fails_is_asked_again_and_then_ends_the_run(root, monkeypatch):
     read, pauses = samples(root), []
-    monkeypatch.setattr(retry.time, "sleep", pauses.append)
-    hidden = root.with_name("elsewhere")
+    monkeypatch.setattr(sample.time, "sleep", pauses.append)
+    hidden = root.with_name(f"{root.name}-elsewhere")
     root.rename(hidden)
-    with pytest.raises(TrainingError, match=r"No such file.*failed 3 times"):
+    with pytest.raises(TransientError, match=r"No such file.*the file system has been away for minutes"):
         Replacing(read)([SampleRef(0, 0, 0)])
-    assert pauses == [2.0, 4.0]
-    monkeypatch.setattr(retry.time, "sleep", lambda _: hidden.rename(root))
+    assert pauses[:2] == [2.0, 4.0] and 120 < sum(pauses) < 600
+    monkeypatch.setattr(sample.time, "sleep", lambda _: hidden.rename(root))
     assert not Replacing(read)([SampleRef(0, 0, 0)]).quarantined

@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -154,7 +153,7 @@ def _rank(rank: int, world: int, port: int, log: Path, arguments: list[str], fau
     observe.steps(rank)
     if fault is not None:
         fault(rank)
-    sys.exit(train.main(arguments))
+    train.leave(train.main(arguments))
 
 
 def digest(tensors) -> str:

@@ -60,13 +60,20 @@ class Guard:
     Args:
         config: the run. process: this process. engine: see `build_engine`.
         explain: what is to be recorded of a data step that went wrong; called on rank 0.
+        items: the (source, item)s of a data step.
     """
 
     def __init__(
-        self, config: TrainConfig, process: Process, engine: PipelineEngine, explain: Callable[[int], dict[str, Any]]
+        self,
+        config: TrainConfig,
+        process: Process,
+        engine: PipelineEngine,
+        explain: Callable[[int], dict[str, Any]],
+        items: Callable[[int], list[tuple[int, int]]],
     ) -> None:
         self.history = History()
         self._section, self._process, self._engine, self._explain = config.guard, process, engine, explain
+        self._items = items
         self._replaced = 0  # samples of the coming step
         self._signals = StopSignals()
         name = f"rank {process.rank} (host {socket.gethostname()}, pid {os.getpid()})"
@@ -172,6 +179,8 @@ class Guard:
         """Takes up the loss of the step that led to `step`."""
         before = step - 1 - self.history.skips_in_a_row
         position = self.history.position(step - 1)
+        if applied and self.history.skips_in_a_row == 1:  # more than one in a row are no sample's fault
+            self._suspect(step, self.history.position(step - 2))
         why = self.history.note(loss, applied, self._section)
         if applied and why is None:
             return
@@ -186,6 +195,15 @@ class Guard:
         if self.history.rollbacks >= self._section.max_rollbacks:
             self.fail(f"step {step}: {why}, and the run went back {self.history.rollbacks} times already")
         raise Rollback(why, step, before)
+
+    def _suspect(self, step: int, position: int) -> None:
+        """Takes up that a data step between two good ones made no update; sets aside what was in two such steps."""
+        for source, item in self.history.suspect(self._items(position)):
+            self._say(
+                f"step {step}: item {item} of source {source} was in two steps without a finite loss and gradient "
+                f"between good ones, the last of them data step {position}; it is set aside"
+            )
+            self._incidents.write("aside", step, source=source, item=item, data_step=position)
 
     def _name_stragglers(self, step: int, seconds: list[float]) -> None:
         for rank, times in self._stragglers.note(seconds):

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Iterable
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -9,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from mugv_ds.config.schema import GuardSection
 
 _Count = Annotated[int, Field(ge=0)]
+_ASIDE_AT = 2  # steps without an update that held an item
+_MAX_SUSPECTS = 10_000
 
 
 class History(BaseModel):
@@ -20,6 +23,7 @@ class History(BaseModel):
         skips: steps without an update. skips_in_a_row: those since the last update.
         losses: the last finite ones, at most `guard.spike_window`.
         seen: samples of the steps taken. bad: how many of them were replaced.
+        suspects: "source:item" → how many steps without an update held it; of the last ones, at most 10,000.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -31,10 +35,33 @@ class History(BaseModel):
     losses: list[float] = []
     seen: _Count = 0
     bad: _Count = 0
+    suspects: dict[str, _Count] = {}
 
     def position(self, step: int) -> int:
         """The data step played after `step` optimizer steps, of those since the run last went back."""
         return step + sum(stop - first for first, stop in self.jumped)
+
+    def suspect(self, items: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Takes up the (source, item)s of a step without an update; returns those that are set aside from now on.
+
+        An item that was in two such steps is: by chance two steps hardly share one.
+        """
+        counts = dict(self.suspects)
+        for source, item in items:
+            key = f"{source}:{item}"
+            counts[key] = counts.pop(key, 0) + 1  # at the end, as the newest
+        new = [item for item in self.aside_of(counts) if item not in self.aside()]
+        self.suspects = dict(list(counts.items())[-_MAX_SUSPECTS:])
+        return sorted(new)
+
+    def aside(self) -> frozenset[tuple[int, int]]:
+        """Returns the (source, item)s that are not read any more."""
+        return self.aside_of(self.suspects)
+
+    @staticmethod
+    def aside_of(counts: dict[str, int]) -> frozenset[tuple[int, int]]:
+        """Returns the (source, item)s that were counted twice."""
+        return frozenset(tuple(map(int, key.split(":"))) for key, count in counts.items() if count >= _ASIDE_AT)
 
     def note(self, loss: float, applied: bool, section: GuardSection) -> str | None:
         """Takes up a step; returns why the run must go back, or None.
@@ -63,7 +90,7 @@ class History(BaseModel):
         The data steps in between are jumped over; what is counted over the whole run is kept.
         """
         self.jumped = [*self.jumped, (self.position(to), before.position(from_))]
-        self.rollbacks, self.skips, self.seen, self.bad = (
-            before.rollbacks + 1, before.skips, before.seen, before.bad,
+        self.rollbacks, self.skips, self.seen, self.bad, self.suspects = (
+            before.rollbacks + 1, before.skips, before.seen, before.bad, before.suspects,
         )  # fmt: skip
         self.skips_in_a_row = 0
