@@ -14,6 +14,7 @@ import posixpath
 import re
 import stat
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ _INTEGER_COLUMNS = ("num_frames", "height", "width", "rank")
 _OPTIONAL_COLUMNS = ("fps", "caption", "kind", "label", "pair_id", *_INTEGER_COLUMNS)
 
 _MAX_LINE_BYTES = 1 << 20
+_MAX_COLUMNS = 1000
 _CHUNK_ROWS = 10_000
 _HEADER_THREADS = 16  # opening files is waiting, on a network file system most of all
 _UNREADABLE = (0, 0, 0)
@@ -343,12 +345,18 @@ def _records(csv_path: Path) -> Iterator[tuple[int, Record]]:
         if header is None:
             raise ManifestError(f"{csv_path}:1: empty")
         where = f"{csv_path}:{line}"
-        for name in header:
-            if header.count(name) > 1:
-                raise ManifestError(f"{where}: duplicate column {name!r}")
+        if len(header) > _MAX_COLUMNS:
+            raise ManifestError(
+                f"{where}: {len(header)} columns, at most {_MAX_COLUMNS} are allowed; is it a header?"
+            )
+        for name, count in Counter(header).items():
+            if count > 1:
+                raise ManifestError(f"{where}: duplicate column {name[:100]!r}")
         for name in REQUIRED_COLUMNS:
             if name not in header:
-                raise ManifestError(f"{where}: missing column {name!r}; the header has {', '.join(header)}")
+                shown = ", ".join(header)
+                shown = shown if len(shown) <= 300 else f"{shown[:300]}…"
+                raise ManifestError(f"{where}: missing column {name!r}; the header has {shown}")
         positions = [(name, header.index(name)) for name in (*REQUIRED_COLUMNS, *_OPTIONAL_COLUMNS) if name in header]
         absent = dict.fromkeys(_OPTIONAL_COLUMNS)
         for line, values in rows:
