@@ -124,6 +124,8 @@ def stored_shape(csv_path: Path, latent: Latent) -> Shape | str:
         raise PathError(f"{where}: latent_path: {error}") from error
     except UnsafeFileError as error:
         raise UnsafeFileError(f"{where}: {error}") from error
+    except TrainingError as error:
+        raise TrainingError(f"{where}: {error}") from error
     except SampleError as error:
         return f"{where}: {error}"
     for name, size, stored in zip(SIZES, latent.sizes, shape, strict=True):

@@ -133,9 +133,8 @@ def measure_use(csv: Path, reads: int) -> None:
     )
     print(f"  {reads} random rows: {microseconds:.0f} µs each")
     print(f"  memory added: {private:.0f} MiB private, {whole:.0f} MiB with mapped pages")
-    print(
-        f"  a replacement: {100 * (scanned - replacing):.2f} ms; rows of its shape: {1e5 * (looked_up - scanned):.1f} µs"
-    )
+    print(f"  a replacement: {100 * (scanned - replacing):.2f} ms")
+    print(f"  the rows of its shape: {1e5 * (looked_up - scanned):.1f} µs")
 
 
 def main() -> None:
