@@ -33,7 +33,7 @@ from mugv_ds.files.tensor_file import SampleError, UnsafeFileError, check_latent
 
 SIZES = ("num_frames", "height", "width")
 
-_FEW = 10_000  # headers up to which starting processes takes longer than they save
+_FEW = 20_000  # headers, 12 s of one core; starting a process takes 3 s of one
 _PART_ROWS = 50_000
 _TASK_ROWS = 100
 _THREADS_ALONE, _THREADS_OF_MANY = 16, 4  # opening files is waiting, on a network file system most of all
