@@ -7,6 +7,7 @@ from mugv_ds.config.errors import ConfigError
 HEAD_DIM = 72
 LATENT_CHANNELS = 24
 LATENT_STRIDE = 8  # pixels along height and width, and frames along time, that one latent element covers
+MAX_LATENT_SIDE = 768  # latent elements along height or width that the published position tables reach to
 
 
 @dataclass(frozen=True)

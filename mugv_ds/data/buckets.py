@@ -17,14 +17,65 @@ step, and epochs without one.
 """
 
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-from mugv_ds.data.manifest import Shape
 from mugv_ds.data.noise import generator
+
+Shape = tuple[int, int, int]  # (T, H, W) of a latent
+
+_RECENT = 8  # steps: a loader reads ahead, for a while in another epoch than its caller
+
+
+class Buckets:
+    """The rows of each latent shape.
+
+    Args:
+        shapes: int [n, 3], (T, H, W) of every row.
+        rows: as `sort_by_shape` gives them; they may be memory-mapped, so that the processes of a host share them.
+
+    Attributes:
+        by_shape: rows of each shape, ascending (int32); the shapes are in ascending order too.
+    """
+
+    def __init__(self, shapes: np.ndarray, rows: np.ndarray) -> None:
+        self.by_shape: dict[Shape, np.ndarray] = {}
+        start = 0
+        while start < len(rows):
+            shape = _shape(shapes, rows[start])
+            stop = bisect_right(range(len(rows)), shape, lo=start, key=lambda i: _shape(shapes, rows[i]))
+            self.by_shape[shape] = rows[start:stop]
+            start = stop
+
+    def rows_of_shape(self, shape: Shape) -> np.ndarray:
+        """Returns the rows of a shape, ascending (int32); none where no row has it. Nothing is copied or searched."""
+        return self.by_shape.get(shape, np.empty(0, np.int32))
+
+
+def sort_by_shape(shapes: np.ndarray) -> np.ndarray:
+    """Returns the rows sorted by (T, H, W), those of one shape ascending (int32); rows of (0, 0, 0) are left out."""
+    rows = np.flatnonzero(shapes.any(axis=1)).astype(np.int32)
+    return rows[np.lexsort(shapes[rows].T[::-1])]  # stable
+
+
+def group_by_shape(shapes: np.ndarray) -> tuple[list[Shape], list[np.ndarray]]:
+    """Groups rows by shape.
+
+    Args:
+        shapes: int [n, 3], (T, H, W) of every row; rows of (0, 0, 0) are left out.
+    Returns:
+        The distinct shapes in ascending order, and for each its rows in ascending order (int32).
+    """
+    by_shape = Buckets(shapes, sort_by_shape(shapes)).by_shape
+    return list(by_shape), list(by_shape.values())
+
+
+def _shape(shapes: np.ndarray, row: int) -> Shape:
+    return tuple(shapes[row].tolist())
 
 
 @dataclass(frozen=True)
@@ -49,8 +100,12 @@ class Step:
 class Order:
     """The sequence of steps of one stream; it does not depend on which ranks or workers read them.
 
+    It holds the permutation of every row for the epoch that is played, 4 bytes a row, and of the epoch before only the
+    rows that open a bucket's first step: fewer than a step of each bucket.
+
     Args:
-        shapes: int [n, 3], (T, H, W) of every row; rows of (0, 0, 0) cannot be read and are left out.
+        shapes: int [n, 3], (T, H, W) of every row; rows of (0, 0, 0) cannot be read and are left out. Or the buckets
+            made of them, which are not copied.
         batch: G, the samples of a step, by latent shape.
         seed: seed of the permutations.
 
@@ -58,16 +113,18 @@ class Order:
         ValueError: no row can be read.
     """
 
-    def __init__(self, shapes: np.ndarray, batch: Mapping[Shape, int], seed: int) -> None:
+    def __init__(self, shapes: np.ndarray | Buckets, batch: Mapping[Shape, int], seed: int) -> None:
         self.seed = seed
-        self._shapes, self._buckets = group_by_shape(shapes)
+        buckets = shapes if isinstance(shapes, Buckets) else Buckets(shapes, sort_by_shape(shapes))
+        self._shapes, self._buckets = list(buckets.by_shape), list(buckets.by_shape.values())
         if not self._buckets:
             raise ValueError("no row of the manifest has a readable latent")
         self._batches = np.array([batch[shape] for shape in self._shapes])
         self._sizes = np.array([len(bucket) for bucket in self._buckets])
-        # The caches hold two epochs, because a loader reads ahead, at times in another epoch than its caller.
         self._playlist = lru_cache(2)(self._make_playlist)
-        self._permuted = lru_cache(2 * len(self._buckets))(self._permute)
+        self._recent_epochs: deque[int] = deque(maxlen=_RECENT)
+        self._permuted: dict[int, dict[int, np.ndarray]] = {}  # by visit and bucket, of the epochs played recently
+        self._tail = lru_cache(4 * len(self._buckets))(self._make_tail)
 
     @property
     def samples_per_step(self) -> float:
@@ -80,7 +137,10 @@ class Order:
         epoch = bisect_right(range(most_epochs + 1), index, key=self._steps_before) - 1
         bucket, k = (int(value) for value in self._playlist(epoch)[index - self._steps_before(epoch)])
         batch = int(self._batches[bucket])
-        rows, visits = self._stream(bucket, k * batch, (k + 1) * batch)
+        self._recent_epochs.append(epoch)
+        rows, visits = self._stream(bucket, k * batch, (k + 1) * batch, epoch)
+        for visit in self._permuted.keys() - set(self._recent_epochs):
+            self._permuted.pop(visit, None)
         return Step(index, epoch, self._shapes[bucket], rows, visits)
 
     def _steps_before(self, epoch: int) -> int:
@@ -97,32 +157,40 @@ class Order:
         ]
         return generator("epoch", self.seed, epoch).permutation(np.concatenate(steps), axis=0)
 
-    def _stream(self, bucket: int, start: int, stop: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Returns (rows, visits) at the positions [start, stop) of a bucket's stream."""
+    def _stream(self, bucket: int, start: int, stop: int, epoch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Returns (rows, visits) at the positions [start, stop) of a bucket's stream, which are of a step of the epoch.
+
+        No visit is later than the epoch, as the positions are below (epoch + 1)·n; and of earlier visits there are
+        fewer rows than a step, as the positions are above epoch·n − G.
+        """
         size = len(self._buckets[bucket])
         rows: list[int] = []
         visits: list[int] = []
         for visit in range(start // size, (stop - 1) // size + 1):
-            offset = visit * size
-            part = self._permuted(bucket, visit)[max(start - offset, 0) : stop - offset]
+            first, last = max(start - visit * size, 0), min(stop - visit * size, size)
+            if visit == epoch:
+                part = self._whole(bucket, visit)[first:last]
+            else:
+                tail = self._tail(bucket, visit)
+                part = tail[len(tail) - size + first : len(tail) - size + last]
             rows += part.tolist()
             visits += [visit] * len(part)
         return tuple(rows), tuple(visits)
 
+    def _whole(self, bucket: int, visit: int) -> np.ndarray:
+        """Returns the permutation of a visit, which is kept while steps of the epoch of this number are asked for."""
+        permuted = self._permuted.setdefault(visit, {})
+        if bucket not in permuted:
+            permuted[bucket] = self._permute(bucket, visit)
+            self._tail(bucket, visit)  # made of what is at hand, for the next epoch
+        return permuted[bucket]
+
+    def _make_tail(self, bucket: int, visit: int) -> np.ndarray:
+        """Returns the last rows of a visit, as many as a step that begins in it may take at most."""
+        permuted = self._permuted.get(visit, {}).get(bucket)
+        rows = self._permute(bucket, visit) if permuted is None else permuted
+        return rows[-int(self._batches[bucket]) :].copy()
+
     def _permute(self, bucket: int, visit: int) -> np.ndarray:
         """Returns a bucket's rows in the order of a visit."""
         return generator("visit", self.seed, *self._shapes[bucket], visit).permutation(self._buckets[bucket])
-
-
-def group_by_shape(shapes: np.ndarray) -> tuple[list[Shape], list[np.ndarray]]:
-    """Groups rows by shape.
-
-    Args:
-        shapes: int [n, 3], (T, H, W) of every row; rows of (0, 0, 0) are left out.
-    Returns:
-        The distinct shapes in ascending order, and for each its rows in ascending order (int32).
-    """
-    order = np.lexsort(shapes.T[::-1])  # stable
-    starts = np.flatnonzero((np.diff(shapes[order], axis=0) != 0).any(axis=1)) + 1
-    buckets = [bucket for bucket in np.split(order.astype(np.int32), starts) if shapes[bucket].any()]
-    return [tuple(shapes[bucket[0]].tolist()) for bucket in buckets], buckets

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mugv_ds.config.errors import ConfigError
-from mugv_ds.data.buckets import Order, group_by_shape
+from mugv_ds.data.buckets import Buckets, Order, group_by_shape
 from mugv_ds.data.budget import BatchSize
 from mugv_ds.data.manifest import Shape
 from mugv_ds.data.mixture import Mixture, Points
@@ -35,6 +35,7 @@ class Stream:
         sizes: batch sizes by shape.
         item_size: samples of an item.
         share: of the samples of the run, see `Mixture`.
+        buckets: made of `shapes`, where they are mapped from a file; None has the plan make them.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Stream:
     sizes: Mapping[Shape, BatchSize]
     item_size: int = 1
     share: Points = ((0, 1.0),)
+    buckets: Buckets | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,12 @@ class Plan:
             if not stream.shapes.any():
                 raise ConfigError(f"{stream.name}: nothing of it can be read")
         self._orders = [
-            Order(stream.shapes, {shape: size.step for shape, size in stream.sizes.items()}, seed) for stream in streams
+            Order(
+                stream.shapes if stream.buckets is None else stream.buckets,
+                {shape: size.step for shape, size in stream.sizes.items()},
+                seed,
+            )
+            for stream in streams
         ]
         self.mean_samples = [
             stream.item_size * order.samples_per_step for stream, order in zip(streams, self._orders, strict=True)

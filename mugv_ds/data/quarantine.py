@@ -70,7 +70,7 @@ class Replacing:
             except SampleError as error:
                 reasons.append(str(error))
                 where = {"seed": reader.seed, "name": name, "visit": visit or 0, "attempt": attempt}
-                taken = replacement(reader.shapes, ref.item, **where)
+                taken = replacement(reader.alike(ref.item), ref.item, **where)
                 if taken is None:
                     break
                 continue
@@ -81,19 +81,18 @@ class Replacing:
         return reader.fillers(ref.item), Quarantined(name, visit or 0, why, FILLER)
 
 
-def replacement(shapes: np.ndarray, item: int, *, seed: int, name: str, visit: int, attempt: int) -> int | None:
-    """Another item with the latent shape of `item`; None if there is none.
+def replacement(alike: np.ndarray, item: int, *, seed: int, name: str, visit: int, attempt: int) -> int | None:
+    """Returns another item with the latent shape of `item`; None if there is none.
 
     It follows from (seed, name, visit, attempt) alone, so every process that reads the item takes the same one, and a
     resumed run takes it again.
 
     Args:
-        shapes: int [n, 3], of every item. item: the one that cannot be read, called `name`.
+        alike: int [n], ascending, the items of its shape and itself. item: the one that cannot be read, called `name`.
         visit: how many times it was visited before.
         attempt: from 0, raised when the replacement cannot be read either.
     """
-    others = np.flatnonzero((shapes == shapes[item]).all(axis=1))
-    others = others[others != item]
-    if not len(others):
+    if len(alike) < 2:
         return None
-    return int(others[generator("replacement", seed, name, visit, attempt).integers(len(others))])
+    drawn = int(generator("replacement", seed, name, visit, attempt).integers(len(alike) - 1))
+    return int(alike[drawn + (drawn >= np.searchsorted(alike, item))])  # of the others, the one at this place

@@ -6,6 +6,7 @@ What a sample draws is a function of (seed, key, visit) alone, so every process 
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ from mugv_ds.config.errors import ConfigError, InputError
 from mugv_ds.config.model import LATENT_CHANNELS
 from mugv_ds.config.schema import DataSection, FlowSection
 from mugv_ds.data import noise
+from mugv_ds.data.buckets import Buckets, sort_by_shape
 from mugv_ds.data.manifest import Index
 from mugv_ds.data.plan import SampleRef
 from mugv_ds.data.sample import SampleError, read_patiently, read_row, read_text
@@ -72,6 +74,8 @@ class Reader(Protocol):
 
     def fillers(self, item: int) -> list[Batch]: ...
 
+    def alike(self, item: int) -> np.ndarray: ...
+
 
 @dataclass(frozen=True)
 class FlowSamples:
@@ -104,7 +108,7 @@ class FlowSamples:
 
     def time(self, item: int, visit: int) -> float:
         """The timestep in [0, 1000] of a (row, visit), without reading it."""
-        return self.draw_time(item, (self.seed, self.name(item), visit), item)
+        return self.draw_time(item, (self.seed, self.name(item), visit), self._quarter(item))
 
     def read(self, item: int, visit: int | None) -> list[Batch]:
         """One sample, as a `Batch` without the first dimension; visit None marks a filler.
@@ -113,16 +117,25 @@ class FlowSamples:
             SampleError: a file of the sample cannot be used; the message names it.
             ConfigError: nor can `data.null_text_path`. TransientError: the file system failed for minutes.
         """
-        return [self.sample(item, visit, (self.seed, self.name(item), visit or 0), item)]
+        return [self.sample(item, visit, (self.seed, self.name(item), visit or 0), self._quarter(item))]
 
     def fillers(self, item: int) -> list[Batch]:
         """Returns what stands in for an item that cannot be read; see `filler`."""
         return [self.filler(item)]
 
-    def sample(self, row_number: int, visit: int | None, key: Key, item: int, with_content: bool = False) -> Batch:
-        """Does as `read`, for a row that belongs to this item, with what is drawn from `key`.
+    def alike(self, item: int) -> np.ndarray:
+        """Returns the rows of the latent shape of `item`, itself included, in ascending order."""
+        return self.index.buckets().rows_of_shape(tuple(self.shapes[item].tolist()))
+
+    def _quarter(self, item: int) -> int:
+        """The quarter of the timesteps that a held-out row is measured in; those of one shape take turns."""
+        return turn_of(self.alike(item), item) if self.held_out and self.shapes[item].any() else 0
+
+    def sample(self, row_number: int, visit: int | None, key: Key, quarter: int, with_content: bool = False) -> Batch:
+        """Does as `read`, for a row with what is drawn from `key`.
 
         Args:
+            quarter: of the timesteps, 0 to 3, if the samples are held out.
             with_content: whether to hash what is read, for a comparison with what a reference was measured on.
         """
         tokens = self.data.max_text_tokens
@@ -133,7 +146,7 @@ class FlowSamples:
         x0, frames = sample.latent, sample.latent.shape[1]
         text, text_mask = self.null_text() if drop else (sample.text, sample.text_mask)
 
-        t = torch.tensor(self.draw_time(row_number, key, item))
+        t = torch.tensor(self.draw_time(row_number, key, quarter))
         epsilon = noise.gaussian(*key, tuple(x0.shape))
         x_mask = torch.ones(frames, dtype=torch.bool)
         if frames > 1 and not self.held_out and noise.first_frame_uniform(*key) < self.flow.first_frame_share:
@@ -178,10 +191,10 @@ class FlowSamples:
             content=torch.tensor(0),
         )
 
-    def draw_time(self, row_number: int, key: Key, item: int) -> float:
+    def draw_time(self, row_number: int, key: Key, quarter: int) -> float:
         """The timestep in [0, 1000] of a row of this item, drawn from `key`."""
         if self.held_out:
-            return flow.MAX_TIME * (item % 4 + noise.quartile_uniform(*key)) / 4
+            return flow.MAX_TIME * (quarter + noise.quartile_uniform(*key)) / 4
         row = self.index.row(row_number)
         shift = self._shift(row.height, row.width, row.latent_shape[0])
         return float(flow.draw_time(torch.tensor(noise.time_normal(*key)), shift))
@@ -242,7 +255,7 @@ class AnnotatedSamples:
 
     def time(self, item: int, visit: int) -> float:
         """The timestep in [0, 1000] of an (item, visit), without reading it."""
-        return self.samples.draw_time(int(self.rows[item, 0]), self._key(item, visit), item)
+        return self.samples.draw_time(int(self.rows[item, 0]), self._key(item, visit), self._quarter(item))
 
     def read(self, item: int, visit: int | None) -> list[Batch]:
         """The samples of an item; of a pair the better one first.
@@ -263,14 +276,34 @@ class AnnotatedSamples:
             for row, role in zip(self.rows[item].tolist(), self.roles[item].tolist(), strict=True)
         ]
 
+    def alike(self, item: int) -> np.ndarray:
+        """Returns the items of the latent shape of `item`, itself included, in ascending order."""
+        return self._buckets.rows_of_shape(tuple(self.shapes[item].tolist()))
+
+    @cached_property
+    def _buckets(self) -> Buckets:
+        return Buckets(self.shapes, sort_by_shape(self.shapes))
+
+    def _quarter(self, item: int) -> int:
+        """The quarter of the timesteps that a held-out item is measured in; those of one shape and role take turns."""
+        if not self.samples.held_out:
+            return 0
+        alike = self.alike(item)
+        return turn_of(alike[self.roles[alike, 0] == self.roles[item, 0]], item)
+
     def _sample(self, row: int, role: int, item: int, visit: int | None) -> Batch:
-        sample = self.samples.sample(row, visit, self._key(item, visit), item, with_content=True)
+        sample = self.samples.sample(row, visit, self._key(item, visit), self._quarter(item), with_content=True)
         sample = sample._replace(role=torch.tensor(role, dtype=torch.int8))
         return sample if self.reference is None else with_reference(sample, self.reference, self.samples)
 
     def _key(self, item: int, visit: int | None) -> Key:
         name = self.name(item)
         return (self.seed, f"pair {name}" if self.item_size == 2 else name, visit or 0)
+
+
+def turn_of(items: np.ndarray, item: int) -> int:
+    """Returns which of the four quarters it is the turn of, counting through ascending `items` up to `item`."""
+    return int(np.searchsorted(items, item)) % 4
 
 
 def content_of(latent: Tensor, text: Tensor) -> int:

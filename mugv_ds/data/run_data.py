@@ -93,7 +93,7 @@ class RunData:
         }
         for source, index, held_out in zip(sources, self.sources, self.held_out, strict=True):
             indexes |= {f"preference.{source.name}.manifest": index, f"preference.{source.name}.val_manifest": held_out}
-        return {key: index.content() for key, index in indexes.items() if index is not None}
+        return {key: index.content for key, index in indexes.items() if index is not None}
 
     @property
     def typical_shape(self) -> Shape:
@@ -166,7 +166,7 @@ class RunData:
         mixture = self._config.data.mixture
         if not mixture:
             shapes = self.train.shapes()
-            return [Stream(_ALONE, 0, shapes, self._batch_sizes(shapes))]
+            return [Stream(_ALONE, 0, shapes, self._batch_sizes(shapes), buckets=self.train.buckets())]
         return [
             Stream(group.name, 0, shapes, self._batch_sizes(shapes), share=group.share)
             for group, shapes in zip(mixture, group_shapes(self.train, mixture), strict=True)

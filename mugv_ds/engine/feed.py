@@ -4,13 +4,12 @@ Of the ranks that share a sequence one reads; the others receive what it read. T
 pipeline stage read the same sample with the same randomness, which is a function of (seed, sample id, visit) alone.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mugv_ds.config.errors import PeerError
 from mugv_ds.config.model import LATENT_CHANNELS
 from mugv_ds.config.schema import DataSection
 from mugv_ds.data.readers import Batch
@@ -61,7 +60,7 @@ class Feed:
         return self.process.coordinates.sequence == 0 and (self.module.is_first or self.module.is_last)
 
     def stage(
-        self, batches: Iterable[Batch] | None, shape: tuple[int, int, int], size: int, count: int, preferred: int = 0
+        self, batches: Sequence[Batch] | None, shape: tuple[int, int, int], size: int, count: int, preferred: int = 0
     ) -> Iterator[tuple]:
         """Yields (`Inputs`, `Labels`) of `count` micro-batches with this latent shape.
 
@@ -70,7 +69,8 @@ class Feed:
             size: samples of each.
             preferred: how many of the first ones are for a preference objective; the others are for the flow loss.
         Raises:
-            SampleError: a sample cannot be used. PeerError: the rank that reads for this one met an error.
+            StopIteration: there are fewer batches. All were read before, so that nothing can fail here that would have
+                the other ranks of the sequence wait, and no device has to be waited for to find out.
         """
         batches = iter(batches) if self.reads else None
         for number in range(count):
@@ -93,29 +93,12 @@ class Feed:
 
     def _share(self, batches: Iterator[Batch] | None, shape: tuple[int, int, int], size: int) -> Batch:
         """The next micro-batch on this device: read here, or received from the rank that reads."""
-        device, group, source = self.process.device, self.process.group, self.process.sequence_source
-        failure = None
+        device, group = self.process.device, self.process.group
         if batches is not None:
-            try:
-                batch = next(batches)
-            except Exception as error:
-                failure = error
-            else:
-                batch = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+            batch = Batch(*(tensor.to(device, non_blocking=True) for tensor in next(batches)))
         else:
             batch = empty_batch(size, shape, self.data.max_text_tokens, self.channels, device)
         if group is not None:
-            self._agree(failure)
-        if failure is not None:
-            raise failure
-        if group is not None:
             for tensor in batch:
-                dist.broadcast(tensor, source, group=group)
+                dist.broadcast(tensor, self.process.sequence_source, group=group)
         return batch
-
-    def _agree(self, failure: Exception | None) -> None:
-        """The ranks that would wait for a sample that cannot be read stop instead."""
-        failed = torch.tensor([failure is not None], dtype=torch.int32, device=self.process.device)
-        dist.broadcast(failed, self.process.sequence_source, group=self.process.group)
-        if failed.item() and failure is None:
-            raise PeerError(f"rank {self.process.sequence_source} could not read a sample, and says why")

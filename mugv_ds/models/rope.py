@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mugv_ds.config.model import HEAD_DIM
+from mugv_ds.config.model import HEAD_DIM, MAX_LATENT_SIDE
 
 MAX_TIME = 480  # time positions of the published tables; later ones are clamped
-MAX_SPACE = 384  # patches along a side that the published tables reach to
+MAX_SPACE = MAX_LATENT_SIDE // 2  # patches along a side that the published tables reach to
 _AXIS_PAIRS = HEAD_DIM // 6  # complex pairs of one axis; a head holds [height | width | time]
 
 

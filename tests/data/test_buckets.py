@@ -4,7 +4,8 @@ from itertools import chain, pairwise
 import numpy as np
 import pytest
 
-from mugv_ds.data.buckets import Order, group_by_shape
+from mugv_ds.data.buckets import Buckets, Order, group_by_shape, sort_by_shape
+from mugv_ds.data.noise import generator
 
 SHAPES = [(1, 45, 80), (6, 45, 80), (15, 90, 160)]
 EPOCHS = 40
@@ -119,3 +120,60 @@ def test_unreadable_rows_are_left_out():
     assert {row for i in range(6) for row in Order(shapes, {SHAPES[0]: 2}, 0).step(i).rows} == {0, 2}
     with pytest.raises(ValueError, match="no row"):
         Order(np.zeros((3, 3), np.int32), {}, 0)
+
+
+@pytest.mark.parametrize(("sizes", "batches", "seed"), GRID)
+def test_steps_are_those_of_the_definition(sizes, batches, seed):
+    """Each step is cut from the whole stream of its bucket, in the order that the head of the module defines."""
+    shapes, by_shape = mixed(sizes), dict(zip(SHAPES, batches, strict=False))
+    streams, played = {}, Counter()
+    for shape, rows in zip(*group_by_shape(shapes), strict=True):
+        permuted = (generator("visit", seed, *shape, visit).permutation(rows) for visit in range(EPOCHS))
+        streams[shape] = [(row, visit) for visit, part in enumerate(permuted) for row in part.tolist()]
+    for epoch in range(EPOCHS):
+        playlist = [
+            (shape, k)
+            for shape in sorted(streams)
+            for k in range(*(e * (len(streams[shape]) // EPOCHS) // by_shape[shape] for e in (epoch, epoch + 1)))
+        ]
+        order_of_epoch = generator("epoch", seed, epoch).permutation(np.arange(len(playlist)))
+        played[epoch] = [playlist[i] for i in order_of_epoch]
+    expected = [
+        tuple(streams[shape][k * by_shape[shape] : (k + 1) * by_shape[shape]])
+        for epoch in range(EPOCHS)
+        for shape, k in played[epoch]
+    ]
+    o = order(sizes, batches, seed)
+    for i in np.random.default_rng(0).permutation(len(expected))[:200].tolist() + list(range(min(len(expected), 300))):
+        step = o.step(i)
+        assert tuple(zip(step.rows, step.visits, strict=True)) == expected[i]
+
+
+def test_rows_of_shape():
+    shapes = np.array([SHAPES[1], (0, 0, 0), SHAPES[0], SHAPES[1]], dtype=np.int32)
+    buckets = Buckets(shapes, sort_by_shape(shapes))
+    assert list(buckets.by_shape) == SHAPES[:2]
+    assert [buckets.rows_of_shape(shape).tolist() for shape in SHAPES] == [[2], [0, 3], []]
+    assert {buckets.rows_of_shape(shape).dtype for shape in SHAPES} == {np.dtype(np.int32)}
+    assert buckets.rows_of_shape((0, 0, 0)).tolist() == []
+
+
+def test_order_of_given_buckets_is_that_of_their_shapes():
+    shapes, batch = mixed((7, 9)), dict(zip(SHAPES, (4, 4), strict=False))
+    one, other = Order(shapes, batch, 0), Order(Buckets(shapes, sort_by_shape(shapes)), batch, 0)
+    assert [one.step(i) for i in range(30)] == [other.step(i) for i in range(30)]
+
+
+def test_one_permutation_of_each_row_is_made_for_an_epoch_and_kept(monkeypatch):
+    """While a loader reads ahead into the next epoch there are two; then the older is given up, and not made again."""
+    o, made = order((70, 90), (4, 4)), []
+    permute = o._permute
+    monkeypatch.setattr(o, "_permute", lambda bucket, visit: made.append((bucket, visit)) or permute(bucket, visit))
+    per_epoch = (70 + 90) // 4
+    for i in range(3 * per_epoch):
+        o.step(i + 3)  # read ahead
+        o.step(i)
+        held = sum(len(rows) for permuted in o._permuted.values() for rows in permuted.values())
+        assert held <= (160 if 10 < i % per_epoch < per_epoch - 4 else 320)
+    assert made == sorted(set(made), key=made.index), "none is made twice"
+    assert {visit for _, visit in made} <= {0, 1, 2, 3}

@@ -1,18 +1,29 @@
+import errno
 import logging
+import multiprocessing
 import os
 import pickle
+import re
 import runpy
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
-from mugv_ds.data.manifest import ManifestError, PathError, build_index, open_index, resolve
+from mugv_ds.config.errors import TrainingError
+from mugv_ds.config.model import MAX_LATENT_SIDE
+from mugv_ds.data import headers
+from mugv_ds.data import manifest as manifest_module
+from mugv_ds.data.manifest import ManifestError, PathError, build_index, open_index
+from mugv_ds.data.paths import resolve
 from mugv_ds.files.tensor_file import UnsafeFileError
+from mugv_ds.models.rope import patch_grid
 from tests.helpers.attack import verdict
 
 HEADER = "sample_id,source,latent_path,text_feat_path"
@@ -58,6 +69,11 @@ def save_latent(folder, name, shape=(24, 2, 4, 6), dtype=torch.bfloat16):
         (f"{SIZED}\n{ROW.replace('360', '361')}\n".encode(), 2, "height = 361: must be a multiple of 8"),
         (f"{SIZED},fps\n{ROW},nan\n".encode(), 2, "fps = 'nan'"),
         (f"{SIZED},fps\n{ROW},0\n".encode(), 2, "fps = '0'"),
+        (f"{SIZED},fps\n{ROW},0.09\n".encode(), 2, "fps = '0.09': must be a number from 0.1 to 1000"),
+        (f"{SIZED},fps\n{ROW},1001\n".encode(), 2, "fps = '1001': must be a number from 0.1 to 1000"),
+        (f"{SIZED}\n{ROW.replace('640', '6152')}\n".encode(), 2, "width = '6152': .* 1 to 6144, as far as the model"),
+        (f"{SIZED}\n{ROW.replace('360', '6152')}\n".encode(), 2, "height = '6152': .* 1 to 6144, as far as the model"),
+        (f"{SIZED}\n{ROW.replace('41', '100001')}\n".encode(), 2, "num_frames = '100001': .* from 1 to 100000"),
         (f"{SIZED},label\n{ROW},meh\n".encode(), 2, "unknown label 'meh'"),
         (f"{SIZED},kind\n{ROW},audio\n".encode(), 2, "unknown kind 'audio'"),
         (f"{SIZED},rank\n{ROW},first\n".encode(), 2, "rank = 'first'"),
@@ -69,7 +85,7 @@ def test_bad_manifest(tmp_path, content, line, message):
     with pytest.raises(ManifestError, match=message) as error:
         open_index(path)
     assert str(error.value).startswith(f"{path}:{line}: ")
-    assert not (tmp_path / ".index").exists()
+    assert list(tmp_path.glob(".index/*")) == []
 
 
 def test_no_manifest(tmp_path):
@@ -264,7 +280,8 @@ def test_index_is_kept_until_the_csv_changes(tmp_path):
     manifest(tmp_path, ROW, "b" + ROW[1:])
     assert len(open_index(csv)) == 2
     assert open_index(csv, tmp_path / "elsewhere").digest == open_index(csv).digest == build_index(csv).name[:64]
-    assert [p.name for p in (tmp_path / "elsewhere").iterdir()] == [build_index(csv).name]
+    names = {build_index(csv).with_suffix(end).name for end in (".arrow", ".shapes.npy", ".buckets.npy", ".json")}
+    assert {p.name for p in (tmp_path / "elsewhere").iterdir()} == names
 
 
 def test_two_builders_at_once_and_one_killed(tmp_path):
@@ -317,3 +334,308 @@ def test_a_header_that_is_none_is_refused_with_one_short_line(tmp_path, header, 
     csv.write_text(f"{header}\n")
     line = verdict(open_index, csv)
     assert line.startswith(f"{csv}:1: ") and complaint in line
+
+
+def test_the_largest_sides_have_positions(tmp_path, caplog):
+    """The CSV's limit is the model's, and a latent beyond it is left out like a bad file."""
+    most = f"{MAX_LATENT_SIDE * 8}"
+    assert open_index(manifest(tmp_path, ROW.replace("640", most))).shapes()[0, 2] == MAX_LATENT_SIDE
+    assert patch_grid(1, 1, MAX_LATENT_SIDE).width == MAX_LATENT_SIDE // 2
+    with pytest.raises(ValueError, match="at most"):
+        patch_grid(1, 1, MAX_LATENT_SIDE + 1)
+    save_latent(tmp_path, "wide.pt", (24, 1, 1, MAX_LATENT_SIDE + 1))
+    index = open_index(manifest(tmp_path, ROW, "b,real,latents/wide.pt,t,,,"))
+    assert index.shapes().tolist() == [[6, 45, 80], [0, 0, 0]]
+    assert "train.csv:3: " in caplog.text
+    assert f"sides of at most {MAX_LATENT_SIDE}" in caplog.text
+
+
+def cut_at_a_record(path):
+    with path.open("rb") as file:
+        table = pa.ipc.open_stream(file).read_all()
+    with path.open("wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table.slice(0, len(table) // 2))
+
+
+def flip_a_byte(path, at=-3):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def flip_an_id(path):
+    flip_a_byte(path, path.read_bytes().index(b"clip-1clip-2"))
+
+
+DAMAGES = {
+    "cut at a record": (".arrow", cut_at_a_record),
+    "cut anywhere": (".arrow", lambda path: path.write_bytes(path.read_bytes()[:-100])),
+    "emptied": (".arrow", lambda path: path.write_bytes(b"")),
+    "gone": (".arrow", Path.unlink),
+    "other ids": (".arrow", flip_an_id),
+    "other shapes": (".shapes.npy", flip_a_byte),
+    "shapes cut": (".shapes.npy", lambda path: path.write_bytes(path.read_bytes()[:-12])),
+    "other buckets": (".buckets.npy", flip_a_byte),
+    "no facts": (".json", lambda path: path.write_text("{}")),
+    "no JSON": (".json", lambda path: path.write_bytes(b"\xff")),
+    "other number of rows": (".json", lambda path: path.write_text(path.read_text().replace('"rows": 8', '"rows": 7'))),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_index_is_built_anew(tmp_path, caplog, damage, monkeypatch):
+    monkeypatch.setattr(manifest_module, "_CHUNK_ROWS", 4)
+    csv = manifest(tmp_path, *(f"clip-{i}{ROW[1:]}" for i in range(8)))
+    path, content = build_index(csv), open_index(csv).content
+    suffix, harm = DAMAGES[damage]
+    harm(path.with_suffix(suffix))
+    index = open_index(csv)
+    assert [index.row(i).sample_id for i in range(len(index))] == [f"clip-{i}" for i in range(8)]
+    assert (index.shapes() == (6, 45, 80)).all()
+    assert index.buckets().rows_of_shape((6, 45, 80)).tolist() == list(range(8))
+    assert index.content == content
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith(str(path))
+    assert told.endswith("; the index is built anew")
+    assert "\n" not in told
+
+
+def test_csv_that_grows_while_it_is_read(tmp_path, monkeypatch):
+    csv = manifest(tmp_path, ROW)
+
+    def read_while_it_grows(*args):
+        with csv.open("a") as file:
+            file.write(f"b{ROW[1:]}\n")
+        return headers.read_shapes(*args)
+
+    monkeypatch.setattr(manifest_module, "read_shapes", read_while_it_grows)
+    with pytest.raises(ManifestError, match=r"train\.csv: changed while it was being read; start again"):
+        open_index(csv)
+    assert list(tmp_path.glob(".index/*")) == []
+    monkeypatch.undo()
+    assert len(open_index(csv)) == 2
+
+
+def test_digests(tmp_path, monkeypatch):
+    """Of the ids: whatever Arrow's chunks. Of the content: other where a latent cannot be read."""
+    lines = [f"{name},real,latents/a.pt,t" for name in ("a", "bc", "ü", "d", "ef")]
+    save_latent(tmp_path, "a.pt")
+    csv = manifest(tmp_path, *lines, header=HEADER)
+    one = open_index(csv, tmp_path / "one")
+    monkeypatch.setattr(manifest_module, "_CHUNK_ROWS", 2)
+    many = open_index(csv, tmp_path / "many")
+    assert many.column("sample_id").num_chunks > one.column("sample_id").num_chunks
+    assert many.ids_digest() == one.ids_digest()
+    assert (many.content, len(many.content)) == (one.content, 64)
+
+    other = manifest(tmp_path, *(line.replace("bc", "b").replace("ü", "cü") for line in lines), header=HEADER)
+    assert open_index(other).ids_digest() != one.ids_digest(), "the same letters, cut in another way"
+
+    manifest(tmp_path, *lines[:-1], "ef,real,latents/b.pt,t", header=HEADER)
+    without = open_index(csv, tmp_path / "without")
+    save_latent(tmp_path, "b.pt")
+    with_ = open_index(csv, tmp_path / "with")
+    assert without.digest == with_.digest
+    assert without.ids_digest() == with_.ids_digest()
+    assert without.content != with_.content
+
+
+def test_shapes_are_one_read_only_array(tmp_path):
+    index = open_index(manifest(tmp_path, ROW))
+    assert index.shapes() is index.shapes()
+    assert index.shapes().dtype == np.int32
+    with pytest.raises(ValueError, match="read-only"):
+        index.shapes()[0] = 0
+    assert pickle.loads(pickle.dumps(index)).content == index.content
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """A process for any number of headers, and parts of ten rows."""
+    monkeypatch.setattr(headers, "_FEW", 0)
+    monkeypatch.setattr(headers.os, "sched_getaffinity", lambda pid: {0})
+    monkeypatch.setattr(headers, "_PART_ROWS", 10)
+    monkeypatch.setattr(headers, "_TASK_ROWS", 3)
+
+
+def headers_only(folder, rows, name="a"):
+    """A manifest without sizes, of rows that alternate between two latents."""
+    save_latent(folder, f"{name}0.pt", (24, 2, 4, 6))
+    save_latent(folder, f"{name}1.pt", (24, 3, 4, 6))
+    return manifest(folder, *(f"{i},real,latents/{name}{i % 2}.pt,t" for i in range(rows)), header=HEADER)
+
+
+ALTERNATING = [[2, 4, 6], [3, 4, 6]]
+
+
+def test_headers_read_in_processes(tmp_path, small_parts, caplog):
+    csv = headers_only(tmp_path, 31)
+    csv.write_text(csv.read_text() + "bad,real,latents/none.pt,t\n")
+    index = open_index(csv)
+    assert index.shapes().tolist() == [*(ALTERNATING * 16)[:31], [0, 0, 0]]
+    assert re.search(r"train\.csv:33: .*none\.pt: missing", caplog.text)
+    assert not list(tmp_path.glob(".index/*.parts"))
+
+
+def test_errors_come_from_processes(tmp_path, small_parts):
+    csv = headers_only(tmp_path, 25)
+    (tmp_path / "latents/fifo").mkdir()
+    csv.write_text(csv.read_text() + "bad,real,latents/fifo,t\n")
+    with pytest.raises(PathError, match=r"train\.csv:27: latent_path: .* not a regular file"):
+        open_index(csv)
+
+
+def test_a_process_that_is_killed_ends_the_build_and_the_next_goes_on(tmp_path, small_parts, monkeypatch):
+    csv = headers_only(tmp_path, 45)
+    keep = headers._keep_part
+
+    def keep_and_kill(parts, start, shapes):
+        keep(parts, start, shapes)
+        if start == 20:
+            for child in multiprocessing.active_children():
+                child.kill()
+
+    monkeypatch.setattr(headers, "_keep_part", keep_and_kill)
+    with pytest.raises(TrainingError, match=r"killed, .* after 30 of 45; start again"):
+        open_index(csv)
+    monkeypatch.setattr(headers, "_keep_part", keep)
+    assert len(list(tmp_path.glob(".index/*.parts/*.npy"))) == 3
+
+    asked = []
+    monkeypatch.setattr(headers.Latents, "take", spy(headers.Latents.take, asked))
+    assert open_index(csv).shapes().tolist() == (ALTERNATING * 23)[:45]
+    assert np.concatenate(asked).tolist() == list(range(30, 45))
+    assert not list(tmp_path.glob(".index/*.parts"))
+
+
+def spy(function, asked):
+    def take(self, rows):
+        asked.append(rows)
+        return function(self, rows)
+
+    return take
+
+
+def test_a_damaged_part_is_told_and_read_again(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(headers, "_PART_ROWS", 10)
+    csv = headers_only(tmp_path, 20)
+    parts = build_index(csv).with_suffix(".parts")
+    build_index(csv).with_suffix(".json").unlink()
+    parts.mkdir()
+    (parts / f"{0:012}.npy").write_bytes(b"\x93NUMPY")
+    np.save(parts / f"{10:012}.npy", np.ones((3, 3), np.int32))
+    assert open_index(csv).shapes().tolist() == ALTERNATING * 10
+    assert "damaged" in caplog.text
+    assert "not a part of this manifest" in caplog.text
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_processes_end_with_a_builder_that_is_killed(tmp_path):
+    csv = headers_only(tmp_path, 60_000)
+    code = f"from mugv_ds.data import headers, manifest\nheaders._PART_ROWS = 200\nmanifest.build_index({str(csv)!r})"
+    builder = subprocess.Popen([sys.executable, "-c", code])
+    while not list(tmp_path.glob(".index/*.parts/*.npy")):
+        assert builder.poll() is None
+        time.sleep(0.01)
+    workers = children(builder.pid)
+    builder.send_signal(signal.SIGKILL)
+    builder.wait()
+    assert workers
+    deadline = time.monotonic() + 20
+    while any(running(pid) for pid in workers):
+        assert time.monotonic() < deadline, "processes outlive the builder"
+        time.sleep(0.05)
+    assert not list(tmp_path.glob(".index/*.json"))
+
+
+def test_only_the_headers_of_new_rows_are_read(tmp_path, monkeypatch):
+    csv = headers_only(tmp_path, 12)
+    csv.write_text(csv.read_text() + "late,real,latents/late.pt,t\n")
+    old = open_index(csv)
+    assert old.shapes()[12].tolist() == [0, 0, 0]
+    asked = []
+    monkeypatch.setattr(headers.Latents, "take", spy(headers.Latents.take, asked))
+    save_latent(tmp_path, "late.pt", (24, 5, 4, 6))
+    csv.write_text(csv.read_text() + "new,real,latents/a1.pt,t\n")
+    new = open_index(csv)
+    assert new.shapes().tolist() == [*ALTERNATING * 6, [5, 4, 6], [3, 4, 6]]
+    assert np.concatenate(asked).tolist() == [12, 13], "the new row, and the one that could not be read before"
+
+
+def test_a_last_line_that_went_on_is_read_again(tmp_path):
+    csv = headers_only(tmp_path, 3)
+    save_latent(tmp_path, "a0.pt0.pt", (24, 7, 4, 6))
+    rows = "\n".join(f"{i},real,t,latents/a{i % 2}.pt" for i in range(3))
+    csv.write_text(f"sample_id,source,text_feat_path,latent_path\n{rows}")
+    assert open_index(csv).shapes().tolist() == [[2, 4, 6], [3, 4, 6], [2, 4, 6]]
+    csv.write_text(csv.read_text() + "0.pt\n")
+    assert open_index(csv).shapes().tolist() == [[2, 4, 6], [3, 4, 6], [7, 4, 6]]
+
+
+def test_an_older_csv_of_another_folder_is_not_taken(tmp_path):
+    shapes = []
+    for name, shape in (("one", (24, 2, 4, 6)), ("two", (24, 9, 4, 6))):
+        folder = tmp_path / name
+        folder.mkdir()
+        save_latent(folder, "a.pt", shape)
+        rows = [f"{row},real,latents/a.pt,t" for row in ("a", "b")[: len(shapes) + 1]]
+        shapes.append(open_index(manifest(folder, *rows, header=HEADER), tmp_path / "indexes").shapes()[0].tolist())
+    assert shapes == [[2, 4, 6], [9, 4, 6]]
+
+
+@pytest.mark.parametrize(("make", "message"), [(Path.mkdir, "a folder, FIFO or device"), (os.mkfifo, "a folder, FIFO")])
+def test_csv_that_is_no_file(tmp_path, make, message):
+    make(tmp_path / "train.csv")
+    with pytest.raises(ManifestError, match=rf"train\.csv: {message}"):
+        open_index(tmp_path / "train.csv")
+
+
+def failing(code, only=""):
+    def fail(path, *args, **kwargs):
+        if str(path).endswith(only):
+            raise OSError(code, os.strerror(code), str(path))
+
+    return fail
+
+
+def test_csv_that_may_not_be_read(tmp_path, monkeypatch):
+    csv, opened = manifest(tmp_path, ROW), Path.open
+    forbid = failing(errno.EACCES, ".csv")
+    monkeypatch.setattr(Path, "open", lambda path, *args: forbid(path) or opened(path, *args))
+    with pytest.raises(ManifestError, match=r"train\.csv: cannot be read \(Permission denied\)"):
+        open_index(csv)
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_index_that_cannot_be_written(tmp_path, monkeypatch, code):
+    csv = manifest(tmp_path, ROW)
+    monkeypatch.setattr(manifest_module, "write_atomically", failing(code))
+    with pytest.raises(
+        ManifestError, match=r"\.index: the index cannot be written here .* set data\.index_dir"
+    ) as error:
+        open_index(csv)
+    assert os.strerror(code) in str(error.value)
+
+
+def test_index_folder_that_is_a_file(tmp_path):
+    csv = manifest(tmp_path, ROW)
+    with pytest.raises(ManifestError, match=r"train\.csv: the index cannot be written here .* set data\.index_dir"):
+        open_index(csv, csv)
+
+
+def test_a_file_system_that_fails_under_a_latent(tmp_path, monkeypatch):
+    save_latent(tmp_path, "a.pt")
+    monkeypatch.setattr(headers, "load_tensors", failing(errno.EIO))
+    monkeypatch.setattr("mugv_ds.files.retry.time.sleep", lambda seconds: None)
+    with pytest.raises(TrainingError, match=r"train\.csv:2: .*Input/output error.*a\.pt.*3 times"):
+        open_index(manifest(tmp_path, "a,real,latents/a.pt,t", header=HEADER))

@@ -1,0 +1,225 @@
+"""The shapes of latents from the headers of their files: of a few in threads, of many in processes and by parts.
+
+Reading a header is half Python and half waiting, so many are read by a process for each CPU with a few threads each. A
+part, the rows between two multiples of 50,000, is kept in a file as soon as it is known: a build that is killed goes on
+where it was.
+"""
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from mugv_ds.config.errors import TrainingError
+from mugv_ds.config.model import LATENT_STRIDE as STRIDE
+from mugv_ds.config.model import MAX_LATENT_SIDE
+from mugv_ds.data.buckets import Shape
+from mugv_ds.data.paths import ManifestError, PathError, resolve
+from mugv_ds.data.progress import Progress
+from mugv_ds.files.atomic import write_atomically
+from mugv_ds.files.retry import retried
+from mugv_ds.files.tensor_file import SampleError, UnsafeFileError, check_latent, load_tensors
+
+SIZES = ("num_frames", "height", "width")
+
+_FEW = 20_000  # headers, 12 s of one core; starting a process takes 3 s of one
+_PART_ROWS = 50_000
+_TASK_ROWS = 100
+_THREADS_ALONE, _THREADS_OF_MANY = 16, 4  # opening files is waiting, on a network file system most of all
+
+logger = logging.getLogger(__name__)
+
+
+class Latent(NamedTuple):
+    """A row whose latent is to be opened. sizes: num_frames, height and width of the CSV, 0 where it does not say."""
+
+    line: int
+    path: str
+    sizes: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What the CSV says of the rows' latents.
+
+    Attributes:
+        csv_path: the CSV.
+        lines: int64 [rows], where each row starts.
+        sizes: int32 [rows, 3], num_frames, height and width; 0 where the CSV does not say.
+        paths: of the latents, relative to the CSV's folder.
+    """
+
+    csv_path: Path
+    lines: np.ndarray
+    sizes: np.ndarray
+    paths: pa.ChunkedArray
+
+    def take(self, rows: np.ndarray) -> list[Latent]:
+        """The latents of these rows, which ascend."""
+        near = self.paths.slice(rows[0], rows[-1] - rows[0] + 1)  # Arrow takes from few chunks much faster
+        paths = near.take(pa.array(rows - rows[0])).to_pylist()
+        sizes = map(tuple, self.sizes[rows].tolist())
+        return [Latent(*row) for row in zip(self.lines[rows].tolist(), paths, sizes, strict=True)]
+
+
+def declared_shapes(sizes: np.ndarray) -> np.ndarray:
+    """(T, H, W) of the rows that say num_frames, height and width, zeros for others; both int32 [rows, 3]."""
+    shapes = -(-sizes // STRIDE)  # the pixels are multiples of the stride, the frames need not be
+    shapes[~sizes.all(axis=1)] = 0
+    return shapes
+
+
+def read_shapes(latents: Latents, shapes: np.ndarray, parts: Path) -> list[str]:
+    """Puts (T, H, W) of the latents whose shapes are not known into `shapes`; zeros stay where a file is bad.
+
+    Args:
+        latents: of all rows.
+        shapes: int32 [rows, 3], zeros where it is not known.
+        parts: folder of the parts; those that an earlier call left are used, but what was bad is read again.
+    Returns:
+        What is wrong with each bad file, one line each with the CSV's line, in the order of the rows.
+
+    Raises:
+        ManifestError, PathError, UnsafeFileError: see `build_index`.
+        TrainingError: the file system failed time and again, or a process that reads was killed.
+        OSError: a part could not be written.
+    """
+    for start in range(0, len(shapes), _PART_ROWS):
+        _fill_from_part(parts, start, shapes[start : start + _PART_ROWS])
+    unknown = np.flatnonzero(~shapes.any(axis=1))
+    if len(unknown) <= _FEW:
+        with ThreadPoolExecutor(_THREADS_ALONE) as threads:
+            tasks = latents.take(unknown) if len(unknown) else []
+            return _put(shapes, unknown, threads.map(partial(stored_shape, latents.csv_path), tasks))
+    return _read_many(latents, shapes, unknown, parts)
+
+
+def stored_shape(csv_path: Path, latent: Latent) -> Shape | str:
+    """(T, H, W) from the header of a row's latent, or what is wrong with the file.
+
+    Raises:
+        ManifestError, PathError, UnsafeFileError: see `build_index`.
+        TrainingError: the file system failed time and again.
+    """
+    where = f"{csv_path}:{latent.line}"
+
+    def read() -> tuple[Path, Shape]:
+        path = resolve(csv_path.parent, latent.path)
+        return path, tuple(check_latent(load_tensors(path), path).shape[1:])
+
+    try:
+        path, shape = retried(read)
+    except PathError as error:
+        raise PathError(f"{where}: latent_path: {error}") from error
+    except UnsafeFileError as error:
+        raise UnsafeFileError(f"{where}: {error}") from error
+    except TrainingError as error:
+        raise TrainingError(f"{where}: {error}") from error
+    except SampleError as error:
+        return f"{where}: {error}"
+    for name, size, stored in zip(SIZES, latent.sizes, shape, strict=True):
+        declared = -(-size // STRIDE)
+        if declared not in (0, stored):
+            raise ManifestError(f"{where}: {name} = {size} means {declared} in the latent, but {path} has {stored}")
+    if max(shape[1:]) > MAX_LATENT_SIDE:
+        return f"{where}: {path}: (T, H, W) = {shape}; the model has positions for sides of at most {MAX_LATENT_SIDE}"
+    return shape
+
+
+def _read_many(latents: Latents, shapes: np.ndarray, unknown: np.ndarray, parts: Path) -> list[str]:
+    """As `read_shapes`, of the rows `unknown`, in processes; each part is kept when it is known."""
+    bad: list[str] = []
+    done, progress = 0, Progress(str(latents.csv_path))
+    processes = ProcessPoolExecutor(
+        len(os.sched_getaffinity(0)), mp_context=get_context("spawn"), initializer=_begin_process
+    )
+    try:
+        with processes:
+            for start in range(0, len(shapes), _PART_ROWS):
+                first, last = np.searchsorted(unknown, [start, start + _PART_ROWS])
+                if first == last:
+                    continue
+                tasks = [unknown[i : min(i + _TASK_ROWS, last)] for i in range(first, last, _TASK_ROWS)]
+                answers = processes.map(partial(_read_task, latents.csv_path), map(latents.take, tasks))
+                for rows, answer in zip(tasks, answers, strict=True):
+                    bad += _put(shapes, rows, iter(answer))
+                    done += len(rows)
+                    progress.tell(f"headers of {done:,} of {len(unknown):,} latents read")
+                _keep_part(parts, start, shapes[start : start + _PART_ROWS])
+    except BrokenProcessPool as error:
+        raise TrainingError(
+            f"{latents.csv_path}: a process that read latents' headers was killed, as the system does when memory runs "
+            f"out, after {done:,} of {len(unknown):,}; start again, what is in {parts} is kept"
+        ) from error
+    return bad
+
+
+def _put(shapes: np.ndarray, rows: np.ndarray, found: Iterator[Shape | str]) -> list[str]:
+    """Puts the shapes found into their rows, and returns what else was found."""
+    bad = []
+    for row, shape in zip(rows.tolist(), found, strict=True):
+        if isinstance(shape, str):
+            bad.append(shape)
+        else:
+            shapes[row] = shape
+    return bad
+
+
+def _read_task(csv_path: Path, task: list[Latent]) -> list[Shape | str]:
+    """What a process does at a time."""
+    with ThreadPoolExecutor(_THREADS_OF_MANY) as threads:
+        return list(threads.map(partial(stored_shape, csv_path), task))
+
+
+def _begin_process() -> None:
+    """Leaves Ctrl-C to the parent, and ends this process when the parent is gone: it would wait for work for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def end_with_parent() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _part_path(parts: Path, start: int) -> Path:
+    return parts / f"{start:012}.npy"
+
+
+def _keep_part(parts: Path, start: int, shapes: np.ndarray) -> None:
+    """Writes a part, unless another builder has just finished the index and removed the folder of its parts."""
+    parts.mkdir(parents=True, exist_ok=True)
+    try:
+        with write_atomically(_part_path(parts, start)) as stream:
+            np.save(stream, shapes, allow_pickle=False)
+    except FileNotFoundError:
+        if parts.exists():
+            raise
+
+
+def _fill_from_part(parts: Path, start: int, shapes: np.ndarray) -> None:
+    """Puts what a part knows into `shapes`, where these are zeros; a damaged part is told and not used."""
+    path = _part_path(parts, start)
+    try:
+        part = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        return
+    except (ValueError, EOFError) as error:
+        logger.warning("%s: damaged (%s); its latents' headers are read again", path, error)
+        return
+    if part.dtype != shapes.dtype or part.shape != shapes.shape or (part < 0).any():
+        logger.warning("%s: not a part of this manifest; its latents' headers are read again", path)
+        return
+    unknown = ~shapes.any(axis=1)
+    shapes[unknown] = part[unknown]

@@ -1,0 +1,62 @@
+"""The paths of a manifest: relative to its folder, and of regular files in it."""
+
+import errno
+import posixpath
+import re
+import stat
+from pathlib import Path
+
+from mugv_ds.config.errors import InputError
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+
+
+class ManifestError(InputError):
+    """The CSV is not a manifest. The message names file, line and what is wrong."""
+
+
+class PathError(InputError):
+    """A path of the manifest leads somewhere it must not. The message names it."""
+
+
+def resolve(root: str | Path, relative: str) -> Path:
+    """The real path of the file `relative` to `root`; a missing file is left to who opens it.
+
+    Raises:
+        PathError: the path is absolute, a URL or pipe, leads out of `root` (symlinks followed), or names something that
+            exists and is not a regular file.
+        FileNotFoundError: `root` itself is gone, as when a mount vanishes.
+    """
+    check_lexically(relative)
+    real_root = Path(root).resolve(strict=True)
+    try:
+        path = (real_root / relative).resolve()
+        if not path.is_relative_to(real_root):
+            raise PathError(f"{relative!r} leads out of {root}, to {path}")
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise PathError(f"{relative!r} in {root} is not a regular file")
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    except RuntimeError as error:  # how pathlib reports a loop of symlinks
+        raise PathError(f"{relative!r} in {root}: {error}") from error
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENAMETOOLONG):
+            raise
+        raise PathError(f"{relative!r} in {root}: {error.strerror}") from error
+    return path
+
+
+def check_lexically(relative: str, name: str = "path") -> None:
+    """What can be told of a path without touching the disk.
+
+    Raises:
+        PathError: it is blank, absolute, a URL or pipe, holds a NUL, or climbs out with `..`.
+    """
+    if not relative.strip() or "\0" in relative:
+        raise PathError(f"{name} {relative!r}: must name a file")
+    if relative.startswith("/"):
+        raise PathError(f"{name} {relative!r}: absolute; must be relative to the CSV's folder")
+    if _SCHEME.match(relative):
+        raise PathError(f"{name} {relative!r}: a URL or pipe; must be a file in the CSV's folder")
+    if ".." in relative and posixpath.normpath(relative).partition("/")[0] == "..":
+        raise PathError(f"{name} {relative!r}: leads out of the CSV's folder")
