@@ -28,7 +28,7 @@ from mugv_kernels.qk_norm_rope import ROW
 
 _LIBRARY = "flash_attn.cute.interface"
 _PADDED = 96  # head dimension of `flash4_padded`
-_QUERIES = 65_536  # most queries that go through the backward pass together; see `_backward`
+QUERIES = 65_536  # most queries that go through the backward pass together; see `_backward`
 _HOOK, _KEYWORD = "_bwd_postprocess_convert", "hdim_multiple_of"
 
 
@@ -112,11 +112,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Writes dq, dk and dv, and returns them.
 
-    It takes at most `_QUERIES` queries of a head at once. The multiprocessors, each with its block of keys, go through
+    It takes at most `QUERIES` queries of a head at once. The multiprocessors, each with its block of keys, go through
     the queries out of step, so that all of q, do and dq are wanted at once; they should fit the L2 cache at 0.6 KB a
     query. dk and dv of the parts are summed in fp32.
     """
-    parts = -(-q.shape[1] // _QUERIES)
+    parts = -(-q.shape[1] // QUERIES)
     k_sum, v_sum = (x.new_zeros(x.shape, dtype=torch.float32) if parts > 1 else x for x in (dk, dv))
     pieces = (x.tensor_split(parts, dim=1) for x in (q, o, do, dq))
     for q, o, do, d_part, part in zip(*pieces, log_sum.tensor_split(parts, dim=2), strict=True):

@@ -13,14 +13,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mugv_ds.config.model import HEAD_DIM
-from mugv_ds.models.attention import Attention, MaskedAttention
+from mugv_ds.models.attention import Attention, MaskedAttention, attend_packed
+from mugv_kernels.flash4 import QUERIES
+from mugv_kernels.qk_norm_rope import ROW
 
 # bf16 attention of unit-variance inputs is off by about 2.5e-3 (measured on an H200); a wrong gradient by about 1.
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 5e-3, torch.float32: 1e-4}
 _CHECKED_TOKENS = 16_384  # the exact reference costs N² in fp64
+_LONG_TOKENS = QUERIES + 1_000  # where FlashAttention-4's backward pass goes in parts; checked if the run is longer
+_PADDING = 3  # tokens behind the sequence, as Ulysses has where its ranks do not divide it
 _TIMED_FLOPS = 3e14  # of one forward and backward: heads are left out until it costs no more
 _CHUNK = 1024  # queries that the exact reference holds the scores of at once
 _GRADIENTS = ("o", "dq", "dk", "dv")
@@ -69,11 +74,10 @@ def choose_attention(
         tokens: N of the run.
         heads: heads that one rank computes.
         dtype, device: of q, k and v.
-        keys: L; None for as many as tokens.
+        keys: L of cross-attention; None for self-attention, which is run and timed in the form in which it trains.
     Raises:
         RuntimeError: no backend is right.
     """
-    keys = keys or tokens
     trials = [_try(name, backend, tokens, keys, heads, dtype, device) for name, backend in backends.items()]
     for trial in trials:
         if trial.errors is not None and trial.failure is not None:
@@ -119,21 +123,60 @@ def among_padding(attention: MaskedAttention, key_mask: Tensor) -> Attention:
 
 
 def _try(
-    name: str, backend: Attention, tokens: int, keys: int, heads: int, dtype: torch.dtype, device: torch.device
+    name: str,
+    backend: Attention,
+    tokens: int,
+    keys: int | None,
+    heads: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Trial:
-    checked_tokens, checked_keys = (min(length, _CHECKED_TOKENS) for length in (tokens, keys))
+    cases = [min(tokens, _CHECKED_TOKENS), *([_LONG_TOKENS] if tokens > _LONG_TOKENS else [])]
     try:
-        errors = attention_errors(backend, checked_tokens, dtype, device, checked_keys)
+        errors = [attention_errors(backend, case, dtype, device, keys) for case in cases]
     except Exception as error:
         # Libraries refuse a device, dtype or shape with every kind of exception.
         return Trial(name, failure=f"cannot run: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
-    wrong = [key for key, value in errors.items() if not value <= TOLERANCE[dtype]]
+    # A NaN is worse than any number.
+    worst = {key: max((case[key] for case in errors), key=lambda e: (e != e, e)) for key in errors[0]}
+    wrong = [key for key, value in worst.items() if not value <= TOLERANCE[dtype]]
     if wrong:
-        shown = ", ".join(f"{key} off by {errors[key]:.1e}" for key in wrong)
-        return Trial(name, errors=errors, failure=f"wrong: {shown} (allowed {TOLERANCE[dtype]:.0e})")
-    timed_heads = max(1, min(heads, int(_TIMED_FLOPS / (14.0 * tokens * keys * HEAD_DIM))))
-    milliseconds = _time(backend, random_qkv(tokens, timed_heads, dtype, device, keys)) * heads / timed_heads
-    return Trial(name, milliseconds, errors)
+        shown = ", ".join(f"{key} off by {worst[key]:.1e}" for key in wrong)
+        return Trial(name, errors=worst, failure=f"wrong: {shown} (allowed {TOLERANCE[dtype]:.0e})")
+    timed_heads = max(1, min(heads, int(_TIMED_FLOPS / (14.0 * tokens * (keys or tokens) * HEAD_DIM))))
+    call = _trained(backend, tokens, timed_heads, dtype, device, keys)
+    return Trial(name, _time(call, device) * heads / timed_heads, worst)
+
+
+def _trained(
+    backend: Attention, tokens: int, heads: int, dtype: torch.dtype, device: torch.device, keys: int | None
+) -> Callable[[], tuple[Tensor, ...]]:
+    """Returns a function that runs a backend forward and backward in the way that training does: o, dq, dk, dv.
+
+    Self-attention gets q, k and v in one tensor whose rows are spaced out and which ends in padding, whose numbers are
+    large: a backend that lets them in is visibly wrong. Cross-attention, which has `keys`, gets them apart.
+    """
+    if keys is not None:
+        *inputs, gradient = random_qkv(tokens, heads, dtype, device, keys)
+
+        def call() -> tuple[Tensor, ...]:
+            o = backend(*inputs)
+            return (o.detach(), *torch.autograd.grad(o, inputs, gradient))
+
+        return call
+    q, k, v, gradient = (x.detach() for x in random_qkv(tokens, heads, dtype, device))
+    rows = gradient.new_full((1, tokens + _PADDING, 3, heads, ROW), 50.0)
+    qkv = rows[..., :HEAD_DIM]
+    qkv[:, :tokens] = torch.stack([q, k, v], dim=2)
+    qkv = qkv.detach().requires_grad_()  # a view still, with the strides that training has
+    padded_gradient = F.pad(gradient, (0, 0, 0, 0, 0, _PADDING), value=1.0)
+
+    def call_packed() -> tuple[Tensor, ...]:
+        o = attend_packed(backend, qkv, tokens)
+        (dqkv,) = torch.autograd.grad(o, qkv, padded_gradient)
+        return (o.detach(), *dqkv.unbind(2))
+
+    return call_packed
 
 
 def random_qkv(
@@ -151,17 +194,22 @@ def random_qkv(
 def attention_errors(
     backend: Attention, tokens: int, dtype: torch.dtype, device: torch.device, keys: int | None = None
 ) -> dict[str, float]:
-    """Returns the relative errors ‖x − exact‖ / ‖exact‖ of o, dq, dk and dv by name.
+    """Returns the relative errors ‖x − exact‖ / ‖exact‖ of o, dq, dk and dv by name; see `_trained` for what is run.
 
-    The inputs are random, of two heads, so that strides between heads matter; the first head is compared in fp64.
+    The inputs are random, of two heads, so that strides between heads matter; the first head is compared in fp64. What
+    padding gets has to be exactly 0.
+
+    Args:
+        keys: L of cross-attention; None for self-attention, in the form in which training runs it.
     """
-    q, k, v, gradient = random_qkv(tokens, 2, dtype, device, keys)
-    o = backend(q, k, v)
-    o.backward(gradient)
-    got = [o.detach(), q.grad, k.grad, v.grad]
-    exact = exact_attention(*(x.detach()[0, :, 0].double() for x in (q, k, v, gradient)))
+    got = _trained(backend, tokens, 2, dtype, device, keys)()
+    q, k, v, gradient = (x.detach()[0, :, 0].double() for x in random_qkv(tokens, 2, dtype, device, keys))
+    exact = exact_attention(q, k, v, gradient)
     return {
-        name: float((value[0, :, 0].double() - reference).norm() / reference.norm())
+        name: float(
+            torch.hypot((value[0, : len(reference), 0].double() - reference).norm(), value[0, len(reference) :].norm())
+            / reference.norm()
+        )
         for name, value, reference in zip(_GRADIENTS, got, exact, strict=True)
     }
 
@@ -191,19 +239,12 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor) -> tuple[
     return o, dq, dk, dv
 
 
-def _time(backend: Attention, inputs: list[Tensor], repeats: int = 5) -> float:
-    """Returns the milliseconds of a forward and backward pass: the median of `repeats`, after one to warm up."""
-    *qkv, gradient = inputs
-
-    def call() -> None:
-        for tensor in qkv:
-            tensor.grad = None
-        backend(*qkv).backward(gradient)
-
-    return statistics.median([_milliseconds(call, gradient.device) for _ in range(repeats + 1)][1:])
+def _time(call: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    """Returns the milliseconds of a call: the median of `repeats`, after one to warm up."""
+    return statistics.median([_milliseconds(call, device) for _ in range(repeats + 1)][1:])
 
 
-def _milliseconds(call: Callable[[], None], device: torch.device) -> float:
+def _milliseconds(call: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     begin = time.perf_counter()

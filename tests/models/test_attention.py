@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mugv_kernels.flash4
+from mugv_ds.models import choose_attention as choose_attention_module
 from mugv_ds.models.attention import (
     BACKENDS,
     attend_packed,
@@ -68,6 +69,52 @@ def test_the_reference_is_attention_and_its_gradients():
     with torch.no_grad():
         for one, other in zip(exact_attention(q, k, v, gradient), expected, strict=True):
             torch.testing.assert_close(one, other)
+
+
+class Packed:
+    """A backend that is right when it is called, and whose packed form, which trains, is `packed`."""
+
+    def __init__(self, packed) -> None:
+        self._packed = packed
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sdpa(q, k, v)
+
+    def packed(self, qkv: Tensor, tokens: int) -> Tensor:
+        return self._packed(qkv, tokens)
+
+
+@pytest.mark.regression
+@pytest.mark.parametrize(
+    ("packed", "said"),
+    [
+        (lambda qkv, tokens: qkv[:, :, 0] * 0, "o off by 1.0e"),
+        (lambda qkv, tokens: attend_packed(sdpa, qkv, qkv.shape[1]), "o off by"),
+        (lambda qkv, tokens: attend_packed(sdpa, qkv.contiguous().roll(1, 3), tokens), "o off by"),
+        (lambda qkv, tokens: attend_packed(planted("dk"), qkv, tokens), "dk off by 5"),
+    ],
+    ids=["zeros", "padding takes part", "heads mixed up", "one gradient"],
+)
+def test_what_is_checked_is_the_form_that_trains(packed, said):
+    """A backend whose packed path returned zeros was taken for right, because its plain one was called."""
+    name, trials = choose({"packed": Packed(packed), "sdpa": sdpa})
+    assert name == "sdpa" and said in trials["packed"].failure
+    right = Packed(lambda qkv, tokens: attend_packed(sdpa, qkv, tokens))
+    assert max(attention_errors(right, 50, torch.float32, CPU).values()) < 1e-5
+
+
+@pytest.mark.regression
+def test_a_run_longer_than_the_split_is_checked_there_too(monkeypatch):
+    def wrong_when_long(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return planted("dv" if q.shape[1] > 30 else "none")(q, k, v)
+
+    monkeypatch.setattr(choose_attention_module, "_CHECKED_TOKENS", 20)
+    backends = {"long": wrong_when_long, "sdpa": sdpa}
+    monkeypatch.setattr(choose_attention_module, "_LONG_TOKENS", 60)
+    assert choose(backends)[1]["long"].failure is None, "50 tokens are not longer than the split"
+    monkeypatch.setattr(choose_attention_module, "_LONG_TOKENS", 40)
+    assert "dv off by" in choose(backends)[1]["long"].failure
+    assert choose_attention_module.__dict__["QUERIES"] == mugv_kernels.flash4.QUERIES
 
 
 def test_sdpa_is_right():
@@ -208,7 +255,7 @@ def test_masked_backends_are_right_on_this_gpu(name, masked, tokens):
 
 @pytest.mark.parametrize("queries", [6, 7, 100])
 def test_flash4_sums_the_parts_of_its_backward_pass(queries, formula, monkeypatch):
-    monkeypatch.setattr(mugv_kernels.flash4, "_QUERIES", queries)
+    monkeypatch.setattr(mugv_kernels.flash4, "QUERIES", queries)
     assert max(attention_errors(BACKENDS["flash4"], 20, torch.float32, CPU).values()) < 1e-5
 
 
@@ -216,7 +263,7 @@ def test_flash4_sums_the_parts_of_its_backward_pass(queries, formula, monkeypatc
 @pytest.mark.parametrize("name", ["flash4", "sdpa"])
 def test_padding_takes_no_part_in_packed_attention(name, queries, formula, monkeypatch):
     """Its o and its gradients are zero, whatever its q, k and v are."""
-    monkeypatch.setattr(mugv_kernels.flash4, "_QUERIES", queries)
+    monkeypatch.setattr(mugv_kernels.flash4, "QUERIES", queries)
     qkv, gradient = torch.randn(2, 20, 3, 2, 72), torch.randn(2, 20, 2, 72)
     qkv[:, 17:] = 1e4
     qkv.requires_grad_()
