@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mugv_ds.config.errors import PeerError
+from mugv_ds.config.errors import PeerError, status_of
 from mugv_ds.config.model import LATENT_CHANNELS
 from mugv_ds.config.schema import DataSection
 from mugv_ds.data.readers import Batch
@@ -114,7 +114,8 @@ class Feed:
 
     def _agree(self, failure: Exception | None) -> None:
         """The ranks that would wait for a sample that cannot be read stop instead."""
-        failed = torch.tensor([failure is not None], dtype=torch.int32, device=self.process.device)
+        status = 0 if failure is None else status_of(failure)
+        failed = torch.tensor([status], dtype=torch.int32, device=self.process.device)
         dist.broadcast(failed, self.process.sequence_source, group=self.process.group)
         if failed.item() and failure is None:
-            raise PeerError(f"rank {self.process.sequence_source} could not read a sample, and says why")
+            raise PeerError(f"rank {self.process.sequence_source} could not read a sample, and says why", failed.item())
