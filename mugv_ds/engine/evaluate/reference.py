@@ -22,6 +22,7 @@ from mugv_ds.data.reference import REFERENCE_SCHEMA, ReferenceKey, read_referenc
 from mugv_ds.data.run_data import RunData
 from mugv_ds.engine.evaluate.evaluate import Evaluator, Measured
 from mugv_ds.engine.feed import Feed
+from mugv_ds.engine.guard.stopping import stop_if_asked
 from mugv_ds.engine.process import Process
 
 
@@ -50,6 +51,7 @@ class ReferenceModel:
 
     def __init__(self, config: TrainConfig, process: Process, engine: PipelineEngine, data: RunData) -> None:
         self._config, self._process, self._data = config, process, data
+        self._alive = partial(stop_if_asked, process.host)
         feed = Feed(engine.module, process, config.data, config.model.dit().caption_channels)
         self._evaluator = Evaluator(process, engine, feed, config.data.num_workers)
 
@@ -96,7 +98,7 @@ class ReferenceModel:
         reader, sizes = self._data.readers.readers[source + 1], self._data.plan.streams[source].sizes
         parts = []
         for _, measured, quarantined in self._evaluator.measure(
-            reader, lambda shape: sizes[shape].micro, visits=self._visits(source), replace=True
+            reader, lambda shape: sizes[shape].micro, visits=self._visits(source), replace=True, alive=self._alive
         ):
             parts.append(measured)
             for bad in quarantined if self._process.rank == 0 else ():
@@ -108,7 +110,7 @@ class ReferenceModel:
         if reader is None:
             return None
         sizes = self._data.batch_sizes(reader)
-        parts = self._evaluator.measure(reader, lambda shape: sizes[shape].micro)
+        parts = self._evaluator.measure(reader, lambda shape: sizes[shape].micro, alive=self._alive)
         return Measured.concatenate(measured for _, measured, _ in parts).table(len(reader.samples.index), 1)
 
     def _visits(self, source: int) -> int:
