@@ -8,6 +8,7 @@ by themselves; and when DeepSpeed's launcher is killed the exit status is that o
 
 import argparse
 import base64
+import contextlib
 import ctypes
 import json
 import os
@@ -64,15 +65,12 @@ class Launch:
 
     def _look(self) -> None:
         """Notes ranks that have been started, and tells each once if they are to stop."""
-        try:
-            children = psutil.Process(self._launcher.pid).children()
-        except psutil.NoSuchProcess:
-            return
-        for child in children:
-            told = self._ranks.setdefault(child.pid, False)
-            if self._asked and not told:
-                child.send_signal(_TOLD)
-                self._ranks[child.pid] = True
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that has just ended, which `wait` sees next
+            for child in psutil.Process(self._launcher.pid).children():
+                told = self._ranks.setdefault(child.pid, False)
+                if self._asked and not told:
+                    child.send_signal(_TOLD)
+                    self._ranks[child.pid] = True
 
     def _ended(self, pid: int) -> int:
         """Waits for a rank that has become a child of this process."""

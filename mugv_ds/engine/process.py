@@ -202,8 +202,9 @@ def bound_groups(timeout: timedelta) -> None:
 def raise_file_limit() -> None:
     """Raises the soft limit of open files towards the hard one.
 
-    Every rank holds a connection to every other for each of the two gloo meshes in `Process`, on a CPU also for those
-    of DeepSpeed: with 512 ranks these are 1,022 of the 1,024 files that many systems allow at first.
+    A rank holds up to one connection to every other in each of the two gloo meshes of `Process`, on a CPU also in those
+    of DeepSpeed, and rank 0 two more to every rank, as it holds the store: with 512 ranks 1,022 and 2,044, where many
+    systems allow 1,024 at first.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)

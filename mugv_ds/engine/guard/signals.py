@@ -44,7 +44,8 @@ class StopSignals:
                 words = process.cmdline()
             except psutil.Error:  # gone, or another user's
                 return False
-            return any(word.rpartition("/")[2] in _LAUNCHERS for word in words)
+            program, *words = (word.rpartition("/")[2] for word in words or [""])
+            return program.startswith("python") and any(word in _LAUNCHERS for word in words[:3])  # -u -m deepspeed.…
 
         def lives(process: psutil.Process) -> bool:
             try:
@@ -53,9 +54,10 @@ class StopSignals:
                 return False
 
         launchers = [process for process in psutil.Process().parents() if is_launcher(process)]
-        while all(map(lives, launchers)):
+        while launchers and all(map(lives, launchers)):
             threading.Event().wait(_LOOK_EVERY)
-        self.received = self.received or GONE
+        if launchers:
+            self.received = self.received or GONE
 
 
 def name(number: int) -> str:
