@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mugv_ds.config import load_config
+from mugv_ds.config import InputError, PeerError, Status, load_config
 from mugv_ds.config.environment import read_environment
 from mugv_ds.config.errors import ConfigError
 from mugv_ds.engine.build import build_engine
-from mugv_ds.engine.process import raise_file_limit, start_process
+from mugv_ds.engine.process import HostGroup, raise_file_limit, start_process
 from tests.helpers.dataset import write_config, write_dataset
 from tests.helpers.distributed import run_ranks
 
@@ -42,6 +42,20 @@ def test_every_group_takes_the_timeout_of_the_config(tmp_path):
         seconds = json.loads((tmp_path / f"timeouts-{rank}").read_text())
         # The default one, two for the host, the sequence's; the others are DeepSpeed's.
         assert len(seconds) > 4 and set(seconds) == {4321.0 + 300.0}, seconds
+
+
+def fail_differently() -> None:
+    """Rank 0 finds the input wrong, rank 1 cannot go on, rank 2 fails at nothing."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    failure = [InputError("wrong"), ZeroDivisionError(), None][rank]
+    with pytest.raises((InputError, ZeroDivisionError, PeerError)) as caught:
+        HostGroup(dist.group.WORLD).raise_together(failure)
+    assert isinstance(caught.value, PeerError) == (rank == 2) and caught.value.status == Status.FAILED
+
+
+def test_the_worst_status_of_several_failures_counts_on_all_ranks():
+    run_ranks(3, fail_differently)
 
 
 def test_the_limit_of_open_files_is_raised():
