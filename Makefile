@@ -9,8 +9,7 @@ FORMAT ?= pt
 NOISE ?= paired
 GAMMA ?= 0.9
 # One host, no ssh. For several hosts see the README.
-LAUNCH = $(BIN)/python tools/check_hostfile.py $(HOSTFILE) && $(BIN)/deepspeed --hostfile $(HOSTFILE) --no_ssh \
-	--node_rank 0 --master_addr 127.0.0.1
+LAUNCH = $(BIN)/python tools/launch.py --hostfile $(HOSTFILE)
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart demo-data train dry-run balance convert-hf import-hf widen sample test test-long \

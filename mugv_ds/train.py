@@ -4,14 +4,21 @@ deepspeed --hostfile hostfiles/localhost --no_ssh --node_rank 0 --master_addr 12
     mugv_ds/train.py --config ds_configs/debug.json --set schedule.steps=20
 """
 
-import argparse
 import os
+
+from mugv_ds.engine.guard.signals import SIGNALS
+
+if __name__ == "__main__" and "RANK" in os.environ:
+    SIGNALS.listen()  # from here on a signal ends nothing half-way: what is imported below takes seconds
+
+import argparse
 import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from mugv_ds.config import TrainConfig, exit_status, load_config
+from mugv_ds.config import ConfigError, Status, TrainConfig, exit_status, load_config
+from mugv_ds.config.environment import given_world_size, read_environment
 from mugv_ds.config.hostfile import check_launcher
 
 if TYPE_CHECKING:  # the rest of the package is imported when it is needed: a wrong command line answers at once
@@ -46,20 +53,25 @@ def start(config: TrainConfig, resume: bool = True) -> Start:
 
     Raises:
         InputError: config, data or weights cannot be used. PeerError: another rank met an error.
+        Stopped: a rank was asked to stop.
     """
     from mugv_ds.data.run_data import RunData
     from mugv_ds.engine.build import build_engine
+    from mugv_ds.engine.guard.stopping import stop_if_asked
     from mugv_ds.engine.process import check_same, start_process
     from mugv_ds.models.flops import SampleCost
     from mugv_ds.weights.start import find_weights, load_into, saved_start
 
     process = start_process(config)
+    stop_if_asked(process.host)
     data = RunData(config, SampleCost.of(config), process.layout.data, process.host.first_then_all)
+    stop_if_asked(process.host)
     check_same(data.content(), process.host, "all hosts must read the same files; copy them anew and start again")
     saved = process.host.first(lambda: saved_start(config) if resume else None)
     weights = find_weights(config, saved, process.host.first)
     load = partial(load_into, weights.path, config.model.dit()) if saved is None and weights.path else None
     engine = build_engine(config, process, shape=data.typical_shape, weights=load)
+    stop_if_asked(process.host)
     return Start(process, data, engine, weights)
 
 
@@ -80,13 +92,12 @@ def train(config: TrainConfig) -> int:
 
     Raises:
         InputError: config, data, weights or checkpoint cannot be used. TrainingError: the run cannot go on.
-        PeerError: another rank met an error.
+        PeerError: another rank met an error. Stopped: a rank was asked to stop before the first step.
     """
     import torch.distributed as dist
 
     from mugv_ds.checkpoint.store import Store
     from mugv_ds.engine.ema import PowerEma
-    from mugv_ds.engine.guard.signals import STOPPED
     from mugv_ds.engine.loop import Trainer
     from mugv_ds.engine.preview import Previews
     from mugv_ds.sampling.sampler import sample_latents
@@ -113,23 +124,20 @@ def train(config: TrainConfig) -> int:
     finally:
         store.close()
     dist.destroy_process_group()  # without it some processes abort at exit
-    return STOPPED if stopped else 0
+    return Status.AGAIN if stopped else Status.DONE
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parses the command line; returns the exit status.
-
-    0: done. 1: the run cannot go on. 2: one line says what to change. 75: saved or hung, start again.
-    """
+    """Parses the command line; returns the exit status, one of `config.errors.Status`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="JSON file of ds_configs/")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a value")
     parser.add_argument("--dry-run", action="store_true", help="print layout, sizes and merged config; start nothing")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher gives it; it is in the environment too
     arguments = parser.parse_args(argv)
-    world_size = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
 
     def run() -> int:
+        world_size = given_world_size()
         config = load_config(arguments.config, arguments.set)
         if arguments.dry_run:
             from mugv_ds.plan.describe import describe
@@ -137,8 +145,8 @@ def main(argv: list[str] | None = None) -> int:
             print(describe(config, world_size))
             return 0
         if world_size is None:
-            parser.error("started without the deepspeed launcher; see the command above, or use --dry-run")
-        check_launcher(world_size)
+            raise ConfigError("started without the deepspeed launcher; see the command in --help, or use --dry-run")
+        check_launcher(read_environment().world_size)
         return train(config)
 
     return exit_status(run)

@@ -4,11 +4,18 @@ deepspeed --hostfile hostfiles/localhost --no_ssh --node_rank 0 --master_addr 12
     tools/reference.py --config ds_configs/dpo.json
 """
 
-import argparse
 import os
+
+from mugv_ds.engine.guard.signals import SIGNALS
+
+if __name__ == "__main__" and "RANK" in os.environ:
+    SIGNALS.listen()  # from here on a signal ends nothing half-way: what is imported below takes seconds
+
+import argparse
 from collections.abc import Sequence
 
 from mugv_ds.config import ConfigError, TrainConfig, exit_status, load_config
+from mugv_ds.config.environment import given_world_size, read_environment
 from mugv_ds.config.hostfile import check_launcher
 
 
@@ -17,7 +24,7 @@ def write(config: TrainConfig) -> None:
 
     Raises:
         InputError: config, data or weights cannot be used.
-        TrainingError, PeerError: as in training.
+        TrainingError, PeerError, Stopped: as in training.
     """
     import torch.distributed as dist
 
@@ -37,14 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a value")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher gives it; it is in the environment too
     arguments = parser.parse_args(argv)
-    if "WORLD_SIZE" not in os.environ:
-        parser.error("started without the deepspeed launcher; see the command above")
 
     def run() -> int:
+        if given_world_size() is None:
+            raise ConfigError("started without the deepspeed launcher; see the command in --help")
         config = load_config(arguments.config, arguments.set)
         if config.preference is None or not any(source.reference for source in config.preference.sources):
             raise ConfigError(f"{arguments.config}: no source of a preference section names a reference file to write")
-        check_launcher(int(os.environ["WORLD_SIZE"]))
+        check_launcher(read_environment().world_size)
         write(config)
         return 0
 

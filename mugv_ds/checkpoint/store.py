@@ -414,7 +414,7 @@ class Store:
 
     def _refusal(self, text: str) -> Exception:
         """The error of what all ranks know: it is printed once."""
-        return CheckpointError(text) if self._rank == 0 else PeerError(text)
+        return CheckpointError(text) if self._rank == 0 else PeerError(text, CheckpointError.status)
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:

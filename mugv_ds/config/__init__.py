@@ -1,6 +1,15 @@
 """Configuration: the schema, its loading, and what is checked before anything is allocated."""
 
-from mugv_ds.config.errors import CheckpointError, ConfigError, InputError, PeerError, TrainingError, exit_status
+from mugv_ds.config.errors import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    PeerError,
+    Status,
+    Stopped,
+    TrainingError,
+    exit_status,
+)
 from mugv_ds.config.load import load_config
 from mugv_ds.config.model import PRESETS, DiTConfig
 from mugv_ds.config.schema import TrainConfig
@@ -12,6 +21,8 @@ __all__ = [
     "DiTConfig",
     "InputError",
     "PeerError",
+    "Status",
+    "Stopped",
     "TrainConfig",
     "TrainingError",
     "exit_status",

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
+from mugv_ds.config.errors import Stopped
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.data.loader import loader
 from mugv_ds.data.plan import PlannedStep
@@ -131,7 +132,11 @@ class Trainer:
                 self._save(step, recorder, result, stop)
                 if stop and step < steps:
                     return True
-                self._look(step, recorder, result)
+                try:
+                    self._look(step, recorder, result)
+                except Stopped:  # before all was measured or written, which is then done when the run goes on
+                    self._save(step, recorder, result, stop=True)
+                    return True
                 if step >= steps:
                     return False
                 with profiled(logging, step + 1, self.process):

@@ -3,7 +3,7 @@
 import io
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from mugv_ds.config.schema import LoggingSection
+from mugv_ds.engine.optional import OptionalOutput
 
 # Dense bf16 peak in TFLOP/s by a part of the device's name, from NVIDIA's data sheets (SXM).
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0}
@@ -89,6 +90,8 @@ class OptimizerProbe:
 class Recorder:
     """Writes the scalars of every `logging.every`-th step; on rank 0, all ranks take part.
 
+    Where the folder does not take them, that is said once and the run goes on without.
+
     Args:
         section: the config. rank: global rank. world_size: processes. steps: of the run, start: first step of this
         process's part. peak: dense bf16 TFLOP/s of one device, or None.
@@ -100,9 +103,21 @@ class Recorder:
         self._every, self._world_size, self._peak, self._steps = section.every, world_size, peak, steps
         # What an earlier process wrote up to the step that this one goes on from holds.
         purge = start + 1 if start else 0
-        self._writer = SummaryWriter(section.dir, purge_step=purge) if rank == 0 else None
+        self._says, self._writer = rank == 0, None
+        self._output = OptionalOutput(f"logging.dir = {section.dir}")
+        if rank == 0:
+            self._output.attempt(lambda: self._open(section.dir, purge))
         self._bar = tqdm(total=steps, initial=start, disable=rank != 0 or not section.progress, unit="step")
         self._begin_window()
+
+    def _open(self, folder: str, purge: int) -> None:
+        self._writer = SummaryWriter(folder, purge_step=purge)
+
+    def _attempt(self, write: Callable[[], None]) -> None:
+        """Writes, where this rank does, until the folder does not take it."""
+        # The thread that writes for TensorBoard ends with its first error, and every call afterwards repeats it.
+        if self._writer is not None and not self._output.attempt(write):
+            self._writer = None
 
     def _begin_window(self) -> None:
         self._begin = time.perf_counter()
@@ -227,26 +242,31 @@ class Recorder:
 
     def write(self, step: int, scalars: Iterable[tuple[str, float]]) -> None:
         """Writes scalars at this step; on ranks other than 0 nothing happens."""
-        if self._writer is not None:
+
+        def write() -> None:
             for name, value in scalars:
                 self._writer.add_scalar(name, value, step)
 
+        self._attempt(write)
+
     def write_gif(self, step: int, name: str, gif: bytes) -> None:
         """Writes an animated GIF at this step; on ranks other than 0 nothing happens."""
-        if self._writer is not None:
+
+        def write() -> None:
             with Image.open(io.BytesIO(gif)) as image:
                 width, height = image.size
             shown = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
             summary = Summary(value=[Summary.Value(tag=name, image=shown)])
             self._writer.file_writer.add_summary(summary, step)  # its own `add_video` needs moviepy
 
+        self._attempt(write)
+
     def say(self, line: str) -> None:
         """Prints a line above the progress bar, on rank 0."""
-        if self._writer is not None:
+        if self._says:
             tqdm.write(line)
 
     def close(self) -> None:
         """Ends the bar and flushes the events."""
         self._bar.close()
-        if self._writer is not None:
-            self._writer.close()
+        self._attempt(lambda: self._writer.close())

@@ -19,6 +19,7 @@ from mugv_ds.data.readers import FlowSamples
 from mugv_ds.data.sample import SampleError, read_patiently, read_row
 from mugv_ds.data.video import encode_gif, to_frames, video_name, write_mp4
 from mugv_ds.engine.metrics import Recorder
+from mugv_ds.engine.optional import OptionalOutput
 from mugv_ds.engine.process import Process
 from mugv_ds.models.codec import LinearCodec
 from mugv_ds.parallel.inference import PipelinedModel
@@ -47,7 +48,7 @@ class Previews:
         sample: `mugv_ds.sampling.sampler.sample_latents`.
 
     Raises:
-        ConfigError: the manifest is too short, or a row, the null text, the codec or the folder cannot be used.
+        ConfigError: the manifest is too short, or a row, the null text or the codec cannot be used.
         PeerError: another rank says why.
     """
 
@@ -61,6 +62,7 @@ class Previews:
     ) -> None:
         self._section, self._data, self._flow = config.preview, config.data, config.flow
         self._process, self._model, self._sample = process, PipelinedModel(module), sample
+        self._output = OptionalOutput(f"preview.dir = {config.preview.dir}")
         process.host.attempt(lambda: self._read(index, config.model.dit().caption_channels))
 
     def _read(self, index: Index, channels: int) -> None:
@@ -77,10 +79,7 @@ class Previews:
         self._null_text = FlowSamples(index, self._data, self._flow, channels).null_text()
         if self._process.rank == 0:
             self._codec = self._load_codec()
-            try:
-                Path(self._section.dir).mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ConfigError(f"preview.dir = {self._section.dir}: {error.strerror}; name another folder") from None
+            self._output.attempt(lambda: Path(self._section.dir).mkdir(parents=True, exist_ok=True))
 
     def _prompt(self, index: Index, row: int, channels: int) -> Prompt:
         tokens = self._data.max_text_tokens
@@ -100,16 +99,14 @@ class Previews:
             raise ConfigError(f"preview.codec = {path}: not a codec: {str(error).splitlines()[0]}") from error
 
     def write(self, step: int, recorder: Recorder, alive: Callable[[], None]) -> None:
-        """Makes the previews after `step` steps.
+        """Makes the previews after `step` steps; where the folder does not take them, that is said once.
 
         Args:
-            recorder: of the run. alive: called now and then.
-
-        Raises:
-            ConfigError: on rank 0, the folder cannot be written to. PeerError: on the others.
+            recorder: of the run. alive: called now and then, on all ranks equally often; may end it by an error.
         """
         latents = self._latents(alive)
-        self._process.host.first(lambda: self._write(step, latents, recorder))
+        if self._process.rank == 0:
+            self._output.attempt(lambda: self._write(step, latents, recorder))
 
     def _latents(self, alive: Callable[[], None]) -> list[Tensor]:
         """[24, T, H, W] of every row, on the CPU of rank 0; nothing on other ranks."""
@@ -162,14 +159,9 @@ class Previews:
 
     def _write(self, step: int, latents: list[Tensor], recorder: Recorder) -> None:
         folder = Path(self._section.dir) / f"step-{step:06d}"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for number, (row, latent) in enumerate(zip(self._rows, latents, strict=True)):
-                self._write_one(folder / video_name(number, row.caption or row.sample_id), row, latent, step, recorder)
-        except OSError as error:
-            raise ConfigError(
-                f"preview.dir = {self._section.dir}: {error}; make room or name another folder"
-            ) from error
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, (row, latent) in enumerate(zip(self._rows, latents, strict=True)):
+            self._write_one(folder / video_name(number, row.caption or row.sample_id), row, latent, step, recorder)
 
     def _write_one(self, path: Path, row: Row, latent: Tensor, step: int, recorder: Recorder) -> None:
         if self._codec is None:

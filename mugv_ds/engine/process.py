@@ -2,8 +2,10 @@
 
 import json
 import os
+import resource
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -13,13 +15,17 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
-from mugv_ds.config.errors import ConfigError, PeerError
+from mugv_ds.config.environment import LaunchEnvironment, read_environment
+from mugv_ds.config.errors import ConfigError, PeerError, status_of
 from mugv_ds.config.load import leaves
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.parallel.layout import Layout, RankCoordinates, sequence_group
 
+_PATIENCE_SECONDS = 1.0  # between two looks at whether rank 0 is done
 _AFTER_WATCHDOG = timedelta(minutes=5)
+_MOST_FILES = 65_536  # some programs walk over all descriptors that they may have
 
 T = TypeVar("T")
 
@@ -60,7 +66,7 @@ class HostGroup:
         """Calls `function` on this rank and returns its result once it has succeeded on every rank.
 
         Raises:
-            Exception: what `function` raised here. PeerError: it failed on another rank.
+            Exception: what `function` raised here. PeerError: it failed on another rank, with its exit status.
         """
         result, failure = None, None
         try:
@@ -72,15 +78,25 @@ class HostGroup:
 
     def raise_together(self, failure: Exception | None) -> None:
         """Raises `failure` where there is one and, if any rank has one, PeerError elsewhere."""
-        self.raise_if(self.rows(torch.tensor([failure is not None], dtype=torch.uint8)).flatten().tolist(), failure)
+        own = 0 if failure is None else status_of(failure)
+        self.raise_if(self.rows(torch.tensor([own], dtype=torch.uint8)).flatten().tolist(), failure)
 
-    def raise_if(self, failed: Sequence[float], failure: Exception | None) -> None:
-        """Does what `raise_together` does, where every rank knows already which ones failed."""
-        if failure is not None:
-            raise failure
-        if any(failed):
-            first = next(rank for rank, value in enumerate(failed) if value)
-            raise PeerError(f"rank {first} failed, and says why")
+    def raise_if(self, statuses: Sequence[float], failure: Exception | None) -> None:
+        """Does what `raise_together` does, where every rank knows already which ones failed.
+
+        The failures take the worst status among them, on all ranks: the launcher passes on that of any.
+
+        Args:
+            statuses: of each rank, the exit status of its failure; 0 where there is none.
+        """
+        failed = [(int(status), rank) for rank, status in enumerate(statuses) if status]
+        if not failed:
+            return
+        status, first = min(failed)
+        if failure is None:
+            raise PeerError(f"rank {first} failed, and says why", status)
+        failure.status = status
+        raise failure
 
     def first(self, function: Callable[[], T]) -> T:
         """Calls `function` on rank 0; its result, of the types that JSON has, is returned on all ranks.
@@ -94,10 +110,18 @@ class HostGroup:
     def first_then_all(self, function: Callable[[], T]) -> T:
         """Calls `function` on rank 0 and then, what it prepared being there, on the others.
 
+        However long rank 0 takes, as for the index of millions of files, no collective waits for it for more than a
+        second, so that none of them runs into its time-out.
+
         Raises:
             Exception: what `function` raised here. PeerError: it failed on another rank.
         """
-        result = self.attempt(function if self.rank == 0 else lambda: None)
+        with ThreadPoolExecutor(1, "first") as thread:
+            first = thread.submit(function if self.rank == 0 else lambda: None)
+            wait([first], timeout=_PATIENCE_SECONDS)
+            while not self.all(first.done()):
+                wait([first], timeout=_PATIENCE_SECONDS)
+        result = self.attempt(first.result)
         others = self.attempt(function if self.rank != 0 else lambda: None)
         return result if self.rank == 0 else others
 
@@ -122,7 +146,8 @@ class HostGroup:
                 why if len(ranks) == self.world_size else f"rank {', '.join(ranks)}: {why}"
                 for why, ranks in ranks_of.items()
             )
-            raise (error if self.rank == 0 else PeerError)(text) from failure
+            said = error(text)
+            raise (said if self.rank == 0 else PeerError(text, status_of(said))) from failure
         return [message["result"] for message in messages]
 
 
@@ -154,16 +179,20 @@ def start_process(config: TrainConfig) -> Process:
     """Joins the process group that the launcher describes in the environment.
 
     Raises:
-        ConfigError: the layout does not fit the number of processes, or the ranks' configs differ.
+        ConfigError: the environment is not that of a launch, rank 0 cannot be reached or its port is taken, the layout
+            does not fit the number of processes, or the ranks' configs differ.
         PeerError: another rank's config differs.
     """
+    environment = read_environment()
+    raise_file_limit()
     # DeepSpeed 0.19 calls a collective that torch 2.13 has renamed, and every rank would say so.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
-    device = _device()
+    device = _device(environment)
     # Later than the watchdog, which can say who holds the run up.
     timeout = timedelta(seconds=config.guard.timeout_s) + _AFTER_WATCHDOG
-    deepspeed.init_distributed("gloo" if device.type == "cpu" else "nccl", verbose=False, timeout=timeout)
-    host, background = (HostGroup(dist.new_group(backend="gloo", timeout=timeout)) for _ in range(2))
+    bound_groups(timeout)
+    _join(environment, "gloo" if device.type == "cpu" else "nccl", timeout)
+    host, background = (HostGroup(dist.new_group(backend="gloo")) for _ in range(2))
     check_same_config(config, host)
     layout = Layout.fit(config.parallel, host.world_size)
     rank = dist.get_rank()
@@ -171,18 +200,55 @@ def start_process(config: TrainConfig) -> Process:
     return Process(rank, layout, layout.coordinates(rank), device, group, host, background)
 
 
-def _device() -> torch.device:
+def bound_groups(timeout: timedelta) -> None:
+    """Gives every process group that is made from now on this time-out, DeepSpeed's and those of a sequence included.
+
+    Left alone they take torch's, for NCCL 10 minutes. That is less than the watchdog waits: a rank that hangs inside a
+    step would end the others with an abort that names nobody. Torch has no call for it; it looks these two up when a
+    group is made without a time-out of its own.
+    """
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
+
+
+def raise_file_limit() -> None:
+    """Raises the soft limit of open files towards the hard one.
+
+    A rank holds up to one connection to every other in each of the two gloo meshes of `Process`, on a CPU also in those
+    of DeepSpeed, and rank 0 two more to every rank, as it holds the store: with 512 ranks 1,022 and 2,044, where many
+    systems allow 1,024 at first.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _join(environment: LaunchEnvironment, backend: str, timeout: timedelta) -> None:
+    """Joins the default process group.
+
+    Raises:
+        ConfigError: rank 0 cannot listen at the launch's address, or is not reached there.
+    """
+    try:
+        deepspeed.init_distributed(backend, verbose=False, timeout=timeout)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        at = f"MASTER_ADDR:MASTER_PORT = {environment.master_addr}:{environment.master_port}"
+        why = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{at}: {why}; name the first host and one of its free ports (--master_addr, --master_port)"
+        ) from error
+
+
+def _device(environment: LaunchEnvironment) -> torch.device:
     """The device of this process; on a CPU, where processes share the cores, this sets how many threads one takes."""
-    local_rank = int(os.environ["LOCAL_RANK"])
     accelerator = get_accelerator()
-    device = torch.device(accelerator.device_name(local_rank))
+    device = torch.device(accelerator.device_name(environment.local_rank))
     if device.type == "cpu":
         # Its shared-memory collectives would be compiled at start; gloo does what a CPU run needs.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        local_processes = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
-        torch.set_num_threads(max((os.cpu_count() or 1) // local_processes, 1))
+        torch.set_num_threads(max((os.cpu_count() or 1) // environment.local_size, 1))
     else:
-        accelerator.set_device(local_rank)
+        accelerator.set_device(environment.local_rank)
     return device
 
 

@@ -1,7 +1,9 @@
 """Hostfiles, and what the launcher above a training process was told about them."""
 
 import argparse
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -225,14 +227,58 @@ def test_slurm_hostfile_fails(tmp_path, slurm, env, expected):
     assert done.stderr.count("\n") == 1
 
 
+# Says what it was started with where that is the launch of a host.
+PYTHON = f"""#!/bin/bash
+[ "$1" = tools/launch.py ] || exec {sys.executable} "$@"
+cat "$3"; printf "<%s>" "$@"; echo
+"""
+
+
+def write_named_config(folder: Path) -> str:
+    """A config whose checkpoints go to `checkpoints` in the folder."""
+    values = {"extends": str(ROOT / "ds_configs/debug.json"), "checkpoint": {"dir": str(folder / "checkpoints")}}
+    write(folder / "a b.json", json.dumps(values))
+    return "a b.json"
+
+
+def test_a_job_that_is_queued_again_must_find_its_checkpoint(tmp_path, slurm):
+    """Neither at first nor if it was stopped before it saved; but from then on, also when the file system is gone."""
+    binaries, log, checkpoints = tmp_path / "bin", tmp_path / "started", tmp_path / "checkpoints"
+    script = f"""#!/bin/bash
+    echo "$@" >>{log}
+    if [ -e {tmp_path}/saves ]; then mkdir -p {checkpoints} && touch {checkpoints}/latest; fi
+    exit $(cat {tmp_path}/status)
+    """
+    executable(binaries / "srun", script)
+    executable(binaries / "scontrol", '#!/bin/sh\n[ "$1" = requeue ] && exit\n' + (binaries / "scontrol").read_text())
+    (tmp_path / "tools").symlink_to(ROOT / "tools")
+    (tmp_path / "hostfiles").mkdir()
+    command = ["bash", "tools/train.slurm", "--config", write_named_config(tmp_path)]
+
+    def job(status: int) -> bool:
+        """One start of the job; returns whether it had to find a checkpoint."""
+        write(tmp_path / "status", str(status))
+        done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **slurm}, timeout=60)
+        assert done.returncode == status
+        return "--set checkpoint.resume=must" in log.read_text().splitlines()[-1]
+
+    assert not job(75)
+    (tmp_path / "saves").touch()
+    assert not job(75) and job(75)
+    shutil.rmtree(checkpoints)
+    (tmp_path / "saves").unlink()
+    assert job(2), "the mount is gone"
+    assert job(0) and not job(0), "a run that is done leaves no mark behind"
+
+
 def test_slurm_script_starts_one_launcher_a_host(tmp_path, slurm):
     binaries = tmp_path / "bin"
     executable(binaries / "srun", '#!/bin/bash\nshift 2\nfor i in 0 1; do SLURM_PROCID=$i "$@" || exit; done\n')
-    executable(binaries / "deepspeed", '#!/bin/bash\ncat "$2"\nprintf "<%s>" "$@"; echo\n')
+    executable(binaries / "python", PYTHON)
     (tmp_path / "tools").symlink_to(ROOT / "tools")
     (tmp_path / "hostfiles").mkdir()
     done = subprocess.run(
-        ["bash", "tools/train.slurm", "--config", "a b.json"],
+        ["bash", "tools/train.slurm", "--config", write_named_config(tmp_path)],
         cwd=tmp_path,
         env={**os.environ, **slurm},
         capture_output=True,
@@ -240,14 +286,14 @@ def test_slurm_script_starts_one_launcher_a_host(tmp_path, slurm):
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    start = "<--hostfile><hostfiles/slurm_7><--no_ssh><--node_rank>"
+    start = "<tools/launch.py><--hostfile><hostfiles/slurm_7><--node_rank>"
     rest = "<--master_addr><n1><mugv_ds/train.py><--config><a b.json>"
     hosts = ["n1 slots=8", "n2 slots=8"]
     assert done.stdout.splitlines()[1:] == [*hosts, f"{start}<0>{rest}", *hosts, f"{start}<1>{rest}"]
     assert not (tmp_path / "hostfiles" / "slurm_7").exists()
 
 
-@pytest.mark.parametrize(("status", "requeued"), [(75, True), (1, False), (0, False)])
+@pytest.mark.parametrize(("status", "requeued"), [(75, True), (1, False), (2, False), (0, False)])
 def test_slurm_script_passes_the_signal_on_and_requeues_what_was_saved(tmp_path, slurm, status, requeued):
     binaries, told = tmp_path / "bin", tmp_path / "told"
     waiting = f"touch {tmp_path}/running; until [ -e {told} ]; do sleep 0.05; done; sleep 0.3; exit {status}"
@@ -258,13 +304,14 @@ def test_slurm_script_passes_the_signal_on_and_requeues_what_was_saved(tmp_path,
     (tmp_path / "tools").symlink_to(ROOT / "tools")
     (tmp_path / "hostfiles").mkdir()
     environment = {**os.environ, **slurm}
-    with subprocess.Popen(["bash", "tools/train.slurm"], cwd=tmp_path, env=environment, text=True) as job:
+    command = ["bash", "tools/train.slurm", "--config", write_named_config(tmp_path)]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, text=True) as job:
         deadline = time.monotonic() + 60
         while not (tmp_path / "running").exists():
             assert job.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         job.send_signal(signal.SIGUSR1)
         assert job.wait(timeout=60) == status
-    assert "--nodelist=n1 pkill -USR1 -f mugv_ds/train.py --local_rank=0" in told.read_text()
+    assert "--nodelist=n1 pkill -USR1 -f ^python tools/launch.py" in told.read_text()
     assert (tmp_path / "requeued").exists() == requeued
     assert not (tmp_path / "hostfiles" / "slurm_7").exists()

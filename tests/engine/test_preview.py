@@ -251,7 +251,6 @@ def test_what_cannot_be_previewed_is_named(tmp_path, data, alone):
         ({"count": 9}, "preview.count = 9: .*preview.csv has 4 rows"),
         ({"codec": file}, f"preview.codec = {file}: not a codec"),
         ({"codec": str(tmp_path / "nowhere")}, "preview.codec = .*nowhere: not a codec"),
-        ({"dir": file}, f"preview.dir = {file}: .*name another folder"),
         ({"manifest": str(broken)}, "preview.manifest: .*train-1_text.pt.*repair"),
         ({"manifest": str(no_null)}, "data.null_text_path: .*negative.pt: missing"),
     ]
@@ -261,9 +260,19 @@ def test_what_cannot_be_previewed_is_named(tmp_path, data, alone):
             Previews(config, alone, None, open_index(config.preview.manifest), sample_latents)
 
 
-def test_a_folder_that_cannot_be_written_ends_the_run_with_one_line(tmp_path, data, alone):
+def test_a_folder_that_cannot_be_written_is_warned_of_once(tmp_path, data, alone, capsys):
     config = configure(tmp_path, data, (1, 1, 1))
     previews = Previews(config, alone, None, open_index(config.preview.manifest), lambda _, noise, **given: noise)
     (tmp_path / "previews/step-000002").write_text("in the way")
-    with pytest.raises(ConfigError, match=r"preview.dir = .*step-000002.*make room or name another folder"):
-        previews.write(2, None, lambda: None)
+    for step in (2, 2, 3):
+        previews.write(step, None, lambda: None)
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert f"warning: preview.dir = {tmp_path}/previews: " in warning and "step-000002" in warning
+    assert len(list((tmp_path / "previews/step-000003").iterdir())) == len(PREVIEWED), "it is tried again each time"
+
+
+def test_a_folder_that_cannot_be_made_is_warned_of_at_the_start(tmp_path, data, alone, capsys):
+    (tmp_path / "file").write_text("in the way")
+    config = configure(tmp_path / "run", data, (1, 1, 1), dir=str(tmp_path / "file"))
+    Previews(config, alone, None, open_index(config.preview.manifest), sample_latents)
+    assert f"warning: preview.dir = {tmp_path}/file: " in capsys.readouterr().err

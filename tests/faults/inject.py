@@ -1,20 +1,24 @@
 """Faults, each a function that is called in a rank before it trains. Bind the arguments with functools.partial."""
 
+import contextlib
 import errno
 import gc
 import os
 import resource
 import signal
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
 import torch
+from torch.distributed import distributed_c10d
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from mugv_ds.checkpoint import files
 from mugv_ds.checkpoint.store import Store
 from mugv_ds.engine.feed import Feed
+from mugv_ds.engine.guard.guard import Guard
 from mugv_ds.engine.loop import Trainer
 from mugv_ds.models.layers import FeedForward
 from mugv_ds.parallel.pipeline import DiTPipeline
@@ -103,6 +107,41 @@ def kill_worker(trainer: Trainer) -> None:
     os.kill(loading._workers[0].pid, signal.SIGKILL)
 
 
+def freeze_in_step(rank: int, *, step: int, frozen: int) -> None:
+    """SIGSTOP of one rank inside the forward pass of a step.
+
+    On all ranks torch's default time-out of a group is 2 s: less than the watchdog's, as that of NCCL is by default.
+    """
+    distributed_c10d.default_pg_timeout = timedelta(seconds=2)
+    train_step, forward = Trainer._train_step, FeedForward.forward
+    now = {}
+
+    def stepping(self, at, *args):
+        now["step"] = at
+        return train_step(self, at, *args)
+
+    def freezing(self, *args):
+        if rank == frozen and now["step"] == step:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return forward(self, *args)
+
+    Trainer._train_step, FeedForward.forward = stepping, freezing
+
+
+def signal_at_mark(rank: int, *, step: int, mark: int) -> None:
+    """SIGUSR1 at one of the marks in the validations and previews after a step."""
+    alive, now = Guard.alive, {"marks": 0}
+
+    def marking(self, at):
+        if at == step:
+            now["marks"] += 1
+            if now["marks"] == mark:
+                os.kill(os.getpid(), signal.SIGUSR1)
+        alive(self, at)
+
+    Guard.alive = marking
+
+
 def slow(rank: int, *, seconds: float) -> None:
     """The feed-forward layers take longer."""
     forward = FeedForward.forward
@@ -175,6 +214,13 @@ def limit_files(trainer: Trainer) -> None:
 def spoil_weight(trainer: Trainer) -> None:
     """One master weight of this rank is infinite."""
     trainer.store.fragments[0].tensors["weight"].flatten()[0] = torch.inf
+
+
+def fill_disk(trainer: Trainer, folder: Path) -> None:
+    """No byte is free on the file system of a folder."""
+    with contextlib.suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
+        while file.write(bytes(512)):
+            pass
 
 
 def hide(trainer: Trainer, folder: Path) -> None:

@@ -103,7 +103,7 @@ def test_a_pickle_that_runs_code_ends_the_run_and_does_not_run(tmp_path, report,
     torch.save({"y": Payload()}, file)
     others = () if file != weights else (f"checkpoint.init_from={weights}", f"checkpoint.dir={tmp_path / 'new'}")
     done = run(config, 2, *others)
-    assert set(done.codes) <= {1, 2} and 2 in done.codes and not sentinel.exists()
+    assert done.codes == [2, 2] and not sentinel.exists()
     assert "error:" in done.output and str(file) in done.output and "Traceback" not in done.output
     report(32, f"a pickle payload: {where}", "not executed, named; all ranks end", done.seconds)
 
@@ -129,6 +129,21 @@ def test_a_rank_that_hangs_is_named(tmp_path, manifest, report, frozen, act, tol
     assert [code for rank, code in enumerate(done.codes) if dozing or rank != frozen] == [75] * (1 + dozing)
     if act is inject.freeze and frozen:
         report(24, "SIGSTOP of a rank, time-out 4 s", "the rank is named, status 75", time.time() - begin)
+
+
+@pytest.mark.parametrize("parallel", [{"sequence": 2}, {"pipeline": 2}, {"data": 2}], ids=lambda axis: next(iter(axis)))
+def test_a_rank_that_stops_inside_a_step_is_named(tmp_path, manifest, report, parallel):
+    """The others wait for it in a group of their axis, which must not give up before the watchdog."""
+    fault = partial(inject.freeze_in_step, step=2, frozen=1)
+    hung = Run(configure(tmp_path, manifest, parallel), 2, "guard.timeout_s=6.0", faults={0: fault, 1: fault})
+    pid = hung.ranks[1].pid
+    hung.wait_for(lambda: hung.taken(0) >= 2)
+    begin = time.time()
+    done = hung.finish(stopped=(1,))
+    assert done.codes[0] == 75, done.output
+    assert f"held up by rank 1 (host {socket.gethostname()}, pid {pid}), silent for" in done.output
+    (axis,) = parallel
+    report(24, f"SIGSTOP inside a step, {axis}, time-out 6 s", "the rank is named, status 75", time.time() - begin)
 
 
 def test_a_killed_loader_worker_is_replaced(tmp_path, manifest, reference, report):
@@ -160,9 +175,17 @@ def test_a_straggler_and_a_replica_that_differs_are_named(tmp_path, manifest, re
     )
 
 
+def test_all_ranks_end_with_the_status_of_the_failure(tmp_path, manifest, report):
+    """Also the one that only hears of it: the launcher may see it first."""
+    config = configure(tmp_path, manifest)
+    done = run(config, 2, f"data.manifest={tmp_path}/nowhere.csv")
+    assert done.codes == [2, 2] and done.output.count("error:") == 1 and "nowhere.csv" in done.output
+    report(39, "a missing manifest", "named; status 2 on all ranks", done.seconds)
+
+
 def test_configs_must_be_the_same(tmp_path, manifest, report):
     done = run(configure(tmp_path, manifest), 2, only={1: ["optimizer.lr=0.5", "data.seed=1"]})
-    assert done.codes == [1, 2]
+    assert done.codes == [2, 2]
     (error,) = [line for line in done.output.splitlines() if line.startswith("error:")]
     assert "data.seed = 1 on rank 1, 6309 on rank 0; optimizer.lr = 0.5 on rank 1, 0.001 on rank 0" in error
     report(27, "configs that differ between ranks", "the keys are named, nothing starts", done.seconds)

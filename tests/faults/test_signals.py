@@ -3,9 +3,12 @@
 from functools import partial
 from signal import SIGINT, SIGTERM, SIGUSR1
 
+import pytest
+
 from tests.faults.conftest import configure, equal
-from tests.faults.inject import signal_in_step
+from tests.faults.inject import signal_at_mark, signal_in_step
 from tests.faults.runs import run
+from tests.helpers.dataset import write_dataset
 
 
 def test_signals_save_the_same_step_and_lose_nothing(tmp_path, manifest, reference, report):
@@ -31,3 +34,32 @@ def test_signals_save_the_same_step_and_lose_nothing(tmp_path, manifest, referen
     first, second = (done.steps(rank) for rank in (0, 1))
     assert all(first[step].noise != second[step].noise for step in first)
     report(19, "noise of the data ranks after resuming", "differs between ranks, as uninterrupted", done.restarted_in())
+
+
+@pytest.mark.parametrize("work", ["validation", "previews"])
+def test_validations_and_previews_are_left(tmp_path, manifest, reference, report, work):
+    """At the second mark; what was trained is saved, and the run goes on and makes them anew."""
+    held_out = write_dataset(tmp_path / "held_out", [(2, 4, 6)] * 40, "val")
+    sections = {
+        "validation": {"data": {"val_manifest": str(held_out)}, "logging": {"eval_every": 5}},
+        "previews": {
+            "preview": {
+                "every": 5,
+                "manifest": str(held_out),
+                "count": 2,
+                "steps": 4,
+                "dir": str(tmp_path / "previews"),
+            }
+        },
+    }[work]
+    config = configure(tmp_path / "run", manifest, **sections)
+    done = run(config, 2, faults={1: partial(signal_at_mark, step=5, mark=2)})
+    assert done.codes == [75, 75], done.output
+    (stop,) = done.incidents("stop")
+    assert (stop["step"], stop["rank"], stop["signal"]) == (5, 1, "SIGUSR1")
+    made = {"validation": "step 5: validation loss", "previews": "step-000005"}[work]
+    assert made not in done.output and not (tmp_path / "previews/step-000005").exists()
+    again = run(config, 2)
+    assert again.codes == [0, 0] and "going on after step 5" in again.output and equal(again, reference)
+    assert made in again.output if work == "validation" else (tmp_path / "previews/step-000005").exists()
+    report(37, f"SIGUSR1 in {work}", "left between two parts, saved; status 75; made anew", done.seconds)

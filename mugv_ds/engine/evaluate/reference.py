@@ -31,6 +31,7 @@ from mugv_ds.data.reference import (
 from mugv_ds.data.run_data import RunData
 from mugv_ds.engine.evaluate.evaluate import Evaluator, Measured
 from mugv_ds.engine.feed import Feed
+from mugv_ds.engine.guard.stopping import stop_if_asked
 from mugv_ds.engine.process import Process
 
 _TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2, "fp8": 2e-2}  # of a loss measured anew, over one attention kernel or another
@@ -82,6 +83,7 @@ class ReferenceModel:
     ) -> None:
         self._config, self._process, self._engine, self._data = config, process, engine, data
         self._weights, self._held = weights, held
+        self._alive = partial(stop_if_asked, process.host)
         feed = Feed(engine.module, process, config.data, config.model.dit().caption_channels)
         self._evaluator = Evaluator(process, engine, feed, config.data.num_workers)
         self._sources = config.preference.sources
@@ -98,7 +100,7 @@ class ReferenceModel:
                 self._cells[number] = self._process.host.first_then_all(read)
                 self._unchecked.add(number)
 
-    def complete(self, first: int, stop: int, alive: Callable[[], None] = lambda: None) -> list[np.ndarray]:
+    def complete(self, first: int, stop: int, alive: Callable[[], None] | None = None) -> list[np.ndarray]:
         """Returns the losses of every source, `REFERENCE_DTYPE` [rows, visits], for the data steps [first, stop).
 
         Those that are missing, as after a rollback, are measured now. While the engine holds the reference, one
@@ -141,12 +143,12 @@ class ReferenceModel:
             self._process.host.first(partial(self._write, source.reference, self._data.sources[number], measured))
             yield f"{source.reference}: {len(measured.loss)} losses of {len(visits)} visits"
 
-    def measure(self, source: int, visits: Sequence[int], alive: Callable[[], None] = lambda: None) -> Measured:
+    def measure(self, source: int, visits: Sequence[int], alive: Callable[[], None] | None = None) -> Measured:
         """Measures a source's training samples at some visits; those that cannot be read are named and left out."""
         reader, sizes = self._data.readers.readers[source + 1], self._data.plan.streams[source].sizes
         parts = []
         for _, measured, quarantined in self._evaluator.measure(
-            reader, lambda shape: sizes[shape].micro, visits=visits, replace=True, alive=alive
+            reader, lambda shape: sizes[shape].micro, visits=visits, replace=True, alive=alive or self._alive
         ):
             parts.append(measured)
             for bad in quarantined if self._process.rank == 0 else ():
@@ -217,7 +219,7 @@ class ReferenceModel:
 
     def _measure_all(self, reader) -> np.ndarray:
         sizes = self._data.batch_sizes(reader)
-        parts = self._evaluator.measure(reader, lambda shape: sizes[shape].micro)
+        parts = self._evaluator.measure(reader, lambda shape: sizes[shape].micro, alive=self._alive)
         return Measured.concatenate(measured for _, measured, _ in parts).cells(len(reader.samples.index), 1)
 
     def _write(self, path: str, index: Index, measured: Measured) -> None:

@@ -17,13 +17,14 @@ import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from pydantic import ValidationError
 
-from mugv_ds.config.errors import InputError, PeerError, TrainingError
+from mugv_ds.config.errors import InputError, PeerError, Stopped, TrainingError, status_of
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.data.quarantine import Quarantined
+from mugv_ds.engine.guard import signals
 from mugv_ds.engine.guard.history import History
 from mugv_ds.engine.guard.incidents import Incidents
 from mugv_ds.engine.guard.replicas import fingerprint, odd_ones
-from mugv_ds.engine.guard.signals import StopSignals
+from mugv_ds.engine.guard.stopping import asked
 from mugv_ds.engine.guard.stragglers import Stopwatch, Stragglers
 from mugv_ds.engine.guard.watchdog import Watchdog
 from mugv_ds.engine.process import Process
@@ -75,9 +76,8 @@ class Guard:
         self._section, self._process, self._engine, self._explain = config.guard, process, engine, explain
         self._items = items
         self._replaced = 0  # samples of the coming step
-        self._signals = StopSignals()
         name = f"rank {process.rank} (host {socket.gethostname()}, pid {os.getpid()})"
-        self._watchdog = Watchdog(process.rank, process.host.gather(name), config.guard.timeout_s)
+        self._watchdog = Watchdog(process.host, name, config.guard.timeout_s)
         self._stopwatch = Stopwatch(engine.module.blocks[0].mlp, process.device)
         self._stragglers = Stragglers(config.guard.straggler_factor, config.guard.straggler_window)
         self._incidents = Incidents(Path(config.checkpoint.dir), process.rank)
@@ -89,7 +89,7 @@ class Guard:
             InputError: it is something else.
         """
         self.history = self._read(state)
-        self._signals.listen()
+        signals.SIGNALS.listen()
         self._watchdog.start()
 
     def state(self) -> dict[str, Any]:
@@ -97,8 +97,15 @@ class Guard:
         return self.history.model_dump(mode="json")
 
     def alive(self, step: int) -> None:
-        """A mark within the work at a step boundary that may take long."""
+        """A mark within the work at a step boundary that may take long. All ranks come to each together.
+
+        Raises:
+            Stopped: a rank was asked to stop; that work is given up, what follows from it is to be saved.
+        """
         self._watchdog.reached(step)
+        if (found := asked(self._process.host)) is not None:
+            self._note_stop(step, *found)
+            raise Stopped(f"step {step}")
 
     def close(self) -> None:
         """Ends the watch. Signals stay noted and without effect."""
@@ -114,10 +121,9 @@ class Guard:
             Rollback: too many updates were skipped, or the loss jumped.
             TrainingError: the run cannot go on, says rank 0; what this rank met when reading. PeerError: on the others.
         """
-        signal = self._signals.received
         own = [
-            signal or 0,
-            ahead.failure is not None,
+            signals.SIGNALS.received,
+            0 if ahead.failure is None else status_of(ahead.failure),
             taken.loss if taken else 0.0,
             taken.applied if taken else True,
             len(ahead.quarantined),
@@ -125,8 +131,8 @@ class Guard:
         ]
         rows = self._process.host.rows(torch.tensor(own, dtype=torch.float64))
         self._watchdog.reached(step)
-        signals, failed, losses, applied, bad, seconds = rows.T.tolist()
-        self._process.host.raise_if(failed, ahead.failure)
+        received, statuses, losses, applied, bad, seconds = rows.T.tolist()
+        self._process.host.raise_if(statuses, ahead.failure)
         if taken is not None:
             self._count_samples(taken.samples)
             self._judge(step, losses[0], all(applied))
@@ -135,11 +141,10 @@ class Guard:
         self._replaced = int(sum(bad))
         if self._replaced:
             self._name_replaced(step, ahead.quarantined)
-        if any(signals):
-            rank, number = next((rank, int(number)) for rank, number in enumerate(signals) if number)
-            self._say(f"step {step}: rank {rank} got {Signals(number).name}; stopping")
-            self._incidents.write("stop", step, rank=rank, signal=Signals(number).name)
-        return any(signals)
+        found = next(((rank, int(number)) for rank, number in enumerate(received) if number), None)
+        if found is not None:
+            self._note_stop(step, *found)
+        return found is not None
 
     def rolled_back(self, cause: Rollback, step: int, state: dict[str, Any]) -> None:
         """The checkpoint of `step` steps, which held `state`, was loaded because of `cause`."""
@@ -149,6 +154,11 @@ class Guard:
         first, stop = history.jumped[-1]
         self._say(f"step {cause.step}: {cause}; back to step {step}, data steps {first} to {stop - 1} are not played")
         self._incidents.write("rollback", cause.step, why=str(cause), to=step, jumped=[first, stop])
+
+    def _note_stop(self, step: int, rank: int, number: int) -> None:
+        self._say(f"step {step}: rank {rank} {signals.name(number)}; stopping")
+        what = None if number == signals.GONE else Signals(number).name
+        self._incidents.write("stop", step, rank=rank, signal=what)
 
     def _read(self, state: dict[str, Any]) -> History:
         try:
