@@ -97,9 +97,9 @@ class RunData:
 
     @property
     def typical_shape(self) -> Shape:
-        """The largest latent side by side; by its cost pipeline stages are balanced and attention is chosen."""
-        indexes = self.sources or (self.train,)
-        return tuple(int(side) for side in np.concatenate([index.shapes() for index in indexes]).max(axis=0))
+        """The latent shape whose sample costs the most; for it pipeline stages are balanced and attention is chosen."""
+        shapes = {shape for index in self.sources or (self.train,) for shape in index.buckets().by_shape}
+        return max(sorted(shapes), key=self._load.flops)
 
     def readers_with(self, references: Sequence[np.ndarray]) -> Sources:
         """Returns the readers, those of the preference sources with the reference's losses, one table for each."""
