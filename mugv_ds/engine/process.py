@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -30,24 +31,22 @@ _MOST_FILES = 65_536  # some programs walk over all descriptors that they may ha
 T = TypeVar("T")
 
 
-class HostGroup:
-    """Collectives of all ranks on the host, over gloo: no device waits for them, and they work where a device is stuck.
+class HostGroup(ABC):
+    """Collectives of all ranks on the host: no device waits for them, and they work where a device is stuck.
 
     All ranks call each method together and in the same order. Values travel as JSON, so that no rank runs what another
     sent. Two threads of a process must not share one.
 
-    Args:
-        group: of all ranks, on gloo.
+    Attributes:
+        rank: of this process. world_size: number of ranks.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group, self.rank, self.world_size = group, dist.get_rank(group), dist.get_world_size(group)
+    rank: int
+    world_size: int
 
+    @abstractmethod
     def rows(self, row: Tensor) -> Tensor:
         """Gathers a row [n] of every rank, of one length and dtype everywhere, as [world, n]."""
-        rows = torch.empty(self.world_size, len(row), dtype=row.dtype)
-        dist.all_gather(list(rows), row, group=self._group)
-        return rows
 
     def gather(self, value: Any) -> list[Any]:
         """Gathers a value of every rank that JSON can carry."""
@@ -151,6 +150,49 @@ class HostGroup:
         return [message["result"] for message in messages]
 
 
+class GlooGroup(HostGroup):
+    """Collectives over a gloo mesh, in which every rank has a connection to every other: quick, for every step.
+
+    Args:
+        group: of all ranks, on gloo.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group, self.rank, self.world_size = group, dist.get_rank(group), dist.get_world_size(group)
+
+    def rows(self, row: Tensor) -> Tensor:
+        rows = torch.empty(self.world_size, len(row), dtype=row.dtype)
+        dist.all_gather(list(rows), row, group=self._group)
+        return rows
+
+
+class StoreGroup(HostGroup):
+    """Collectives over the store of the launch, which rank 0 holds: one connection a rank, for what is rare.
+
+    Args:
+        name: that no other such group has. rank, world_size: of this process and of all.
+        store: a connection to the launch's store that nobody else uses.
+    """
+
+    def __init__(self, name: str, rank: int, world_size: int, store: dist.Store) -> None:
+        self.rank, self.world_size = rank, world_size
+        self._store, self._calls = dist.PrefixStore(name, store), 0
+
+    def rows(self, row: Tensor) -> Tensor:
+        self._calls += 1
+        own = row.contiguous().view(torch.uint8).numpy().tobytes()
+        if self.rank == 0:
+            keys = [f"{self._calls}/{rank}" for rank in range(1, self.world_size)]
+            whole = b"".join([own, *(self._store.get(key) for key in keys)])
+            self._store.set(f"{self._calls}/all", whole)
+            for key in [*keys, f"{self._calls - 1}/all"]:  # which all have read, being here
+                self._store.delete_key(key)
+        else:
+            self._store.set(f"{self._calls}/{self.rank}", own)
+            whole = self._store.get(f"{self._calls}/all")
+        return torch.frombuffer(bytearray(whole), dtype=torch.uint8).view(row.dtype).view(self.world_size, len(row))
+
+
 @dataclass(frozen=True)
 class Process:
     """This process among all.
@@ -192,7 +234,9 @@ def start_process(config: TrainConfig) -> Process:
     timeout = timedelta(seconds=config.guard.timeout_s) + _AFTER_WATCHDOG
     bound_groups(timeout)
     _join(environment, "gloo" if device.type == "cpu" else "nccl", timeout)
-    host, background = (HostGroup(dist.new_group(backend="gloo")) for _ in range(2))
+    host = GlooGroup(dist.new_group(backend="gloo"))
+    store = dist.TCPStore(environment.master_addr, environment.master_port, is_master=False, timeout=timeout)
+    background = StoreGroup("background", host.rank, host.world_size, store)
     check_same_config(config, host)
     layout = Layout.fit(config.parallel, host.world_size)
     rank = dist.get_rank()
@@ -213,8 +257,8 @@ def bound_groups(timeout: timedelta) -> None:
 def raise_file_limit() -> None:
     """Raises the soft limit of open files towards the hard one.
 
-    A rank holds up to one connection to every other in each of the two gloo meshes of `Process`, on a CPU also in those
-    of DeepSpeed, and rank 0 two more to every rank, as it holds the store: with 512 ranks 1,022 and 2,044, where many
+    A rank holds up to one connection to every other in the gloo mesh of `Process.host`, on a CPU also in those of
+    DeepSpeed, and rank 0 three more to every rank, as it holds the store: with 512 ranks 511 and 2,044, where many
     systems allow 1,024 at first.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -25,7 +25,7 @@ from mugv_ds.engine.build import build_engine
 from mugv_ds.engine.ema import PowerEma
 from mugv_ds.engine.loop import Trainer
 from mugv_ds.engine.preview import Previews
-from mugv_ds.engine.process import HostGroup, Process, start_process
+from mugv_ds.engine.process import GlooGroup, Process, start_process
 from mugv_ds.models import DiT
 from mugv_ds.models.codec import LinearCodec
 from mugv_ds.models.flops import SampleCost
@@ -235,7 +235,7 @@ def test_videos_are_on_disk_and_in_tensorboard(runs):
 def alone() -> Iterator[Process]:
     """This process, without the others."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    host = HostGroup(dist.group.WORLD)
+    host = GlooGroup(dist.group.WORLD)
     yield Process(0, Layout(), Layout().coordinates(0), torch.device("cpu"), None, host, host)
     dist.destroy_process_group()
 

@@ -1,13 +1,15 @@
 """What ranks tell one another on the host."""
 
+import os
 import time
 from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from mugv_ds.config.errors import InputError, PeerError
-from mugv_ds.engine.process import HostGroup
+from mugv_ds.engine.process import GlooGroup, HostGroup, StoreGroup
 from tests.helpers.distributed import run_ranks
 
 TIMEOUT = 3  # seconds, of the group
@@ -15,7 +17,17 @@ TIMEOUT = 3  # seconds, of the group
 
 def wait_for_rank_0() -> None:
     dist.init_process_group("gloo", timeout=timedelta(minutes=2))
-    host = HostGroup(dist.new_group(backend="gloo", timeout=timedelta(seconds=TIMEOUT)))
+    timeout = timedelta(seconds=TIMEOUT)
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*address, is_master=False, timeout=timeout)
+    for host in (
+        GlooGroup(dist.new_group(backend="gloo", timeout=timeout)),
+        StoreGroup("test", dist.get_rank(), dist.get_world_size(), store),
+    ):
+        use(host)
+
+
+def use(host: HostGroup) -> None:
     calls = []
 
     def build() -> int:
@@ -35,6 +47,9 @@ def wait_for_rank_0() -> None:
         host.first_then_all(fail)
     assert error.value.status == 2
     assert host.first(lambda: {"a": [1]}) == {"a": [1]}
+    assert host.gather(["ü", host.rank]) == [["ü", 0], ["ü", 1]]
+    numbers = host.rows(torch.tensor([host.rank, 2.5], dtype=torch.float64))
+    assert torch.equal(numbers, torch.tensor([[0, 2.5], [1, 2.5]], dtype=torch.float64))
     assert host.all(True) and not host.all(host.rank == 0)
 
     def only_on_rank_1() -> int:
