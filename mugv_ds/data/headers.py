@@ -21,14 +21,14 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from mugv_ds.config.errors import TrainingError
+from mugv_ds.config.errors import TrainingError, TransientError
 from mugv_ds.config.model import LATENT_STRIDE as STRIDE
 from mugv_ds.config.model import MAX_LATENT_SIDE
 from mugv_ds.data.buckets import Shape
 from mugv_ds.data.paths import ManifestError, PathError, resolve
+from mugv_ds.data.patience import read_patiently
 from mugv_ds.data.progress import Progress
 from mugv_ds.files.atomic import write_atomically
-from mugv_ds.files.retry import retried
 from mugv_ds.files.tensor_file import SampleError, UnsafeFileError, check_latent, load_tensors
 
 SIZES = ("num_frames", "height", "width")
@@ -92,7 +92,7 @@ def read_shapes(latents: Latents, shapes: np.ndarray, parts: Path) -> list[str]:
 
     Raises:
         ManifestError, PathError, UnsafeFileError: see `build_index`.
-        TrainingError: the file system failed time and again, or a process that reads was killed.
+        TransientError: the file system failed for minutes. TrainingError: a process that reads was killed.
         OSError: a part could not be written.
     """
     for start in range(0, len(shapes), _PART_ROWS):
@@ -110,7 +110,7 @@ def stored_shape(csv_path: Path, latent: Latent) -> Shape | str:
 
     Raises:
         ManifestError, PathError, UnsafeFileError: see `build_index`.
-        TrainingError: the file system failed time and again.
+        TransientError: the file system failed for minutes.
     """
     where = f"{csv_path}:{latent.line}"
 
@@ -119,14 +119,14 @@ def stored_shape(csv_path: Path, latent: Latent) -> Shape | str:
         return path, tuple(check_latent(load_tensors(path), path).shape[1:])
 
     try:
-        path, shape = retried(read)
-    except PathError as error:
-        raise PathError(f"{where}: latent_path: {error}") from error
+        path, shape = read_patiently(read, csv_path.parent)
     except UnsafeFileError as error:
         raise UnsafeFileError(f"{where}: {error}") from error
-    except TrainingError as error:
-        raise TrainingError(f"{where}: {error}") from error
+    except TransientError as error:
+        raise TransientError(f"{where}: {error}") from error
     except SampleError as error:
+        if isinstance(error.__cause__, PathError):
+            raise PathError(f"{where}: latent_path: {error}") from error
         return f"{where}: {error}"
     for name, size, stored in zip(SIZES, latent.sizes, shape, strict=True):
         declared = -(-size // STRIDE)

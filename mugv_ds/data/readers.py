@@ -19,8 +19,9 @@ from mugv_ds.config.schema import DataSection, FlowSection
 from mugv_ds.data import noise
 from mugv_ds.data.buckets import Buckets, sort_by_shape
 from mugv_ds.data.manifest import Index
+from mugv_ds.data.patience import read_patiently
 from mugv_ds.data.plan import SampleRef
-from mugv_ds.data.sample import SampleError, read_patiently, read_row, read_text
+from mugv_ds.data.sample import SampleError, read_row, read_text
 from mugv_ds.objectives import flow
 
 Key = tuple[int, str, int]  # seed, sample or pair, visit: what randomness is drawn from

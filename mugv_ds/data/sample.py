@@ -1,19 +1,12 @@
 """Reading one sample: its latent and its text features, with everything checked that training relies on."""
 
-import logging
-import os
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from mugv_ds.config.errors import TransientError
-from mugv_ds.data.manifest import Index, PathError, Row, Shape
-from mugv_ds.files.retry import READ_WAITS, TRANSIENT
+from mugv_ds.data.manifest import Index, Row, Shape
 from mugv_ds.files.tensor_file import (
     FLOAT_DTYPES,
     SampleError,
@@ -29,14 +22,9 @@ __all__ = [
     "UnsafeFileError",
     "normalise",
     "read_latent",
-    "read_patiently",
     "read_row",
     "read_text",
 ]
-
-logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 # Statistics of the VideoVAE's latents, one value a channel; the published state dict carries the same.
 LATENT_SHIFT = torch.tensor(
@@ -54,7 +42,6 @@ LATENT_SCALE = torch.tensor(
     ]
 )  # fmt: skip
 
-_LONG_WAITS = (10.0, 20.0, 40.0, 60.0, 60.0, 60.0)  # seconds; a file system that is restarted comes back within these
 _LARGEST_LATENT, _LARGEST_TEXT = 1e3, 1e5  # magnitudes; the VideoVAE's latents stay below 100, T5's features below 1e4
 _MASK_DTYPES = (*FLOAT_DTYPES, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
@@ -100,44 +87,6 @@ def read_row(index: Index, i: int, *, channels: int, max_text_tokens: int, with_
         return Sample(latent, None, None, row)
     text, mask = read_text(index.resolve(row.text_feat_path), channels, max_text_tokens)
     return Sample(latent, text, mask, row)
-
-
-def read_patiently(read: Callable[[], T], root: Path) -> T:
-    """Returns what `read` returns, and decides of a failure whose fault it is: the file's, or the file system's.
-
-    A file that cannot be opened though its folder can be read is a bad file, as one with a bad content is. A file
-    system that is away is waited for, some minutes.
-
-    Args:
-        read: reads files below `root`; it is called again after a failure.
-
-    Raises:
-        SampleError: a file cannot be used; of a path that leads somewhere it must not, too.
-        TransientError: the file system did not come back.
-    """
-    for wait in (*READ_WAITS, *_LONG_WAITS, None):
-        try:
-            return read()
-        except PathError as error:
-            raise SampleError(str(error)) from error
-        except OSError as error:
-            is_away = not _is_readable(root)
-            if error.errno not in TRANSIENT and not is_away:
-                raise SampleError(f"{error.filename or root}: {error.strerror}") from error
-            if wait in (_LONG_WAITS[0], None) and not is_away:
-                raise SampleError(f"{error.filename or root}: {error.strerror}, time and again") from error
-            if wait is None:
-                raise TransientError(f"{root}: {error}; the file system has been away for minutes") from error
-            logger.warning("%s; trying again in %g s", error, wait)
-            time.sleep(wait)
-    raise AssertionError("unreachable: the last attempt returns or raises")
-
-
-def _is_readable(root: Path) -> bool:
-    try:
-        return any(os.scandir(root))  # a mount that is gone leaves an empty folder
-    except OSError:
-        return False
 
 
 def normalise(latent: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ from mugv_ds.config.model import LATENT_CHANNELS
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.data.manifest import Index, Row
 from mugv_ds.data.noise import gaussian
+from mugv_ds.data.patience import read_patiently
 from mugv_ds.data.readers import FlowSamples
-from mugv_ds.data.sample import SampleError, read_patiently, read_row
+from mugv_ds.data.sample import SampleError, read_row
 from mugv_ds.data.video import encode_gif, to_frames, video_name, write_mp4
 from mugv_ds.engine.metrics import Recorder
 from mugv_ds.engine.optional import OptionalOutput

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from mugv_ds.config.errors import TrainingError
+from mugv_ds.config.errors import TrainingError, TransientError
 from mugv_ds.config.model import MAX_LATENT_SIDE
 from mugv_ds.data import headers
 from mugv_ds.data import manifest as manifest_module
@@ -634,8 +634,15 @@ def test_index_folder_that_is_a_file(tmp_path):
 
 
 def test_a_file_system_that_fails_under_a_latent(tmp_path, monkeypatch):
+    """Where the folder can be read it is the file's fault, and its row is left out; else the file system's."""
     save_latent(tmp_path, "a.pt")
-    monkeypatch.setattr(headers, "load_tensors", failing(errno.EIO))
-    monkeypatch.setattr("mugv_ds.files.retry.time.sleep", lambda seconds: None)
-    with pytest.raises(TrainingError, match=r"train\.csv:2: .*Input/output error.*a\.pt.*3 times"):
-        open_index(manifest(tmp_path, "a,real,latents/a.pt,t", header=HEADER))
+    rows = manifest(tmp_path, "a,real,latents/a.pt,t", "b,real,latents/b.pt,t,,,".rstrip(","), header=HEADER)
+    save_latent(tmp_path, "b.pt")
+    load = headers.load_tensors
+    one = {"a.pt": failing(errno.EIO), "b.pt": load}
+    monkeypatch.setattr(headers, "load_tensors", lambda path: one[path.name](path))
+    monkeypatch.setattr("mugv_ds.data.patience.time.sleep", lambda seconds: None)
+    assert open_index(rows).shapes().any(axis=1).tolist() == [False, True]
+    monkeypatch.setattr("mugv_ds.data.patience._is_readable", lambda root: False)
+    with pytest.raises(TransientError, match=r"train\.csv:2: .*Input/output error.*away for minutes"):
+        open_index(rows, tmp_path / "other")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mugv_ds.config.errors import ConfigError, TransientError
-from mugv_ds.data import sample
+from mugv_ds.data import patience
 from mugv_ds.data.plan import SampleRef
 from mugv_ds.data.quarantine import FILLER, Replacing, replacement
 from mugv_ds.data.readers import Sources
@@ -98,11 +98,11 @@ def test_what_is_no_sample_s_fault_replaces_none(root):
 
 def test_a_file_system_that_fails_is_asked_again_and_then_ends_the_run(root, monkeypatch):
     read, pauses = samples(root), []
-    monkeypatch.setattr(sample.time, "sleep", pauses.append)
+    monkeypatch.setattr(patience.time, "sleep", pauses.append)
     hidden = root.with_name(f"{root.name}-elsewhere")
     root.rename(hidden)
     with pytest.raises(TransientError, match=r"No such file.*the file system has been away for minutes"):
         Replacing(read)([SampleRef(0, 0, 0)])
     assert pauses[:2] == [2.0, 4.0] and 120 < sum(pauses) < 600
-    monkeypatch.setattr(sample.time, "sleep", lambda _: hidden.rename(root))
+    monkeypatch.setattr(patience.time, "sleep", lambda _: hidden.rename(root))
     assert not Replacing(read)([SampleRef(0, 0, 0)]).quarantined

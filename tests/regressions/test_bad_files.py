@@ -16,7 +16,7 @@ import torch
 from mugv_ds.checkpoint import files
 from mugv_ds.config import CheckpointError
 from mugv_ds.config.errors import InputError, PeerError, TrainingError, TransientError, exit_status
-from mugv_ds.data import sample
+from mugv_ds.data import patience
 from mugv_ds.data.loader import loader
 from mugv_ds.data.plan import SampleRef
 from mugv_ds.data.quarantine import FILLER, Replacing
@@ -83,7 +83,7 @@ def test_a_file_that_alone_cannot_be_read_is_the_file_s_fault(root, monkeypatch,
         return open_(path, *arguments, **options)
 
     monkeypatch.setattr(os, "open", failing)
-    monkeypatch.setattr(sample.time, "sleep", pauses.append)
+    monkeypatch.setattr(patience.time, "sleep", pauses.append)
     reading = Replacing(read)([SampleRef(0, 1, 0)])
     (bad,) = reading.quarantined
     assert os.strerror(number) in bad.why and bad.replaced_by != FILLER
@@ -92,7 +92,7 @@ def test_a_file_that_alone_cannot_be_read_is_the_file_s_fault(root, monkeypatch,
 
 def test_a_file_system_that_stays_away_ends_with_the_status_that_says_again(root, monkeypatch, capsys):
     read = samples(root)
-    monkeypatch.setattr(sample.time, "sleep", lambda _: None)
+    monkeypatch.setattr(patience.time, "sleep", lambda _: None)
     root.rename(root.with_name(f"{root.name}-elsewhere"))
 
     def run() -> int:
