@@ -71,7 +71,8 @@ def test_dry_run_predicts_the_memory_of_bf16_runs(config):
     bf16 = run("--dry-run", "--config", config, "--set", "model.precision=bf16")
     assert bf16.returncode == 0, bf16.stderr
     assert re.search(r"stage 0: .* about \d+\.\d GiB a device", bf16.stdout)
-    assert "GiB" not in run("--dry-run", "--config", config).stdout
+    fp32 = run("--dry-run", "--config", config).stdout
+    assert "GiB" not in fp32 and "parameters, memory not predicted in fp32" in fp32
 
 
 def test_a_missing_manifest_is_named(config):
