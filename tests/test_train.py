@@ -42,7 +42,7 @@ def test_dry_run_describes_the_run(config):
     assert "4 = data 2 × accumulation 2 × micro-batch 1" in description
     assert "train, latent 2×4×6 (3 rows or pairs): 14 tokens a sample; samples a step: 4 = " in description
     assert "1×4×5 (1 rows or pairs): 8 tokens a sample" in description and "; 32 tokens, " in description
-    model, hardware = re.findall(r"([\d.]+) model TFLOP a step, ([\d.]+) with what is recomputed", description)[0]
+    model, hardware = re.findall(r"([\d.]+) model TFLOP a step, ([\d.]+) with what runs again", description)[0]
     assert float(hardware) == pytest.approx(4 / 3 * float(model), rel=0.02)  # ends of the model are not recomputed
     assert json.loads(merged)["parallel"]["pipeline"] == 2
 
@@ -71,7 +71,8 @@ def test_dry_run_predicts_the_memory_of_bf16_runs(config):
     bf16 = run("--dry-run", "--config", config, "--set", "model.precision=bf16")
     assert bf16.returncode == 0, bf16.stderr
     assert re.search(r"stage 0: .* about \d+\.\d GiB a device", bf16.stdout)
-    assert "GiB" not in run("--dry-run", "--config", config).stdout
+    fp32 = run("--dry-run", "--config", config).stdout
+    assert "GiB" not in fp32 and "parameters, memory not predicted in fp32" in fp32
 
 
 def test_a_missing_manifest_is_named(config):

@@ -1,42 +1,66 @@
 """The dict for `deepspeed.initialize(config=…)`: the user's "deepspeed" section, checked, plus what follows from ours.
 
 DeepSpeed ignores a top-level key that it does not know, and unknown keys of some sections: a misspelt one is lost in
-silence. Every key is therefore looked up here. The tables are those of DeepSpeed 0.19.8 (`runtime/config.py`,
-`runtime/constants.py`), spelt out so that reading a config does not import DeepSpeed; a test compares them with it.
+silence. Every key, at the top and inside the objects, is therefore looked up here, and its value checked. The tables
+are those of DeepSpeed 0.19.8 (`runtime/config.py`, `runtime/constants.py`, `runtime/zero/config.py`, `comm/config.py`),
+spelt out so that reading a config does not import DeepSpeed; a test compares them with it.
 All layouts, one stage included, run DeepSpeed's PipelineEngine, which many of its settings do not reach.
 """
 
 import copy
 import difflib
+import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from mugv_ds.config.errors import ConfigError
 from mugv_ds.config.schema import TrainConfig
 
-Types = type | tuple[type, ...]
-_TYPE_NAMES = {dict: "an object", bool: "true or false", str: "a string", list: "a list", (int, float): "a number"}
+_TYPE_NAMES = {dict: "an object", bool: "true or false", str: "a string", list: "a list", int: "a whole number"}
+_TYPE_NAMES |= {float: "a number"}
 
-# Keys that work with the pipeline engine. DeepSpeed itself checks what is inside the objects without a table below.
-ALLOWED: dict[str, Types] = {
+
+class Choice(NamedTuple):
+    """A string of a few."""
+
+    values: tuple[str, ...]
+
+
+class Range(NamedTuple):
+    """A number between two, which count."""
+
+    kind: type[int] | type[float]
+    lowest: float
+    highest: float
+
+
+Kind = type | Choice | Range
+_ELEMENTS = Range(int, 1, 1 << 40)
+
+# Keys that work with the pipeline engine, and what is allowed inside the objects.
+ALLOWED: dict[str, Kind] = {
     "zero_optimization": dict,
-    "zero_force_ds_cpu_optimizer": bool,
     "data_types": dict,
-    "communication_data_type": str,
+    "communication_data_type": Choice(("fp32", "bf16", "fp16")),
     "prescale_gradients": bool,
-    "gradient_predivide_factor": (int, float),
+    "gradient_predivide_factor": Range(float, 1e-6, 1e6),
     "comms_logger": dict,
-    "tensorboard": dict,
-    "wandb": dict,
-    "csv_monitor": dict,
-    "comet": dict,
-    "log_level": str,
+    "log_level": Choice(("debug", "info", "warning", "error", "critical")),
     "dump_state": bool,
     "memory_breakdown": bool,
     "disable_python_gc": bool,
 }
-ALLOWED_INSIDE: dict[str, dict[str, Types]] = {
-    "data_types": {"grad_accum_dtype": str, "buffer_dtype": str, "keep_in_fp32_modules": list},
+ALLOWED_INSIDE: dict[str, dict[str, Kind]] = {
+    "data_types": {"grad_accum_dtype": Choice(("fp32", "bf16"))},
+    "comms_logger": {"enabled": bool, "prof_all": bool, "prof_ops": list, "verbose": bool, "debug": bool},
+    "zero_optimization": {
+        "stage": int,
+        "contiguous_gradients": bool,
+        "reduce_scatter": bool,
+        "reduce_bucket_size": _ELEMENTS,
+        "use_multi_rank_bucket_allreduce": bool,
+        "allgather_bucket_size": _ELEMENTS,
+    },
 }
 
 _NO_EFFECT = "has no effect on a pipeline of transformer blocks; leave it out"
@@ -44,6 +68,10 @@ _REMOVED = "DeepSpeed has removed it; leave it out"
 _PRECISION = "the precision comes from model.precision; set that to bf16, fp8 or fp32"
 _LAYOUT = "its ranks would skip gradient averaging over the sequence; set parallel.data, .sequence and .pipeline"
 _PROFILE = "crashes with pipeline stages; step times and model FLOPs are logged every logging.every steps"
+_MONITOR = "counts sequence ranks as samples and records evaluations as steps; set our logging section (logging.dir)"
+_OFFLOAD = "the pipeline engine cannot offload; share the memory over more ranks with our parallel section"
+_LATER_STAGE = "has no effect with ZeRO-1; leave it out"
+_ITS_CHECKPOINTS = "concerns DeepSpeed's checkpoints; ours are set in our checkpoint section"
 
 # Keys that DeepSpeed knows and that are ours to set, or wrong here; with what to do instead.
 REFUSED: dict[str, str] = {
@@ -73,6 +101,11 @@ REFUSED: dict[str, str] = {
     "seq_parallel_communication_data_type": "belongs to sequence_parallel_size; set communication_data_type",
     "data_efficiency": "samples come from our loader; see the data section",
     "dataloader_drop_last": "samples come from our loader; see the data section",
+    "tensorboard": _MONITOR,
+    "wandb": _MONITOR,
+    "csv_monitor": _MONITOR,
+    "comet": _MONITOR,
+    "zero_force_ds_cpu_optimizer": _OFFLOAD,
     "timers": _NO_EFFECT,
     "aio": _NO_EFFECT,
     "autotuning": _NO_EFFECT,
@@ -97,8 +130,56 @@ REFUSED: dict[str, str] = {
     "sparse_attention": _REMOVED,
     "sparse_gradients": _REMOVED,
 }
-REFUSED_INSIDE: dict[str, dict[str, str]] = {
-    "data_types": {"param_dtype": _PRECISION},
+# The same inside the objects, where the value that DeepSpeed takes by default is accepted.
+REFUSED_INSIDE: dict[str, dict[str, tuple[Any, str]]] = {
+    "comms_logger": {},
+    "data_types": {
+        "param_dtype": (None, _PRECISION),
+        "buffer_dtype": (None, "has no effect: the model has no buffers; leave it out"),
+        "keep_in_fp32_modules": ("auto", "has no effect: the model has no buffers; leave it out"),
+    },
+    "zero_optimization": {
+        "round_robin_gradients": (
+            False,
+            "DeepSpeed then links fragments to wrong parameters, and checkpoints would be of no use; leave it out",
+        ),
+        "parameter_alignment": (False, "checkpoints are not written for padding between parameters; leave it out"),
+        "compute_grad_norm": (True, "the norm is needed for optimizer.gradient_clipping and the guard; leave it out"),
+        "offload_optimizer": (None, _OFFLOAD),
+        "offload_param": (None, _OFFLOAD),
+        "cpu_offload": (None, _OFFLOAD),
+        "cpu_offload_param": (None, _OFFLOAD),
+        "cpu_offload_use_pin_memory": (None, _OFFLOAD),
+        "zenflow": (None, _OFFLOAD),
+        "legacy_stage1": (False, _REMOVED),
+        "load_from_fp32_weights": (True, _ITS_CHECKPOINTS),
+        "elastic_checkpoint": (False, _ITS_CHECKPOINTS),
+        "pipeline_loading_checkpoint": (False, _ITS_CHECKPOINTS),
+        "overlap_comm": (False, "the pipeline engine does not overlap; leave it out"),
+        "allgather_partitions": (True, _LATER_STAGE),
+        "ignore_unused_parameters": (True, _LATER_STAGE),
+        "sub_group_size": (10**9, _LATER_STAGE),
+        "stage3_prefetch_bucket_size": (5 * 10**7, _LATER_STAGE),
+        "stage3_param_persistence_threshold": (10**5, _LATER_STAGE),
+        "stage3_model_persistence_threshold": (sys.maxsize, _LATER_STAGE),
+        "stage3_max_live_parameters": (10**9, _LATER_STAGE),
+        "stage3_max_reuse_distance": (10**9, _LATER_STAGE),
+        "stage3_gather_16bit_weights_on_model_save": (False, _LATER_STAGE),
+        "stage3_gather_fp16_weights_on_model_save": (False, _LATER_STAGE),
+        "stage3_module_granularity_threshold": (0, _LATER_STAGE),
+        "stage3_use_all_reduce_for_fetch_params": (False, _LATER_STAGE),
+        "stage3_allgather_sequential": (False, _LATER_STAGE),
+        "zero_hpz_partition_size": (1, _LATER_STAGE),
+        "zero_quantized_weights": (False, _LATER_STAGE),
+        "zero_quantized_nontrainable_weights": (False, _LATER_STAGE),
+        "zero_quantized_gradients": (False, _LATER_STAGE),
+        "memory_efficient_linear": (True, _LATER_STAGE),
+        "override_module_apply": (True, _LATER_STAGE),
+        "log_trace_cache_warnings": (False, _LATER_STAGE),
+        "enable_sanity_checks": (False, _LATER_STAGE),
+        "save_muon_momentum_buffer_in_memory": (False, _LATER_STAGE),
+        "leaf_module": (None, _LATER_STAGE),
+    },
 }
 
 
@@ -165,9 +246,17 @@ def check_deepspeed_section(config: TrainConfig) -> None:
     section = config.deepspeed
     _refuse_auto(section, "deepspeed")
     _check_keys(section, "deepspeed", ALLOWED, REFUSED)
+    stage = section.get("zero_optimization", {}).get("stage", 1)
+    if stage != 1 or type(stage) is not int:
+        raise ConfigError(
+            f"deepspeed.zero_optimization.stage = {stage!r}: must be 1; the pipeline engine takes no more, and without "
+            "ZeRO DeepSpeed would apply gradients that are not finite"
+        )
     for name, allowed in ALLOWED_INSIDE.items():
-        _check_keys(section.get(name, {}), f"deepspeed.{name}", allowed, REFUSED_INSIDE[name])
-    _check_zero(config)
+        refused, inside = REFUSED_INSIDE[name], section.get(name, {})
+        accepted = {key for key, (default, _) in refused.items() if key in inside and inside[key] == default}
+        checked = {key: value for key, value in inside.items() if key not in accepted}
+        _check_keys(checked, f"deepspeed.{name}", allowed, {key: reason for key, (_, reason) in refused.items()})
 
 
 def _refuse_auto(value: Any, key: str) -> None:
@@ -180,32 +269,33 @@ def _refuse_auto(value: Any, key: str) -> None:
             _refuse_auto(child, f"{key}.{name}")
 
 
-def _check_keys(section: dict[str, Any], prefix: str, allowed: dict[str, Types], refused: dict[str, str]) -> None:
+def _check_keys(section: dict[str, Any], prefix: str, allowed: dict[str, Kind], refused: dict[str, str]) -> None:
     for name, value in section.items():
         key = f"{prefix}.{name}"
         if name in refused:
             raise ConfigError(f"{key}: {refused[name]}")
         if name not in allowed:
             raise ConfigError(f"{key}: unknown key; {_suggest(name, prefix, [*allowed, *refused], allowed)}")
-        if not isinstance(value, allowed[name]) or (isinstance(value, bool) and allowed[name] is not bool):
-            raise ConfigError(f"{key} = {value!r}: must be {_TYPE_NAMES[allowed[name]]}")
+        if wanted := _wanted(value, allowed[name]):
+            raise ConfigError(f"{key} = {value!r}: must be {wanted}")
+
+
+def _wanted(value: Any, kind: Kind) -> str:
+    """Returns in words what the value should be, and nothing where it is."""
+    if isinstance(kind, Choice):
+        return "" if value in kind.values else f"one of {', '.join(kind.values)}"
+    if isinstance(kind, Range):
+        wanted = f"{_TYPE_NAMES[kind.kind]} from {kind.lowest:g} to {kind.highest:g}"
+        return "" if _is_a(value, kind.kind) and kind.lowest <= value <= kind.highest else wanted
+    return "" if _is_a(value, kind) else _TYPE_NAMES[kind]
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _suggest(name: str, prefix: str, known: Iterable[str], allowed: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {prefix}.{near[0]}?" if near else f"known here: {', '.join(allowed)}"
-
-
-def _check_zero(config: TrainConfig) -> None:
-    section = config.deepspeed.get("zero_optimization", {})
-    if section.get("round_robin_gradients"):
-        raise ConfigError(
-            "deepspeed.zero_optimization.round_robin_gradients: DeepSpeed then links fragments to wrong parameters, "
-            "and checkpoints would be of no use; leave it out"
-        )
-    stage = section.get("stage", 1)
-    if stage != 1 or type(stage) is not int:
-        raise ConfigError(
-            f"deepspeed.zero_optimization.stage = {stage!r}: must be 1; the pipeline engine takes no more, and without "
-            "ZeRO DeepSpeed would apply gradients that are not finite"
-        )

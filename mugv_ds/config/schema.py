@@ -3,6 +3,7 @@
 Unknown keys are errors. Each section is a pydantic model; its fields' descriptions are the reference of the keys.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -11,8 +12,18 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from mugv_ds.config.model import PRESETS, DiTConfig
 from mugv_ds.config.power_profile import MAX_SIGMA_REL
 
-Positive = Annotated[int, Field(ge=1)]
+# Every number has an upper bound beyond which it is a slip of the keyboard: it would fill the memory, overflow where it
+# is used, or never come.
+Ranks = Annotated[int, Field(ge=1, le=1 << 16)]
+Samples = Annotated[int, Field(ge=1, le=1 << 20)]
+Size = Annotated[int, Field(ge=1, le=4096)]  # latent frames, height or width
+Tokens = Annotated[int, Field(ge=1, le=1 << 30)]
+Steps = Annotated[int, Field(ge=1, le=10**8)]
+Count = Annotated[int, Field(ge=1, le=10**5)]
+StepsOrNever = Annotated[int, Field(ge=0, le=10**8)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]  # 1 would divide by zero
+Weight = Annotated[float, Field(gt=0, le=1e6)]
 
 
 class Section(BaseModel):
@@ -25,10 +36,12 @@ class ModelSection(Section):
     """The sizes of the model, and how it computes."""
 
     preset: Literal[tuple(PRESETS)] = Field(description="A published size; the keys below override single values.")
-    hidden_size: Positive | None = Field(None, description="Width D; must be num_heads × 72.")
-    num_heads: Positive | None = Field(None, description="Attention heads, 72 wide each.")
-    depth: Positive | None = Field(None, description="Number of blocks.")
-    caption_channels: Positive | None = Field(None, description="Width of the text features (4096 for T5-XXL).")
+    hidden_size: int | None = Field(None, ge=1, le=1 << 17, description="Width D; must be num_heads × 72.")
+    num_heads: int | None = Field(None, ge=1, le=1024, description="Attention heads, 72 wide each.")
+    depth: int | None = Field(None, ge=1, le=1024, description="Number of blocks.")
+    caption_channels: int | None = Field(
+        None, ge=1, le=1 << 16, description="Width of the text features (4096 for T5-XXL)."
+    )
     precision: Literal["bf16", "fp8", "fp32"] = Field(
         "bf16",
         description="Dtype of weights and activations; fp32 for tests. fp8 is bf16 with the products of the blocks' "
@@ -60,17 +73,17 @@ class ModelSection(Section):
 class BudgetSection(Section):
     """Makes steps of all shapes cost about the same FLOPs; `data.global_batch_size` then holds for one shape only."""
 
-    shape: tuple[Positive, Positive, Positive] = Field(
+    shape: tuple[Size, Size, Size] = Field(
         description="Latent (T, H, W) of which a step holds data.global_batch_size samples. Steps of other shapes hold "
         "as many as cost the same, by the model's FLOPs."
     )
-    multiple: Positive = Field(
+    multiple: Samples = Field(
         8,
         description="Samples (or pairs) of a step are a multiple of this, which the data ranks must divide: steps then "
         "do not depend on how many there are. The larger it is, the further costs are apart. Of those within 3% of the "
         "cost that is taken which splits into micro-batches best.",
     )
-    device_tokens: Positive = Field(
+    device_tokens: Tokens = Field(
         description="Tokens that a device may hold at once, the sequence ranks' share of a micro-batch. A micro-batch "
         "has as many samples as fit, at most data.micro_batch_size."
     )
@@ -83,8 +96,8 @@ class GroupSection(Section):
     kind: Literal["image", "video"] | None = Field(
         None, description="Only rows of this kind; rows that do not say are images if their latent has one frame."
     )
-    frames: tuple[Positive, Positive] | None = Field(None, description="Only latents with from … to frames.")
-    share: tuple[tuple[Annotated[int, Field(ge=0)], Share], ...] = Field(
+    frames: tuple[Size, Size] | None = Field(None, description="Only latents with from … to frames.")
+    share: tuple[tuple[StepsOrNever, Share], ...] = Field(
         description="Share of the samples as points [step, share], linear in between and constant outside; shares are "
         "taken relative to those of the other groups. The source says that images give way to clips and 2 s to 5 s, "
         "not how fast: the shares of the configs are ours."
@@ -114,28 +127,28 @@ class DataSection(Section):
         description="Text features that replace a dropped caption, relative to the CSV's folder: those of the negative "
         "prompt, so that training sees what guidance subtracts. Required when flow.caption_drop > 0.",
     )
-    global_batch_size: Positive = Field(description="Samples an optimizer step, over all ranks and accumulation.")
-    micro_batch_size: Positive = Field(
+    global_batch_size: Samples = Field(description="Samples an optimizer step, over all ranks and accumulation.")
+    micro_batch_size: Samples = Field(
         1, description="Samples a data rank holds at once; with data.budget the most that it does."
     )
     budget: BudgetSection | None = Field(None, description="Balances the cost of steps of different shapes.")
     mixture: tuple[GroupSection, ...] = Field(
         (), description="Groups of the training set that are mixed in given shares; empty: every row as often."
     )
-    max_text_tokens: Positive = Field(
-        300, description="Captions are padded to this length (T5 of the published model: 300)."
+    max_text_tokens: int = Field(
+        300, ge=1, le=1 << 16, description="Captions are padded to this length (T5 of the published model: 300)."
     )
-    default_fps: float = Field(30.0, gt=0, description="Frames a second of a sample whose manifest row does not say.")
-    num_workers: Annotated[int, Field(ge=0)] = Field(
-        10, description="Loader processes of a rank that reads (published: 10)."
+    default_fps: float = Field(
+        30.0, gt=0, le=1000, description="Frames a second of a sample whose manifest row does not say."
     )
-    seed: Annotated[int, Field(ge=0)] = Field(6309, description="Seed of the order, the noise and the initial weights.")
+    num_workers: int = Field(10, ge=0, le=1024, description="Loader processes of a rank that reads (published: 10).")
+    seed: int = Field(6309, ge=0, lt=1 << 63, description="Seed of the order, the noise and the initial weights.")
 
 
 class FlowSection(Section):
     """The flow-matching objective: timestep shift, and what the model is given beside noise."""
 
-    shift: Literal["resolution"] | Annotated[float, Field(gt=0)] = Field(
+    shift: Literal["resolution"] | Annotated[float, Field(gt=0, le=1000)] = Field(
         "resolution",
         description="Timestep shift r: 'resolution' is sqrt(height·width / 512²)·sqrt(latent frames), or a number.",
     )
@@ -152,9 +165,9 @@ class FlowSection(Section):
 class ParallelSection(Section):
     """The layout of the ranks, data × sequence × pipeline, and activation checkpointing."""
 
-    data: Positive | None = Field(None, description="Data-parallel replicas; by default world / (sequence · pipeline).")
-    sequence: Positive = Field(1, description="Ranks that share one sample's tokens (Ulysses); must divide the heads.")
-    pipeline: Positive = Field(1, description="Pipeline stages; at most the number of blocks.")
+    data: Ranks | None = Field(None, description="Data-parallel replicas; by default world / (sequence · pipeline).")
+    sequence: Ranks = Field(1, description="Ranks that share one sample's tokens (Ulysses); must divide the heads.")
+    pipeline: Ranks = Field(1, description="Pipeline stages; at most the number of blocks.")
     activation_checkpointing: Literal["off", "light", "selective", "full"] = Field(
         "off",
         description="Which activations of a block are saved for the backward pass, which computes the others again. "
@@ -174,22 +187,25 @@ class OptimizerSection(Section):
     lr: float = Field(
         1e-5,
         gt=0,
+        le=1,
         description="Peak learning rate of AdamW; 1e-5 is the published trainer's default, that of stage 3 "
         "and SFT. The source gives none by stage: 1e-4 in stages 1 and 2 is that of DiT (Peebles & Xie 2023), 1e-6 for "
         "preferences is ours.",
     )
-    betas: tuple[Share, Share] = Field((0.9, 0.999), description="AdamW moment decay.")
-    eps: float = Field(1e-10, gt=0, description="AdamW epsilon (published default 1e-10).")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
-    gradient_clipping: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 switches clipping off.")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW moment decay.")
+    eps: float = Field(1e-10, ge=1e-15, le=1, description="AdamW epsilon (published default 1e-10).")
+    weight_decay: float = Field(0.0, ge=0, le=100, description="Decoupled weight decay.")
+    gradient_clipping: float = Field(
+        1.0, ge=0, le=1e6, description="Largest global gradient norm; 0 switches clipping off."
+    )
 
 
 class ScheduleSection(Section):
     """The learning rate over the steps, and the length of the run."""
 
     kind: Literal["constant", "cosine", "linear"] = Field("constant", description="Shape of the rate after warm-up.")
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(100, description="Steps of linear warm-up from 0.")
-    steps: Positive = Field(description="Optimizer steps of the run; cosine and linear end there.")
+    warmup_steps: StepsOrNever = Field(100, description="Steps of linear warm-up from 0.")
+    steps: Steps = Field(description="Optimizer steps of the run; cosine and linear end there.")
     final_lr_ratio: Share = Field(0.0, description="Rate at the end of cosine and linear, as a share of the peak.")
 
 
@@ -218,7 +234,7 @@ class CheckpointSection(Section):
     """When checkpoints are saved, which are kept, and what a run starts from."""
 
     dir: str = Field(description="Folder of the run's checkpoints.")
-    save_every: Annotated[int, Field(ge=0)] = Field(
+    save_every: StepsOrNever = Field(
         100,
         description="Steps between checkpoints; the last step is saved too, and that at which a run is told to stop. "
         "0: none at all, for measurements.",
@@ -231,8 +247,8 @@ class CheckpointSection(Section):
     background: bool = Field(
         True, description="Write while training goes on; a step then waits only for the copy to host memory."
     )
-    keep_last: Positive = Field(3, description="Newest checkpoints that are kept.")
-    keep_every: Annotated[int, Field(ge=0)] = Field(
+    keep_last: Count = Field(3, description="Newest checkpoints that are kept.")
+    keep_every: StepsOrNever = Field(
         0, description="Checkpoints of steps divisible by this are kept too, for ever; 0: none."
     )
     accept_changed_data: bool = Field(
@@ -249,12 +265,12 @@ class LoggingSection(Section):
     """TensorBoard scalars, validation, the progress bar and profiling."""
 
     dir: str = Field(description="Folder of TensorBoard events.")
-    every: Positive = Field(10, description="Steps between records of the scalars.")
-    eval_every: Annotated[int, Field(ge=0)] = Field(
+    every: Steps = Field(10, description="Steps between records of the scalars.")
+    eval_every: StepsOrNever = Field(
         0, description="Steps between validations, which also come first and last; 0: only those two."
     )
     progress: bool = Field(True, description="Progress bar on rank 0.")
-    profile_step: Annotated[int, Field(ge=0)] = Field(
+    profile_step: StepsOrNever = Field(
         0,
         description="Step, counted from 1, that torch.profiler watches on rank 0; 0: none. It writes the time of every "
         "kernel to dir/profile_step_<N>.txt and a trace for chrome://tracing or Perfetto beside it.",
@@ -262,6 +278,7 @@ class LoggingSection(Section):
     peak_tflops: float | None = Field(
         None,
         gt=0,
+        le=1e6,
         description="Dense bf16 peak of one device, for MFU and HFU; known for H100 and H200, else both are left out.",
     )
 
@@ -269,17 +286,15 @@ class LoggingSection(Section):
 class PreviewSection(Section):
     """Videos that are sampled during training, to look at."""
 
-    every: Annotated[int, Field(ge=0)] = Field(
-        0, description="Steps between previews; the last step has some too. 0: none at all."
-    )
+    every: StepsOrNever = Field(0, description="Steps between previews; the last step has some too. 0: none at all.")
     manifest: str | None = Field(
         None,
         description="CSV whose first rows are previewed: their text features, size, fps and caption. Its folder also "
         "holds data.null_text_path, which guidance subtracts. Required when preview.every > 0.",
     )
-    count: Positive = Field(4, description="Rows that are previewed.")
-    steps: Positive = Field(25, description="Evaluations of the model for each video.")
-    guidance: float = Field(4.0, ge=0, description="Weight of the caption against the negative prompt.")
+    count: Count = Field(4, description="Rows that are previewed.")
+    steps: Count = Field(25, description="Evaluations of the model for each video.")
+    guidance: float = Field(4.0, ge=0, le=1000, description="Weight of the caption against the negative prompt.")
     first_frame: bool = Field(
         False, description="Give the first latent frame of the row clean (image-to-video); images are not concerned."
     )
@@ -299,7 +314,7 @@ class PreviewSection(Section):
 class GuardSection(Section):
     """Limits at which a run skips, goes back or ends. All values are ours: the source gives none."""
 
-    max_skips: Positive = Field(
+    max_skips: Count = Field(
         5,
         description="Steps in a row without an update, because loss or gradient were not finite, after which the run "
         "goes back to the last checkpoint before them.",
@@ -307,30 +322,44 @@ class GuardSection(Section):
     spike_factor: float = Field(
         10.0,
         ge=0,
+        le=1e6,
         description="A loss above this many times the median of the last losses also sends the run back; 0: never. "
         "The steps from that checkpoint to the bad one are not played again (as in PaLM, Chowdhery et al. 2022).",
     )
-    spike_window: Positive = Field(100, description="Losses that the median is taken of; until then none is a spike.")
-    max_rollbacks: Annotated[int, Field(ge=0)] = Field(
-        3, description="How many times a run may go back; the next time ends it."
+    spike_window: Count = Field(100, description="Losses that the median is taken of; until then none is a spike.")
+    max_rollbacks: int = Field(
+        3, ge=0, le=10**5, description="How many times a run may go back; the next time ends it."
     )
     max_bad_share: Share = Field(
         0.01, description="Share of the samples seen that may be unreadable and replaced; above it the run ends."
     )
-    bad_share_after: Positive = Field(1000, description="Samples seen before their bad share is judged.")
+    bad_share_after: int = Field(1000, ge=1, le=10**12, description="Samples seen before their bad share is judged.")
     timeout_s: float = Field(
         1800.0,
-        gt=0,
+        ge=1,
+        le=30 * 24 * 3600,
         description="Seconds between two step boundaries, validation and checkpoints included, after which the run is "
         "taken to hang: the ranks that hold it up are named and all exit with status 75.",
     )
     straggler_factor: float = Field(
-        2.0, ge=1, description="A rank that computes this many times as long as the median rank is named in a line."
+        2.0,
+        ge=1,
+        le=1e6,
+        description="A rank that computes this many times as long as the median rank is named in a line.",
     )
-    straggler_window: Positive = Field(50, description="Steps over which ranks are compared.")
-    check_replicas_every: Annotated[int, Field(ge=0)] = Field(
+    straggler_window: Count = Field(50, description="Steps over which ranks are compared.")
+    check_replicas_every: StepsOrNever = Field(
         100, description="Steps between checks that ranks which must hold the same weights do; 0: never."
     )
+
+    @field_validator("spike_factor")
+    @classmethod
+    def _is_a_spike(cls, factor: float) -> float:
+        if 0 < factor <= 1:
+            raise ValueError(
+                f"guard.spike_factor = {factor:g}: must be greater than 1, or usual losses are spikes; or 0 for never"
+            )
+        return factor
 
 
 class SourceSection(Section):
@@ -338,7 +367,7 @@ class SourceSection(Section):
 
     name: str = Field(description="What TensorBoard calls it.", pattern="^[A-Za-z0-9_-]+$")
     manifest: str = Field(description="CSV with pair_id and rank (dpo; the lower rank is the better) or label (kto).")
-    weight: float = Field(1.0, gt=0, description="Share of the preference samples, relative to the other sources'.")
+    weight: Weight = Field(1.0, description="Share of the preference samples, relative to the other sources'.")
     reference: str | None = Field(
         None,
         description="Parquet file of the reference's errors, which `make reference` writes. null: they are computed at "
@@ -359,6 +388,7 @@ class PreferenceSection(Section):
     beta: float = Field(
         5000.0,
         gt=0,
+        le=1e9,
         description="β, constant over timesteps. 5000 with mean-reduced errors is that of Wallace et al. 2024.",
     )
     reduction: Literal["mean", "sum"] = Field(
@@ -366,17 +396,21 @@ class PreferenceSection(Section):
         description="Whether a sample's error, in the objective, is the mean over its noised elements or their sum; "
         "with sum, β has to be smaller by their number.",
     )
-    good_weight: float = Field(1.0, gt=0, description="λ of good samples (kto). Ours.")
-    bad_weight: float = Field(1.0, gt=0, description="λ of bad samples (kto). Ours.")
+    good_weight: Weight = Field(1.0, description="λ of good samples (kto). Ours.")
+    bad_weight: Weight = Field(1.0, description="λ of bad samples (kto). Ours.")
     sft_weight: float = Field(
-        0.1, ge=0, description="λ of the SFT loss in the total. Ours: the source gives none; 0: no SFT samples."
+        0.1, ge=0, le=1e6, description="λ of the SFT loss in the total. Ours: the source gives none; 0: no SFT samples."
     )
     sft_ratio: float = Field(
-        0.5, gt=0, description="SFT samples for each preference sample of a step, of the same latent shape. Ours."
+        0.5,
+        gt=0,
+        le=1000,
+        description="SFT samples for each preference sample of a step, of the same latent shape. Ours.",
     )
     max_better_ratio: float = Field(
         2.0,
         gt=1,
+        le=1e6,
         description="The run stops when, between two records, the better (good) side's mean error exceeds the "
         "reference's this many times: both sides rising is the known failure. Ours.",
     )
@@ -444,7 +478,46 @@ class TrainConfig(Section):
             )
         if self.preview.every and self.data.null_text_path is None:
             raise ValueError("data.null_text_path: required when preview.every > 0; name the features or set it to 0")
+        if self.data.budget is not None and self.data.budget.multiple > batch:
+            raise ValueError(
+                f"data.budget.multiple = {self.data.budget.multiple}: a step would hold more samples than "
+                f"data.global_batch_size = {batch}; use at most that"
+            )
+        for key, why in self._idle():
+            raise ValueError(f"{key}: has no effect {why}; leave it out")
         return self
+
+    def _idle(self) -> Iterator[tuple[str, str]]:
+        """Names the keys whose values differ from the defaults and cannot change the run, and why they cannot.
+
+        What a switch that is set to 0 leaves without work is not among them: 0 turns off what a config has set up.
+        """
+        schedule, preference = self.schedule, self.preference
+        if schedule.kind == "constant":
+            yield from _changed("schedule", schedule, {"final_lr_ratio"}, 'with schedule.kind = "constant"')
+        if self.logging.profile_step > schedule.steps:
+            yield "logging.profile_step", f"after the last step, schedule.steps = {schedule.steps}"
+        sources = preference.sources if preference else ()
+        held_out = [self.data.val_manifest, *(source.val_manifest for source in sources)]
+        if not any(held_out):
+            yield from _changed("logging", self.logging, {"eval_every"}, "without data.val_manifest")
+        if self.checkpoint.resume == "never":
+            why = 'with checkpoint.resume = "never"'
+            yield from _changed("checkpoint", self.checkpoint, {"accept_changed_data"}, why)
+        if "every" not in self.preview.model_fields_set:
+            yield from _changed("preview", self.preview, set(PreviewSection.model_fields), "without preview.every")
+        if preference is not None and preference.objective == "dpo":
+            why = 'with preference.objective = "dpo"'
+            yield from _changed("preference", preference, {"good_weight", "bad_weight"}, why)
+        if len(sources) == 1:
+            yield from _changed("preference.sources.0", sources[0], {"weight"}, "on a single source")
+
+
+def _changed(prefix: str, section: Section, names: set[str], why: str) -> Iterator[tuple[str, str]]:
+    """Names those keys of a section whose values are not the defaults, with the same reason for all."""
+    for name, field in type(section).model_fields.items():
+        if name in names and getattr(section, name) != field.default:
+            yield f"{prefix}.{name}", why
 
 
 def _divisors(number: int) -> str:

@@ -174,7 +174,8 @@ def read_image(path: str | Path, height: int, width: int) -> Tensor:
     """
     try:
         with Image.open(path) as image:
-            fitted = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
+            upright = ImageOps.exif_transpose(image)  # as cameras mean it that are held sideways
+            fitted = ImageOps.fit(upright.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
     except UnidentifiedImageError as error:
         raise ValueError(f"{path}: not a readable image") from error
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1

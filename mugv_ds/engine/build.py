@@ -1,5 +1,6 @@
 """One place that starts DeepSpeed: the process group, the stage of this rank, the optimizer, the engine."""
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
@@ -23,13 +24,17 @@ from mugv_ds.models.attention import (
 )
 from mugv_ds.models.choose_attention import Trial, choose_attention, choose_masked_attention
 from mugv_ds.models.fp8 import check_fp8, use_fp8
+from mugv_ds.models.layers import Block
 from mugv_ds.models.rope import patch_grid
 from mugv_ds.parallel.layout import stage_boundaries
 from mugv_ds.parallel.pipeline import DiTPipeline
 from mugv_ds.parallel.ulysses import Ulysses
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-MAX_BUCKETS = 64  # shapes that a compiled segment may be compiled for
+SHAPES = 64  # latent shapes that a compiled segment is ready for where the caller does not count them
+# What a segment is compiled for, of one shape: micro-batches of steps, the same without gradients, and those of
+# validations and of previews, which have sizes of their own.
+_VARIANTS = 4
 
 T = TypeVar("T")
 
@@ -39,12 +44,14 @@ def build_engine(
     process: Process,
     shape: tuple[int, int, int],
     weights: Callable[[list[tuple[str, torch.nn.Module]]], None] | None = None,
+    shapes: int = SHAPES,
 ) -> PipelineEngine:
     """Makes the DeepSpeed engine around this rank's `DiTPipeline`.
 
     Args:
         shape: latent (T, H, W) of a typical sample, by whose cost the stages are balanced.
         weights: called with the stage's layers (`DiTPipeline.named_layers`) to put other weights than the initial in.
+        shapes: number of latent shapes of the run, held-out and previewed ones too, for `model.compile`.
 
     Raises:
         ConfigError: fp8 is asked for and cannot run here. PeerError: or on another rank.
@@ -56,9 +63,7 @@ def build_engine(
         for block in module.blocks:
             use_fp8(block)
     if config.model.compile:
-        torch._dynamo.config.recompile_limit = MAX_BUCKETS
-        for block in module.blocks:
-            block.compile_segments()
+        compile_blocks(module.blocks, shapes)
     if weights is not None:
         # One replica of each stage reads them; DeepSpeed sends them to the others.
         reads = process.coordinates.data == process.coordinates.sequence == 0
@@ -71,6 +76,28 @@ def build_engine(
         config=deepspeed_config(config, process.layout.data),
     )
     return engine
+
+
+def compile_blocks(blocks: list[Block], shapes: int) -> None:
+    """Has the blocks' segments compiled for so many latent shapes; PyTorch's own limit of 8 would soon be reached."""
+    limit = shapes * _VARIANTS
+    torch._dynamo.config.recompile_limit = limit
+    # Of all blocks together, where they do not share the compiled code.
+    torch._dynamo.config.accumulated_recompile_limit = limit * max(len(blocks), 1)
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(_in_one_line)
+    for block in blocks:
+        block.compile_segments()
+
+
+def _in_one_line(record: logging.LogRecord) -> bool:
+    """Rewrites PyTorch's paragraph about its limit of compilations in the words of our config."""
+    if str(record.msg).startswith("torch._dynamo hit config."):
+        record.args = (torch._dynamo.config.recompile_limit,)
+        record.msg = (
+            "model.compile: a block has met more than the %d shapes and sizes that it is compiled for; further ones "
+            "run uncompiled and slower. Use fewer latent shapes, or set it to false"
+        )
+    return True
 
 
 def build_stage(config: TrainConfig, process: Process, shape: tuple[int, int, int]) -> DiTPipeline:

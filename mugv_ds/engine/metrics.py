@@ -17,18 +17,28 @@ from tqdm import tqdm
 from mugv_ds.config.schema import LoggingSection
 from mugv_ds.engine.optional import OptionalOutput
 
-# Dense bf16 peak in TFLOP/s by a part of the device's name, from NVIDIA's data sheets (SXM).
-PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0}
+# Dense bf16 peak in TFLOP/s by a part of the device's name, the first that fits: half of the peaks with sparsity in
+# NVIDIA's data sheets, H100 (SXM 1,979, PCIe 1,513, NVL 1,671) and H200 (SXM 1,979, NVL 1,671).
+PEAK_TFLOPS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H200 NVL": 835.0, "H100": 989.0, "H200": 989.0}
 
 _CHUNK = 1 << 24  # elements that the optimizer's probe works on at once
 
 
 def peak_tflops(section: LoggingSection, device: torch.device) -> float | None:
-    """Dense bf16 peak of one device: the config's value, or that of a known chip, or None."""
+    """Dense bf16 peak of one device: the config's value, or that of a known chip that is not shared (MIG), or None."""
     if section.peak_tflops is not None or device.type != "cuda":
         return section.peak_tflops
     name = torch.cuda.get_device_name(device)
-    return next((peak for chip, peak in PEAK_TFLOPS.items() if chip in name), None)
+    return next((peak for chip, peak in PEAK_TFLOPS.items() if chip in name and "MIG" not in name), None)
+
+
+def take_peak_gib(device: torch.device) -> float:
+    """Returns the most memory that was allocated on a device since the last call, in GiB; 0 where it is no GPU."""
+    if device.type != "cuda":
+        return 0.0
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak / 2**30
 
 
 def preference_means(sums: Mapping[str, Tensor]) -> dict[str, float]:
@@ -147,7 +157,7 @@ class Recorder:
 
         Args:
             terms: see `engine.objective.Objective`. stream: that the step was of.
-            model_flops, hardware_flops: without and with what is recomputed, see `models.flops`.
+            model_flops, hardware_flops: see `models.flops.StepFlops`.
         """
         self._losses.append(loss.detach())
         sums = self._sums.setdefault(stream, {})
@@ -197,8 +207,7 @@ class Recorder:
         """Returns speed and memory since the last record, after the device has finished. All ranks call it."""
         seconds = time.perf_counter() - self._begin
         device = self._losses[0].device
-        memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
-        worst = torch.tensor([waited, memory], dtype=torch.float64, device=device)
+        worst = torch.tensor([waited, take_peak_gib(device)], dtype=torch.float64, device=device)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         waited, memory = worst.tolist()
         model_tflops, hardware_tflops = (

@@ -187,7 +187,8 @@ def keyed_generator(seed: int, name: str, device: torch.device | str = "cpu") ->
 def init_weights(module: nn.Module, prefix: str, seed: int) -> None:
     """Draws the initial weights in place, each from a generator keyed by (seed, full name).
 
-    They are therefore equal however the model is split up. The blocks' linears are Xavier-uniform, embedders
+    They are therefore equal however the model is split up. They are drawn in fp32 and rounded to the parameter's dtype,
+    since generators draw other numbers, of another spread, in bf16. The blocks' linears are Xavier-uniform, embedders
     N(0, 0.02²), tables N(0, 1/D), and the last projection of cross-attention and of the model zero, as in PixArt-α
     (Chen et al. 2023, released code). The published source does not give its own.
 
@@ -196,15 +197,19 @@ def init_weights(module: nn.Module, prefix: str, seed: int) -> None:
         prefix: what precedes the module's parameter names in a DiT, such as "blocks.3.".
     """
     for local, parameter in module.named_parameters():
-        name = prefix + local
-        generator = keyed_generator(seed, name, parameter.device)
-        if name.endswith("scale_shift_table"):
-            parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
-        elif "norm" in name:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-        elif name.endswith(("bias", "cross_attn.proj.weight")) or name == "final_layer.linear.weight":
-            parameter.zero_()
-        elif name.startswith("blocks.") or name == "x_embedder.proj.weight":
-            nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)
-        else:
-            parameter.normal_(std=0.02, generator=generator)
+        parameter.copy_(_initial(prefix + local, torch.empty_like(parameter, dtype=torch.float32), seed))
+
+
+def _initial(name: str, weight: Tensor, seed: int) -> Tensor:
+    """Fills `weight`, fp32, with the initial values of the parameter of this full name, and returns it."""
+    generator = keyed_generator(seed, name, weight.device)
+    if name.endswith("scale_shift_table"):
+        return weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
+    if "norm" in name:
+        return weight.fill_(0.0 if name.endswith("bias") else 1.0)
+    if name.endswith(("bias", "cross_attn.proj.weight")) or name == "final_layer.linear.weight":
+        return weight.zero_()
+    if name.startswith("blocks.") or name == "x_embedder.proj.weight":
+        nn.init.xavier_uniform_(weight.flatten(1), generator=generator)
+        return weight
+    return weight.normal_(std=0.02, generator=generator)

@@ -1,10 +1,12 @@
 """FLOPs of the model in closed form, for MFU, HFU and the balance of pipeline stages. A multiply-add counts as two.
 
 Model FLOPs (MFU) count no recomputation. Hardware FLOPs (HFU) also count the parts of the forward pass that
-`parallel.activation_checkpointing` runs again; neither counts what a fused attention kernel recomputes inside itself.
+`parallel.activation_checkpointing` runs again, and KTO's forward pass for its reference point; neither counts what a
+fused attention kernel recomputes inside itself.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from mugv_ds.config.model import DiTConfig
 from mugv_ds.config.schema import TrainConfig
@@ -71,6 +73,30 @@ def train_flops(config: DiTConfig, tokens: int, text_tokens: int, recompute: str
     """
     again = config.depth * recomputed_flops(config, tokens, text_tokens, recompute)
     return 3.0 * sum(layer_flops(config, tokens, text_tokens)) + again
+
+
+class StepFlops(NamedTuple):
+    """FLOPs of one optimizer step, over all devices: of the model, and with all that the hardware runs beside."""
+
+    model_flops: float
+    hardware_flops: float
+
+
+def step_flops(run: TrainConfig, shape: tuple[int, int, int], *, samples: int, companions: int) -> StepFlops:
+    """Counts the FLOPs of an optimizer step.
+
+    Args:
+        shape: latent (T, H, W) of its samples.
+        samples: of the step, all together. companions: those of them that are of the SFT set of a preference run, over
+            which KTO does not run forward once more.
+    """
+    sizes = run.model.dit(), patch_grid(*shape).tokens, run.data.max_text_tokens
+    measured = samples - companions if run.preference is not None and run.preference.objective == "kto" else 0
+    again = measured * sum(layer_flops(*sizes))
+    return StepFlops(
+        samples * train_flops(*sizes),
+        samples * train_flops(*sizes, run.parallel.activation_checkpointing) + again,
+    )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from mugv_ds.data.manifest import Shape
 from mugv_ds.data.plan import Plan, Stream
 from mugv_ds.data.run_data import RunData
 from mugv_ds.models.dit import Embedders
-from mugv_ds.models.flops import SampleCost, train_flops
+from mugv_ds.models.flops import SampleCost, step_flops
 from mugv_ds.models.layers import Block, FinalLayer
 from mugv_ds.models.rope import patch_grid
 from mugv_ds.parallel.layout import Layout, stage_boundaries
@@ -85,7 +85,7 @@ def describe(config: TrainConfig, world_size: int | None) -> str:
 def _stage_lines(
     config: TrainConfig, layout: Layout, typical_shape: Shape, buckets: list[Bucket], parameters: list[int]
 ) -> Iterator[str]:
-    """A line for each pipeline stage: its layers, their parameters and the predicted memory of a device."""
+    """A line for each pipeline stage: its layers, their parameters and, in bf16, the predicted memory of a device."""
     dit, tokens = config.model.dit(), patch_grid(*typical_shape).tokens
 
     boundaries = stage_boundaries(dit, layout.pipeline, tokens, config.data.max_text_tokens)
@@ -109,18 +109,17 @@ def _stage_lines(
                 for bucket in buckets
             )
             line += f", about {max(peaks) / GIB:.1f} GiB a device at the largest shape"
+        else:  # fp8 linears keep their inputs beside, and fp32 doubles what is kept
+            line += f", memory not predicted in {config.model.precision}"
         yield line
 
 
 def _bucket_line(config: TrainConfig, layout: Layout, bucket: Bucket) -> str:
     """What a step of one latent shape holds and costs."""
-    model, hardware = (
-        bucket.samples * train_flops(config.model.dit(), bucket.tokens, config.data.max_text_tokens, recompute) / 1e12
-        for recompute in ("off", config.parallel.activation_checkpointing)
-    )
+    model, hardware = (flops / 1e12 for flops in step_flops(config, bucket.shape, samples=bucket.samples, companions=0))
     return (
         f"  {bucket.stream}, latent {'×'.join(map(str, bucket.shape))} ({bucket.items} rows or pairs): "
         f"{bucket.tokens:,} tokens a sample; samples a step: {bucket.samples} = data {layout.data} × accumulation "
         f"{bucket.accumulation} × micro-batch {bucket.micro}; {bucket.tokens * bucket.samples:,} tokens, "
-        f"{model:,.3f} model TFLOP a step, {hardware:,.3f} with what is recomputed"
+        f"{model:,.3f} model TFLOP a step, {hardware:,.3f} with what runs again"
     )

@@ -3,10 +3,14 @@
 import copy
 
 import pytest
+import torch
+from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.runtime import config as deepspeed_runtime
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from mugv_ds.config import ConfigError, TrainConfig
+from mugv_ds.config import PRESETS, ConfigError, TrainConfig
 from mugv_ds.config import deepspeed as ours
+from mugv_ds.models import DiT
 
 
 def run(deepspeed=None, precision="bf16", batch=24, micro=2, parallel=None):
@@ -78,7 +82,6 @@ def test_user_values_pass_through_unchanged(as_read):
         "communication_data_type": "fp32",
         "gradient_predivide_factor": 2,
         "comms_logger": {"enabled": False},
-        "tensorboard": {"enabled": False},
     }
     given = copy.deepcopy(section)
     read = as_read(ours.deepspeed_config(run(section), 1), 1)
@@ -145,6 +148,33 @@ BAD_SECTIONS = {
         {"data_types": {"param_dtype": "fp32"}},
         "deepspeed.data_types.param_dtype: the precision comes",
     ),
+    "misspelt bucket": (
+        {"zero_optimization": {"reduce_bucket_sise": 5}},
+        "reduce_bucket_sise: unknown key; did you mean deepspeed.zero_optimization.reduce_bucket_size?",
+    ),
+    "misspelt in the log of communication": (
+        {"comms_logger": {"enable": True}},
+        "did you mean deepspeed.comms_logger.enabled?",
+    ),
+    "type inside": (
+        {"zero_optimization": {"reduce_bucket_size": "5"}},
+        "zero_optimization.reduce_bucket_size = '5': must be a whole number from 1 to 1.09951e+12",
+    ),
+    "negative inside": ({"zero_optimization": {"allgather_bucket_size": -1}}, "_size = -1: must be a whole number fr"),
+    "bool inside": ({"zero_optimization": {"reduce_scatter": 1}}, "reduce_scatter = 1: must be true or false"),
+    "no dtype": ({"data_types": {"grad_accum_dtype": "fp61"}}, "grad_accum_dtype = 'fp61': must be one of fp32, bf16"),
+    "no level": ({"log_level": "loud"}, "log_level = 'loud': must be one of debug, info"),
+    "predivide": ({"gradient_predivide_factor": 0}, "gradient_predivide_factor = 0: must be a number from 1e-06"),
+    "offload": ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "engine cannot offload"),
+    "old offload": ({"zero_optimization": {"cpu_offload": True}}, "engine cannot offload"),
+    "no norm": ({"zero_optimization": {"compute_grad_norm": False}}, "the norm is needed"),
+    "overlap": ({"zero_optimization": {"overlap_comm": True}}, "does not overlap"),
+    "ZeRO-3's": ({"zero_optimization": {"stage3_max_live_parameters": 5}}, "has no effect with ZeRO-1"),
+    "buffers": ({"data_types": {"buffer_dtype": "fp32"}}, "the model has no buffers"),
+    **{
+        monitor: ({monitor: {"enabled": True}}, "set our logging section (logging.dir)")
+        for monitor in ("tensorboard", "wandb", "csv_monitor", "comet")
+    },
     "ZeRO-2": ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage = 2: must be 1"),
     "ZeRO as text": ({"zero_optimization": {"stage": "1"}}, "zero_optimization.stage = '1': must be 1"),
     "no ZeRO": ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage = 0: must be 1"),
@@ -195,3 +225,42 @@ def test_tables_are_those_of_the_installed_deepspeed(as_read):
     assert values.asked <= known
     for name, section in inside.items():
         assert section.asked == set(ours.ALLOWED_INSIDE[name]) | set(ours.REFUSED_INSIDE[name])
+
+
+MODELS = {"zero_optimization": DeepSpeedZeroConfig, "comms_logger": CommsLoggerConfig}
+
+
+@pytest.mark.regression
+@pytest.mark.parametrize("name", MODELS)
+def test_tables_of_the_objects_are_those_of_the_installed_deepspeed(name):
+    """Names, types and, of what is refused, the values that are accepted because DeepSpeed takes them by default."""
+    fields = {field.alias or key: field for key, field in MODELS[name].model_fields.items()}
+    allowed, refused = ours.ALLOWED_INSIDE[name], ours.REFUSED_INSIDE[name]
+    assert fields.keys() == allowed.keys() | refused.keys() and not allowed.keys() & refused.keys()
+    for key, kind in allowed.items():
+        kind = kind.kind if isinstance(kind, ours.Range) else kind
+        assert fields[key].annotation is kind or key == "stage", key
+    taken = MODELS[name](**{"stage": 1} if "stage" in fields else {})
+    by_key = {field.alias or key: getattr(taken, key) for key, field in MODELS[name].model_fields.items()}
+    by_key["leaf_module"] = None  # an object that is made afresh
+    for key, (default, _) in refused.items():
+        assert by_key[key] == default, key
+
+
+def test_every_object_that_is_allowed_has_a_table():
+    assert {key for key, kind in ours.ALLOWED.items() if kind is dict} == ours.ALLOWED_INSIDE.keys()
+    assert ours.ALLOWED_INSIDE.keys() == ours.REFUSED_INSIDE.keys()
+
+
+def test_deepspeed_s_defaults_are_accepted():
+    inside = {
+        name: {key: default for key, (default, _) in refused.items() if default != "auto"}
+        for name, refused in ours.REFUSED_INSIDE.items()
+    }
+    ours.deepspeed_config(run(inside), 1)
+
+
+def test_the_model_has_no_buffers():
+    """What refuses data_types.buffer_dtype and keep_in_fp32_modules."""
+    with torch.device("meta"):
+        assert not list(DiT(PRESETS["mugdit_debug"]).buffers())

@@ -170,6 +170,21 @@ def test_check_launcher_from_a_child(tmp_path):
         assert error is None or error in done.stderr
 
 
+def test_a_relative_hostfile_lies_in_the_folder_of_the_launcher(tmp_path, monkeypatch):
+    """Not in that of this process, where another file has the same name; an absolute path is taken as it is."""
+    launcher, here = tmp_path / "launcher", tmp_path / "here"
+    for folder, slots in ((launcher, 2), (here, 3)):
+        folder.mkdir()
+        write(folder / "hosts", f"localhost slots={slots}\n")
+    monkeypatch.chdir(here)
+    hostfile._check_options(LauncherOptions("hosts", False), launcher, 2)
+    hostfile._check_options(LauncherOptions("../here/hosts", False), launcher, 3)
+    hostfile._check_options(LauncherOptions(str(here / "hosts"), False), launcher, 3)
+    hostfile._check_options(LauncherOptions("hosts", True), launcher, 1)
+    with pytest.raises(HostfileError, match="launcher/hosts: has 2 slots, but 3 processes were started"):
+        hostfile._check_options(LauncherOptions("hosts", False), launcher, 3)
+
+
 def test_check_launcher_without_one():
     hostfile.check_launcher(1)
 

@@ -4,10 +4,14 @@ import copy
 import json
 import multiprocessing
 import os
+import re
+from types import UnionType
+from typing import Annotated, Union, get_args, get_origin
 
 import pytest
+from pydantic import BaseModel
 
-from mugv_ds.config import ConfigError, load_config
+from mugv_ds.config import ConfigError, TrainConfig, load_config
 
 GOOD = {
     "model": {"preset": "mugdit_debug"},
@@ -161,6 +165,124 @@ def test_bad_file(tmp_path, content, expected):
     message = error_of(write(tmp_path, "run.json", content))
     assert message.startswith(str(tmp_path / "run.json"))
     assert expected in message
+
+
+# Every section and list of the schema, so that each key has a place.
+FULL = {
+    **GOOD,
+    "data": {
+        **GOOD["data"],
+        "budget": {"shape": [2, 4, 4], "multiple": 2, "device_tokens": 64},
+        "mixture": [{"name": "all", "frames": [1, 2], "share": [[0, 1.0]]}],
+    },
+    "flow": {"shift": 1.0},
+    "ema": {"sigma_rel": [0.05]},
+    "preview": {},
+    "guard": {},
+    "parallel": {},
+    "preference": {"objective": "kto", "sources": [{"name": "a", "manifest": "a.csv"}]},
+}
+
+
+def numeric_keys(annotation, key=()):
+    """The keys below `annotation` whose values are numbers, as paths, with the type."""
+    if annotation in (int, float):
+        yield key, annotation
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        for name, field in annotation.model_fields.items():
+            yield from numeric_keys(field.annotation, (*key, name))
+    elif get_origin(annotation) is tuple:
+        for place, item in enumerate(item for item in get_args(annotation) if item is not Ellipsis):
+            yield from numeric_keys(item, (*key, place))
+    elif get_origin(annotation) is Annotated:
+        yield from numeric_keys(get_args(annotation)[0], key)
+    elif get_origin(annotation) in (Union, UnionType):
+        for item in get_args(annotation):
+            yield from numeric_keys(item, key)
+
+
+NUMERIC = {".".join(map(str, key)): (key, kind) for key, kind in numeric_keys(TrainConfig)}
+
+
+def test_the_walk_finds_the_numbers():
+    assert len(NUMERIC) > 60
+    assert {"optimizer.betas.1", "data.budget.shape.2", "data.mixture.0.share.0.0", "flow.shift"} <= set(NUMERIC)
+
+
+@pytest.mark.regression
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("name", NUMERIC)
+def test_absurd_numbers_are_refused(tmp_path, name, sign):
+    (*outer, last), kind = NUMERIC[name]
+    values = copy.deepcopy(FULL)
+    place = values
+    for part in outer:
+        place = place[part]
+    place[last] = sign * (10**20 if kind is int else 1e300)
+    message = error_of(write(tmp_path, "run.json", values))
+    assert f"run.json: {name} = " in message and re.search(r"must be .*(less|greater) than", message), message
+
+
+@pytest.mark.regression
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optimizer.betas=[1.0, 0.9]", "optimizer.betas.0 = 1.0: must be less than 1"),
+        ("optimizer.betas=[0.9, 1]", "optimizer.betas.1 = 1: must be less than 1"),
+        ("optimizer.eps=0", "optimizer.eps = 0: must be greater than or equal to 0.000000000000001"),
+        ("optimizer.lr=1.5", "optimizer.lr = 1.5: must be less than or equal to 1"),
+        ("data.seed=9223372036854775808", "data.seed = 9223372036854775808: must be less than 9223372036854775808"),
+        ("model.num_heads=1000000000000", "model.num_heads = 1000000000000: must be less than or equal to 1024"),
+        ("guard.spike_factor=0.5", "guard.spike_factor = 0.5: must be greater than 1"),
+        ("guard.spike_factor=1", "guard.spike_factor = 1: must be greater than 1"),
+        ("guard.timeout_s=0.5", "guard.timeout_s = 0.5: must be greater than or equal to 1"),
+        ('data.budget={"shape": [1, 4, 4], "multiple": 13, "device_tokens": 9}', "data.budget.multiple = 13: a step"),
+    ],
+)
+def test_numbers_without_sense_are_refused(tmp_path, override, expected):
+    assert expected in error_of(write(tmp_path, "run.json", GOOD), [override])
+
+
+SOURCES = '[{"name": "a", "manifest": "a.csv", "weight": 2.0}]'
+IDLE = {
+    "final rate": (["schedule.final_lr_ratio=0.1"], 'schedule.final_lr_ratio: has no effect with schedule.kind = "con'),
+    "profile": (["logging.profile_step=11"], "logging.profile_step: has no effect after the last step, schedule.steps"),
+    "validation": (["logging.eval_every=5"], "logging.eval_every: has no effect without data.val_manifest"),
+    "changed data": (
+        ["checkpoint.accept_changed_data=true", "checkpoint.resume=never"],
+        'checkpoint.accept_changed_data: has no effect with checkpoint.resume = "never"',
+    ),
+    "good": (["preference.good_weight=2.0"], 'preference.good_weight: has no effect with preference.objective = "dpo"'),
+    "bad": (["preference.bad_weight=2.0"], 'preference.bad_weight: has no effect with preference.objective = "dpo"'),
+    "one source": ([f"preference.sources={SOURCES}"], "preference.sources.0.weight: has no effect on a single source"),
+    **{
+        f"preview {name}": ([f"preview.{name}={value}"], f"preview.{name}: has no effect without preview.every")
+        for name, value in {
+            "manifest": "m.csv", "count": 5, "steps": 5, "guidance": 2.0, "first_frame": "true", "codec": "c",
+            "dir": "d",
+        }.items()
+    },
+}  # fmt: skip
+
+
+@pytest.mark.regression
+@pytest.mark.parametrize(("overrides", "expected"), IDLE.values(), ids=IDLE.keys())
+def test_settings_that_do_nothing_are_refused(tmp_path, overrides, expected):
+    values = copy.deepcopy(GOOD)
+    if any(override.startswith("preference.") for override in overrides):
+        values["preference"] = {"objective": "dpo", "sources": [{"name": "a", "manifest": "a.csv"}]}
+    message = error_of(write(tmp_path, "run.json", values), overrides)
+    assert expected in message and message.endswith("; leave it out")
+
+
+def test_defaults_that_do_nothing_and_switches_set_to_0_are_accepted(tmp_path):
+    """The merged config that a run prints, with all keys, is a config; so is one whose previews are switched off."""
+    preference = {"objective": "dpo", "sources": [{"name": "a", "manifest": "a.csv"}]}
+    path = write(tmp_path, "run.json", {**GOOD, "preference": preference})
+    config = load_config(path)
+    assert load_config(write(tmp_path, "whole.json", config.model_dump_json())) == config
+    overrides = ["preview.every=0", "preview.manifest=m.csv", "logging.eval_every=5", "data.val_manifest=v.csv"]
+    assert load_config(path, overrides).preview.manifest == "m.csv"
 
 
 BAD_OVERRIDES = {

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mugv_ds.config.errors import InputError
+from mugv_ds.data import reference
 from mugv_ds.data.reference import REFERENCE_SCHEMA, KeyMismatch, ReferenceKey, read_reference, write_reference
 
 KEY = ReferenceKey(weights="a" * 64, data="b" * 64, noise='{"seed": 0, "shift": "resolution", "first_frame": 0.5}')
@@ -215,3 +216,24 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_reference(tmp_path / "r", KEY, rows())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("visit", "samples"), [(1 << 28, 1), (1 << 27, 2), (2**31 - 1, 1)])
+def test_a_file_that_asks_for_more_memory_than_it_may_is_refused(tmp_path, visit, samples):
+    """More than 2^28 losses, which are 2 GiB, are not those of a run; one row can ask for them."""
+    path = foreign(tmp_path / "r.parquet", table(["a"], [visit], np.ones(1)))
+    with pytest.raises(InputError, match=f"{visit + 1} visits of {samples} samples are too many"):
+        read_reference(path, KEY, ["a", "b"][:samples])
+
+
+def test_the_bound_itself_may_be_used(tmp_path, monkeypatch):
+    path = foreign(tmp_path / "r.parquet", table(["a", "b"], [0, 2], np.ones(2)))
+    monkeypatch.setattr(reference, "_MAX_VALUES", 6)
+    assert read_reference(path, KEY, ["a", "b"]).shape == (2, 3)
+    monkeypatch.setattr(reference, "_MAX_VALUES", 5)
+    with pytest.raises(InputError, match="3 visits of 2 samples are too many"):
+        read_reference(path, KEY, ["a", "b"])
+    for most, message in ((2, "3 visits of 1 samples|is not in the manifest"), (1, "2 rows are too many")):
+        monkeypatch.setattr(reference, "_MAX_VALUES", most)
+        with pytest.raises(InputError, match=message):
+            read_reference(path, KEY, ["a"])

@@ -166,6 +166,23 @@ def test_an_image_covers_the_frame_around_its_centre(tmp_path, height, width):
     assert image[:, height // 2, -2].tolist() == pytest.approx([-1, -1, 1], abs=0.1)
 
 
+@pytest.mark.regression
+@pytest.mark.parametrize(
+    ("orientation", "corner"), [(1, (0, 0)), (2, (0, -1)), (3, (-1, -1)), (4, (-1, 0)), (6, (0, -1)), (8, (-1, 0))]
+)
+def test_a_photo_is_turned_as_its_exif_orientation_says(tmp_path, orientation, corner):
+    """The corner that is stored first is white; the table of the Exif standard (tag 274) says where it belongs."""
+    picture = np.zeros((64, 64, 3), np.uint8)
+    picture[:32, :32] = 255
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(picture).save(tmp_path / "x.jpg", exif=exif, quality=95)
+    image = read_image(tmp_path / "x.jpg", 16, 16)
+    for place in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+        expected = 1 if place == corner else -1
+        assert image[:, place[0], place[1]].tolist() == pytest.approx([expected] * 3, abs=0.15), place
+
+
 def test_a_file_that_is_no_image(tmp_path):
     path = tmp_path / "x.png"
     path.write_text("not an image")

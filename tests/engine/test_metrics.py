@@ -80,3 +80,43 @@ def test_the_optimizer_probe_sees_weights_and_gradients_without_the_padding(scal
 
 def test_the_peak_of_an_unknown_device_is_not_made_up():
     assert peak_tflops(LoggingSection(dir="unused"), torch.device("cpu")) is None
+
+
+@pytest.mark.regression
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA A100-SXM4-80GB", None),
+    ],
+)
+def test_cards_of_one_chip_have_their_own_peaks(monkeypatch, name, peak):
+    """From NVIDIA's data sheets; a slice of a card has none that is known."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_tflops(LoggingSection(dir="unused"), torch.device("cuda")) == peak
+    assert peak_tflops(LoggingSection(dir="unused", peak_tflops=5.0), torch.device("cuda")) == 5
+
+
+@pytest.mark.regression
+def test_peak_memory_is_that_since_the_last_record(monkeypatch):
+    """Three records: much at first, as while starting; then little, then a bit more."""
+    in_use = iter([[4, 1], [1, 2], [3, 1]])
+    highest = [0]
+
+    def allocate() -> None:
+        for gib in next(in_use):
+            highest[0] = max(highest[0], gib)
+
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: highest[0] * 2**30)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: highest.__setitem__(0, 0))
+    peaks = []
+    for _ in range(3):
+        allocate()
+        peaks.append(metrics.take_peak_gib(torch.device("cuda")))
+    assert peaks == [4, 2, 3]
+    assert metrics.take_peak_gib(torch.device("cpu")) == 0

@@ -63,7 +63,7 @@ def configure(folder: Path, root: Path, objective: str, layout: tuple[int, int, 
             "beta": BETA,
             "sft_weight": SFT_WEIGHT,
             "sft_ratio": 0.5,
-            "bad_weight": 1.5,
+            **({"bad_weight": 1.5} if objective == "kto" else {}),
             "sources": [{"name": "a", "manifest": str(root / f"{objective}.csv"), **source}],
         },
     )

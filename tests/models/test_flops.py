@@ -7,9 +7,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mugv_ds.config import PRESETS
 from mugv_ds.config.model import DiTConfig
-from mugv_ds.config.schema import ParallelSection
-from mugv_ds.models.flops import RECOMPUTED, block_flops, recomputed_flops, train_flops
-from mugv_ds.models.layers import Block, Condition
+from mugv_ds.config.schema import ParallelSection, TrainConfig
+from mugv_ds.models.dit import Embedders, patchify
+from mugv_ds.models.flops import RECOMPUTED, block_flops, layer_flops, recomputed_flops, step_flops, train_flops
+from mugv_ds.models.layers import Block, CaptionEmbedder, Condition, FinalLayer
+from mugv_ds.models.rope import patch_grid
 
 CONFIG = DiTConfig(144, 2, 3, caption_channels=16)
 N, L, D = 10, 6, CONFIG.hidden_size
@@ -88,3 +90,49 @@ def test_every_mode_is_counted():
 def test_full_recomputation_of_the_10b_costs_a_third_more():
     ratio = train_flops(PRESETS["mugdit_10b"], 54_002, 300, "full") / train_flops(PRESETS["mugdit_10b"], 54_002, 300)
     assert ratio == pytest.approx(4 / 3, rel=1e-3)
+
+
+def run(objective: str | None, recompute: str) -> TrainConfig:
+    preference = {"objective": objective, "sources": ({"name": "a", "manifest": "a.csv"},)}
+    return TrainConfig(
+        model={"preset": "mugdit_debug"},
+        data={"manifest": "m.csv", "null_text_path": "n.pt", "global_batch_size": 8, "max_text_tokens": L},
+        schedule={"steps": 1},
+        checkpoint={"dir": "c"},
+        logging={"dir": "l"},
+        parallel={"activation_checkpointing": recompute},
+        preference=preference if objective else None,
+    )
+
+
+@pytest.mark.regression
+def test_kto_s_reference_point_is_run_but_no_training():
+    """A sample's forward pass is a third of its model FLOPs. KTO's 4 preference samples of 6 run forward once more."""
+    shape, debug = (2, 4, 4), PRESETS["mugdit_debug"]
+    sample = train_flops(debug, 2 * 2 * 2 + 2, L)
+    again = debug.depth * recomputed_flops(debug, 2 * 2 * 2 + 2, L, "full")
+    for objective, hardware in ((None, 0), ("dpo", 0), ("kto", 4 * sample / 3)):
+        model, off = step_flops(run(objective, "off"), shape, samples=6, companions=2)
+        assert (model, off) == pytest.approx((6 * sample, 6 * sample + hardware))
+        model, full = step_flops(run(objective, "full"), shape, samples=6, companions=2)
+        assert (model, full) == pytest.approx((6 * sample, 6 * sample + hardware + 6 * again))
+
+
+def test_flops_of_the_embedders_and_the_final_layer_are_those_that_run():
+    """What the closed form counts of them: patches, captions, and the last linear; not the few rows of a sample."""
+    embedders, captions, final = Embedders(CONFIG), CaptionEmbedder(CONFIG.caption_channels, D), FinalLayer(CONFIG)
+    x, (expected, *_, last) = torch.randn(1, 24, 2, 4, 4), layer_flops(CONFIG, N, L)
+    token_N = torch.arange(N)
+    with FlopCounterMode(display=False, custom_mapping=OPERATORS) as counter:
+        captions(torch.randn(1, L, CONFIG.caption_channels))
+        of_captions = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        patches = torch.nn.functional.pad(patchify(x), (0, 0, 1, 1))  # as many rows as there are tokens
+        embedders._embed_tokens(patches, token_N[:, None], patch_grid(2, 4, 4))
+        of_patches = counter.get_total_flops()
+    assert of_captions == 2 * L * (16 * 144 + 144 * 144) and of_patches == 2 * 10 * 96 * 144
+    assert expected == of_captions + of_patches
+    condition = Condition(None, torch.randn(1, 2, D), None, None, torch.zeros(1, N, dtype=torch.bool), None, None)
+    with FlopCounterMode(display=False, custom_mapping=OPERATORS) as counter:
+        final(torch.randn(1, N, D), condition)
+    assert last == counter.get_total_flops() == 2 * 10 * 144 * 192

@@ -1,4 +1,4 @@
-"""Every layout trains the same model: loss, every gradient and twenty steps equal those of one process, in fp32."""
+"""Every layout trains the same model: in fp32 loss, every gradient and twenty steps equal those of one process."""
 
 import hashlib
 from pathlib import Path
@@ -20,16 +20,17 @@ from tests.helpers.distributed import run_ranks
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 2, 2), (2, 2, 1)]
 SHAPE = (3, 6, 9)  # 3 · 3 · 5 + 2 = 47 tokens: odd, and a side is padded
 TEXT_TOKENS, CHANNELS, GLOBAL_BATCH, STEPS = 7, 32, 4, 20
+BF16_LAYOUTS = LAYOUTS[:5]
 BETA1 = 0.9
 
 
-def config(layout: tuple[int, int, int], recompute: str = "off") -> TrainConfig:
+def config(layout: tuple[int, int, int], recompute: str = "off", precision: str = "fp32") -> TrainConfig:
     data, sequence, pipeline = layout
     return TrainConfig.model_validate(
         {
             "model": {
                 "preset": "mugdit_debug", "hidden_size": 144, "num_heads": 2, "caption_channels": CHANNELS,
-                "precision": "fp32",
+                "precision": precision,
             },
             "data": {
                 "manifest": "unused", "num_workers": 0, "max_text_tokens": TEXT_TOKENS,
@@ -79,13 +80,19 @@ def perturb(layers: list[tuple[str, torch.nn.Module]]) -> None:
             parameter.data.add_(noise, alpha=0.05)
 
 
+def initial_model(settings: TrainConfig) -> DiT:
+    """The plain model with the weights that every layout starts from, in fp32."""
+    model = DiT(settings.model.dit())
+    init_weights(model, "", settings.data.seed)
+    perturb([("", model)])
+    return model
+
+
 def reference() -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and first gradients in one process without DeepSpeed: plain model, plain loss, torch's AdamW."""
     settings = config((1, 1, 1))
     section = settings.optimizer
-    model = DiT(settings.model.dit())
-    init_weights(model, "", settings.data.seed)
-    perturb([("", model)])
+    model = initial_model(settings)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=section.lr, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay
     )
@@ -159,6 +166,8 @@ def results(tmp_path_factory) -> dict[str, list[dict]]:
     cases = {name_of(layout): (config(layout), STEPS) for layout in LAYOUTS}
     for recompute in ("light", "selective", "full"):
         cases[recompute] = (config((1, 2, 2), recompute), 2)
+    for layout in BF16_LAYOUTS:
+        cases[f"bf16-{name_of(layout)}"] = (config(layout, precision="bf16"), 1)
     return start(cases, tmp_path_factory.mktemp("layouts"))
 
 
@@ -196,3 +205,39 @@ def test_quartile_sums_cover_the_batch(case, expected, results):
         count = sum(terms[f"count_q{q}"] for q in range(4))
         assert count == pytest.approx(GLOBAL_BATCH / (2 * replicas))
         assert sum(terms[f"loss_q{q}"] for q in range(4)) / count == pytest.approx(expected[0][0], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def plain_bf16() -> dict[str, torch.Tensor]:
+    """Gradients of the first step by the plain model in bf16, the loss in fp32: the rounding that bf16 costs."""
+    model, batch = initial_model(config((1, 1, 1))).bfloat16(), global_batch(0)
+    losses = []
+    for i in range(GLOBAL_BATCH):  # each sample's gradient is rounded to bf16 once, and summed in fp32
+        one = Batch(*(t[i : i + 1] for t in batch))
+        prediction = model(one.x, one.timestep, one.text, one.text_mask, one.x_mask, one.fps)
+        losses.append(flow_loss(prediction, one.target, one.x_mask).mean())
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    summed = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+    for loss in losses:
+        for total, gradient in zip(summed, torch.autograd.grad(loss, parameters), strict=True):
+            total += gradient.float() / GLOBAL_BATCH
+    return dict(zip(names, summed, strict=True))
+
+
+def distance(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
+    """The relative error of the whole gradient."""
+    wrong = sum(float((found[name] - g).square().sum()) for name, g in exact.items())
+    return (wrong / sum(float(g.square().sum()) for g in exact.values())) ** 0.5
+
+
+@pytest.mark.parametrize("layout", BF16_LAYOUTS, ids=name_of)
+def test_bf16_computes_what_fp32_does_up_to_its_rounding(layout, expected, plain_bf16, results):
+    """The plain model in bf16 has a gradient error of its own; no layout may add more than a third of it."""
+    ranks = results[f"bf16-{name_of(layout)}"]
+    for rank in ranks:
+        assert rank["losses"] == pytest.approx(expected[0][:1], rel=5e-4)
+    found = {name: g for rank in ranks for name, g in rank["gradients"].items()}
+    assert found.keys() == expected[1].keys()
+    usual = distance(plain_bf16, expected[1])
+    assert 1e-3 < usual < 0.05
+    assert distance(found, expected[1]) <= 1.3 * usual

@@ -54,6 +54,50 @@ def test_what_is_recomputed_and_sharded_is_not_held():
     assert by_replicas[2] == pytest.approx(2e10 + 20e10 / 64)
 
 
+SMALL = DiTConfig(144, 2, 3)
+PLAIN = {
+    "parameters": 0, "blocks": 0, "replicas": 4, "tokens_held": 0, "in_flight": 1, "recompute": "full",
+    "fp32_accumulation": False, "averages": 0,
+}  # fmt: skip
+
+
+def memory(**changes) -> tuple[float, float, float]:
+    predicted = predict_memory(SMALL, **(PLAIN | changes))
+    assert predicted.peak == max(predicted.backward, predicted.step)
+    return predicted.resident, predicted.backward, predicted.step
+
+
+def test_an_empty_device_holds_the_bucket_of_the_gradients():
+    """5e8 bf16 elements, and only while the backward pass runs."""
+    assert memory() == (0, 1e9, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "resident", "step"),
+    [
+        # A parameter: 2 bytes in bf16; on one of 4 ranks fp32 weight and two moments, 12; in the step also its
+        # gradient, 2, and the rank's share of it in fp32 with what that is made of, 6.
+        ({}, 2 + 12 / 4, 2 + 12 / 4 + 2 + 6 / 4),
+        ({"replicas": 1}, 2 + 12, 2 + 12 + 2 + 6),
+        ({"fp32_accumulation": True}, 2 + 12 / 4 + 4, 2 + 12 / 4 + 4 + 2 + 6 / 4),
+        ({"averages": 3}, 2 + (12 + 3 * 4) / 4, 2 + (12 + 3 * 4) / 4 + 2 + 6 / 4),
+    ],
+)
+def test_bytes_of_a_parameter(changes, resident, step):
+    assert memory(parameters=1000, **changes) == (1000 * resident, 1000 * resident + 1e9, 1000 * step)
+
+
+@pytest.mark.parametrize(("recompute", "thirds"), [("full", 3), ("selective", 22), ("light", 46), ("off", 61)])
+def test_bytes_of_a_block_and_of_a_micro_batch_in_flight(recompute, thirds):
+    """Tensors of 10 tokens × 144 in bf16: what the schema counts for a block, times those in flight, and 15 at work."""
+    tensor = 10 * 144 * 2
+    for blocks in (0, 1, 5):
+        for in_flight in (1, 3):
+            resident, backward, step = memory(blocks=blocks, in_flight=in_flight, recompute=recompute, tokens_held=10)
+            assert (resident, step) == (0, 0)
+            assert backward - 1e9 == pytest.approx(tensor * (thirds / 3 * blocks * in_flight + 15))
+
+
 def test_a_block_keeps_what_is_counted(formula):
     """With the kernels, in bf16, the sequence not sharded: o is kept once. Texts and rows of weights do not count."""
     tokens, width, text_tokens = 97, 144, 3

@@ -99,3 +99,40 @@ def test_captions_of_unequal_length_are_padded_without_effect(record):
 def test_guidance_one_is_the_prompt_alone(record):
     other = {"negative_text": torch.ones_like(record["in.text"][1:, 0])}
     assert relative(sample(record, guidance=1.0, **other), sample(record, guidance=1.0)) <= 1e-6
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_each_step_asks_the_model_once_for_both_branches(guidance, steps):
+    """A batch of two samples becomes four: both with their prompts, then both with the negative prompts."""
+    calls = []
+
+    def model(x, timestep, text, text_mask, x_mask, fps):
+        calls.append((x, timestep, text, text_mask, x_mask, fps))
+        return torch.zeros(len(x), 48, *x.shape[2:])
+
+    noise = torch.randn(2, 24, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    text, negative = torch.full((2, 5, 8), 1.0), torch.full((2, 3, 8), -1.0)
+    out = sample_latents(
+        model,
+        noise=noise,
+        reference=torch.zeros_like(noise),
+        frame_mask=torch.tensor([[True, True], [False, True]]),
+        text=text,
+        text_mask=torch.ones(2, 5, dtype=torch.bool),
+        negative_text=negative,
+        negative_mask=torch.ones(2, 3, dtype=torch.bool),
+        fps=torch.tensor([8.0, 24.0]),
+        height=32,
+        width=32,
+        steps=steps,
+        guidance=guidance,
+        shift=1.0,
+    )
+    assert len(calls) == steps
+    assert [call[1].tolist() for call in calls] == [[1000 * (1 - i / steps)] * 4 for i in range(steps)]
+    for x, _, texts, masks, x_mask, fps in calls:
+        assert x.shape == (4, 24, 2, 4, 4) and torch.equal(x[:2], x[2:]) and torch.equal(x[:2], out)
+        assert texts[:, :3, 0].tolist() == [[1.0] * 3] * 2 + [[-1.0] * 3] * 2 and not texts[2:, 3:].any()
+        assert masks.sum(dim=1).tolist() == [5, 5, 3, 3]
+        assert x_mask.tolist() == [[True, True], [False, True]] * 2 and fps.tolist() == [8.0, 24.0] * 2

@@ -59,3 +59,48 @@ def test_what_a_checkpoint_holds_is_checked():
     for wrong in ('{"jumped": [[8]]}', '{"rollbacks": -1}', '{"losses": ["1"]}', '{"other": 1}'):
         with pytest.raises(ValidationError):
             History.model_validate_json(wrong)
+
+
+def test_counters_of_steps_without_an_update():
+    """Skips add up over the run, those in a row end with an update, and their losses take no part."""
+    history = History()
+    counts = []
+    for loss, applied in ((1.0, True), (2.0, False), (3.0, True), (NAN, False), (4.0, True)):
+        assert history.note(loss, applied, SECTION) is None
+        counts.append((history.skips, history.skips_in_a_row))
+    assert counts == [(0, 0), (1, 1), (1, 0), (2, 1), (2, 0)]
+    assert history.losses == [1.0, 3.0, 4.0]
+    assert history.note(float("inf"), True, SECTION) is None and history.losses == [1.0, 3.0, 4.0]
+    assert (history.seen, history.bad, history.rollbacks, history.jumped) == (0, 0, 0, [])
+
+
+def test_the_window_holds_the_last_losses():
+    history = History()
+    played(history, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    assert history.losses == [3.0, 4.0, 5.0, 6.0]
+
+
+def test_an_item_of_two_steps_without_an_update_is_set_aside_once():
+    history = History()
+    assert history.suspect([(0, 7), (1, 2), (0, 5)]) == [] and history.aside() == frozenset()
+    assert history.suspect([(0, 7), (0, 5), (0, 9)]) == [(0, 5), (0, 7)]
+    assert history.aside() == {(0, 5), (0, 7)}
+    assert history.suspect([(0, 7), (0, 9)]) == [(0, 9)], "what is set aside already is not named again"
+    assert history.suspects == {"1:2": 1, "0:5": 2, "0:7": 3, "0:9": 2}
+
+
+def test_the_last_10_000_suspects_are_kept():
+    history = History()
+    history.suspect((0, i) for i in range(10_000))
+    history.suspect([(0, 0), (1, 0)])  # the first becomes one of the newest
+    assert len(history.suspects) == 10_000 and "0:1" not in history.suspects
+    first, *_, last_but_one, last = history.suspects
+    assert (first, last_but_one, last) == ("0:2", "0:0", "1:0")
+
+
+def test_a_rollback_keeps_what_was_counted_over_the_run():
+    saved = History(skips=1, seen=8, suspects={"0:1": 1}, losses=[2.0])
+    before = History(rollbacks=4, skips=6, skips_in_a_row=3, seen=32, bad=2, suspects={"0:1": 2, "0:3": 1})
+    saved.rolled_back(2, 8, before)
+    assert (saved.rollbacks, saved.skips, saved.skips_in_a_row, saved.seen, saved.bad) == (5, 6, 0, 32, 2)
+    assert saved.suspects == {"0:1": 2, "0:3": 1} and saved.losses == [2.0]
