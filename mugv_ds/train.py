@@ -70,7 +70,7 @@ def start(config: TrainConfig, resume: bool = True) -> Start:
     saved = process.host.first(lambda: saved_start(config) if resume else None)
     weights = find_weights(config, saved, process.host.first)
     load = partial(load_into, weights.path, config.model.dit()) if saved is None and weights.path else None
-    engine = build_engine(config, process, shape=data.typical_shape, weights=load)
+    engine = build_engine(config, process, data.typical_shape, weights=load, shapes=len(data.shapes))
     stop_if_asked(process.host)
     return Start(process, data, engine, weights)
 

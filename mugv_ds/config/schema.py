@@ -135,6 +135,13 @@ class DataSection(Section):
     mixture: tuple[GroupSection, ...] = Field(
         (), description="Groups of the training set that are mixed in given shares; empty: every row as often."
     )
+    max_row_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Latent shapes with so few rows that one of them would fill more than this share of a step, all of "
+        "whose samples are of one shape, are left out and counted. Ours.",
+    )
     max_text_tokens: int = Field(
         300, ge=1, le=1 << 16, description="Captions are padded to this length (T5 of the published model: 300)."
     )

@@ -1,6 +1,7 @@
 """Everything that a run reads: its manifests, the readers of their samples, and the plan of its steps."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -8,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from mugv_ds.config.errors import ConfigError
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.data.buckets import group_by_shape
 from mugv_ds.data.budget import BatchSize, Workload, batch_sizes
@@ -18,6 +20,8 @@ from mugv_ds.data.plan import Companion, Plan, Stream
 from mugv_ds.data.readers import AnnotatedSamples, FlowSamples, Reader, Sources
 
 Opener = Callable[[Callable[[], Index]], Index]
+
+logger = logging.getLogger(__name__)
 
 _ALONE = "train"  # name of the stream where there is only one
 
@@ -101,6 +105,12 @@ class RunData:
         shapes = {shape for index in self.sources or (self.train,) for shape in index.buckets().by_shape}
         return max(sorted(shapes), key=self._load.flops)
 
+    @property
+    def shapes(self) -> set[Shape]:
+        """The latent shapes that the run's model may meet: in training, held out and in previews."""
+        indexes = (self.train, self.validation, self.previewed, *self.sources, *self.held_out)
+        return {shape for index in indexes if index is not None for shape in index.buckets().by_shape}
+
     def readers_with(self, references: Sequence[np.ndarray]) -> Sources:
         """Returns the readers, those of the preference sources with the reference's losses, one table for each."""
         flows, *annotated = self.readers.readers
@@ -149,25 +159,59 @@ class RunData:
         flows, *annotated = self.readers.readers
         companion = Companion(0, flows.shapes, preference.sft_ratio) if preference.sft_weight > 0 else None
         streams = [
-            Stream(
-                source.name,
-                number,
-                reader.shapes,
-                self.batch_sizes(reader, companion),
-                item_size=reader.item_size,
-                share=((0, source.weight),),
+            self._stream(
+                Stream(
+                    source.name,
+                    number,
+                    reader.shapes,
+                    self.batch_sizes(reader, companion),
+                    item_size=reader.item_size,
+                    share=((0, source.weight),),
+                )
             )
             for number, (source, reader) in enumerate(zip(preference.sources, annotated, strict=True), 1)
         ]
         return Plan(streams, seed, companion)
+
+    def _stream(self, stream: Stream) -> Stream:
+        """Leaves out the latent shapes whose steps would be filled with copies of few rows, and says so.
+
+        Raises:
+            ConfigError: that is every shape.
+        """
+        groups = (
+            dict(zip(*group_by_shape(stream.shapes), strict=True))
+            if stream.buckets is None
+            else stream.buckets.by_shape
+        )
+        limit = self._config.data.max_row_share
+        few = {
+            shape: rows
+            for shape, rows in groups.items()
+            if (step := stream.sizes[shape].step) > 1 and -(-step // len(rows)) > limit * step
+        }
+        if not few:
+            return stream
+        rows = np.concatenate(list(few.values()))
+        what = (
+            f"{stream.name}: {len(rows)} rows or pairs of {len(few)} latent shapes, {', '.join(map(str, list(few)[:4]))}"
+            f"{', …' * (len(few) > 4)}, are so few of their shape that one would fill more than data.max_row_share = "
+            f"{limit:g} of a step"
+        )
+        if len(few) == len(groups):
+            raise ConfigError(f"{what}, and there are no others; add rows, or lower data.global_batch_size")
+        logger.warning("%s; they are left out", what)
+        shapes = stream.shapes.copy()
+        shapes[rows] = 0
+        return replace(stream, shapes=shapes, buckets=None)
 
     def _flow_streams(self) -> list[Stream]:
         """The groups of data.mixture or, without one, all of the training set."""
         mixture = self._config.data.mixture
         if not mixture:
             shapes = self.train.shapes()
-            return [Stream(_ALONE, 0, shapes, self._batch_sizes(shapes), buckets=self.train.buckets())]
+            return [self._stream(Stream(_ALONE, 0, shapes, self._batch_sizes(shapes), buckets=self.train.buckets()))]
         return [
-            Stream(group.name, 0, shapes, self._batch_sizes(shapes), share=group.share)
+            self._stream(Stream(group.name, 0, shapes, self._batch_sizes(shapes), share=group.share))
             for group, shapes in zip(mixture, group_shapes(self.train, mixture), strict=True)
         ]

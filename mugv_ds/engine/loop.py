@@ -26,7 +26,7 @@ from mugv_ds.engine.metrics import OptimizerProbe, Recorder, peak_tflops
 from mugv_ds.engine.preview import Previews
 from mugv_ds.engine.process import Process
 from mugv_ds.engine.profile import profiled
-from mugv_ds.models.flops import train_flops
+from mugv_ds.models.flops import step_flops
 from mugv_ds.models.rope import patch_grid
 from mugv_ds.objectives.preference import kl_reference_point
 
@@ -257,15 +257,14 @@ class Trainer:
     def _note(self, planned: PlannedStep, loss: torch.Tensor, recorder: Recorder) -> None:
         """Hands the recorder what the finished step was and did."""
         tokens, samples = patch_grid(*planned.shape).tokens, planned.samples
-        sizes = self.dit, tokens, self.config.data.max_text_tokens
+        flops = step_flops(self.config, planned.shape, samples=samples, companions=len(planned.companions))
         recorder.step(
             loss,
             self.engine.get_additional_losses(),
             stream=planned.stream,
             samples=samples,
             tokens=samples * tokens,
-            model_flops=samples * train_flops(*sizes),
-            hardware_flops=samples * train_flops(*sizes, self.config.parallel.activation_checkpointing),
+            **flops._asdict(),
         )
 
     def _record(self, done: int, planned: PlannedStep, rate: float, recorder: Recorder) -> None:

@@ -83,6 +83,7 @@ def balance_report(config: TrainConfig, data_ranks: int, steps: int | None = Non
         f"imbalance between {data_ranks} data ranks (max/mean - 1, worst step): {balance.between_ranks:.2%}",
         f"imbalance between steps (largest |cost/mean - 1|): {balance.between_steps:.2%}",
         f"rows that are never played: {rows.never:,} of {rows.total:,}, {rows.never / rows.total:.2%}",
+        f"rows that are not played in every epoch, being fewer of their shape than a step: {seldom_played(plan):,}",
         f"rows whose latent could not be read: {rows.unreadable:,}, {rows.unreadable / rows.total:.2%}",
     ]
     if len(plan.streams) > 1:
@@ -127,6 +128,16 @@ def count_rows(plan: Plan, indexes: Sequence[Index], readers: Sequence[Reader], 
         unreadable += int((~index.shapes().any(axis=1)).sum())
         held += int(can.sum())
     return Rows(total, unreadable, total - unreadable - held)
+
+
+def seldom_played(plan: Plan) -> int:
+    """Counts the rows of latent shapes that have fewer rows than a step holds; such a step comes in some epochs only."""
+    return sum(
+        stream.item_size * len(items)
+        for stream in plan.streams
+        for shape, items in zip(*group_by_shape(stream.shapes), strict=True)
+        if len(items) < stream.sizes[shape].step
+    )
 
 
 def epoch(plan: Plan) -> int:

@@ -5,9 +5,10 @@ from itertools import product
 
 import pytest
 
-from mugv_ds.config import load_config
+from mugv_ds.config import ConfigError, load_config
 from mugv_ds.data.run_data import RunData
 from mugv_ds.models.flops import SampleCost
+from mugv_ds.plan.balance import balance_report
 from tests.engine.test_preference import annotate
 from tests.helpers.dataset import write_config, write_dataset
 
@@ -51,3 +52,18 @@ def test_the_typical_shape_is_one_that_there_is(tmp_path):
     """It was the largest of each side: of a long small clip and a large image, a long large clip that nobody has."""
     manifest = write_dataset(tmp_path, [(8, 4, 4)] * 4 + [(1, 8, 8)] * 4)
     assert read(write_config(tmp_path, manifest)).typical_shape == (8, 4, 4)
+
+
+def test_a_shape_with_few_rows_does_not_fill_steps_with_copies(tmp_path, caplog):
+    """One row of its shape filled whole steps with copies of itself; it is left out and told, and counted."""
+    manifest = write_dataset(tmp_path, [(1, 4, 4)] * 6 + [(2, 4, 4)] + [(1, 4, 6)] * 3)
+    path = write_config(tmp_path, manifest)  # four samples a step
+    plan = read(path).plan
+    played = {plan.step(i).shape for i in range(200)}
+    assert played == {(1, 4, 4), (1, 4, 6)}
+    assert "1 rows or pairs of 1 latent shapes, (2, 4, 4)" in caplog.text
+    text = balance_report(load_config(path), 1, steps=8)
+    assert "rows that are never played: 1 of 10" in text
+    assert "fewer of their shape than a step: 3" in text
+    with pytest.raises(ConfigError, match=r"no others; add rows, or lower data\.global_batch_size"):
+        read(write_config(tmp_path / "few", write_dataset(tmp_path / "few", [(1, 4, 4), (2, 4, 4)])))
