@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -128,7 +128,7 @@ class Store:
         self.dir.mkdir(parents=True, exist_ok=True)
         self._lock = files.Lock(self.dir)
         files.sweep(self.dir)
-        self._constant["versions"] = {name: version(name) for name in _PACKAGES}
+        self._constant["versions"] = {name: _version(name) for name in _PACKAGES}
         self._constant["git_commit"] = _git_commit()
 
     def save(self, step: int, state: Mapping[str, Any] | None = None) -> None:
@@ -434,6 +434,14 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 def _yield_to_training() -> None:
     """Lets this thread run where training leaves a core free."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
+def _version(package: str) -> str:
+    """The version of a package; code that runs from its source without being installed has none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _git_commit() -> str | None:
