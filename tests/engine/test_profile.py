@@ -14,7 +14,7 @@ from mugv_ds.engine.profile import profiled
 def run(folder, step: int, rank: int = 0) -> None:
     process = SimpleNamespace(rank=rank, device=torch.device("cpu"))
     with profiled(LoggingSection(dir=str(folder), profile_step=3), step, process):
-        torch.ones(300, 300) @ torch.ones(300, 300)
+        torch.ones(1000, 1000) @ torch.ones(1000, 1000)
 
 
 def test_the_step_leaves_a_table_and_a_trace(tmp_path):
