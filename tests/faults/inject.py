@@ -40,10 +40,11 @@ def signal_in_step(rank: int, *, step: int, number: signal.Signals, again: bool 
         return share(self, *args)
 
     def saving(self, *args):
-        if again:
+        twice = again and now["step"] == step
+        if twice:
             os.kill(os.getpid(), number)
         save(self, *args)
-        if again:
+        if twice:
             os.kill(os.getpid(), number)
 
     Trainer._train_step, Feed._share, Store.save = stepping, sharing, saving

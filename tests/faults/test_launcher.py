@@ -26,9 +26,9 @@ def wait_until(holds, run: subprocess.Popen) -> None:
 
 
 def wait_for_checkpoint(folder: Path, run: subprocess.Popen) -> None:
-    """Until there is a new one: the run is in its loop."""
-    before = set(folder.iterdir()) if folder.exists() else set()
-    wait_until(lambda: folder.exists() and {path for path in folder.iterdir() if path.is_dir()} - before, run)
+    """Until there is a new one after a step: the run is in its loop."""
+    before = {*folder.glob("step-*"), folder / "step-00000000"}
+    wait_until(lambda: set(folder.glob("step-*")) - before, run)
 
 
 def listens(process: psutil.Process) -> bool:

@@ -15,7 +15,7 @@ def test_sequence_ranks_and_stages_skip_stop_and_resume_together(tmp_path, manif
     trouble = {"factors": {2: float("nan")}}
     done = run(configure(tmp_path / "one", manifest, **sections), 4, faults={3: partial(inject.scaled_loss, **trouble)})
     assert done.codes == [0] * 4, done.output
-    assert [(line["step"], line["data_step"]) for line in done.incidents()] == [(3, 2)]
+    assert [(line["step"], line["data_step"]) for line in done.incidents("skip")] == [(3, 2)]
 
     config = configure(tmp_path / "two", manifest, **sections)
     stop = partial(inject.signal_in_step, step=5, number=signal.SIGTERM)
