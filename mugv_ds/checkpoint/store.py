@@ -10,7 +10,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
@@ -42,6 +42,8 @@ from mugv_ds.config.load import leaves
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.models.dit import DiT
 
+_ASK_SECONDS = 1.0  # between two questions to the other ranks
+_LEAVE_SECONDS = 25.0  # that the end of a failed run waits for what is being saved
 _SHOWN = 48  # characters of a value in a message
 _PACKAGES = ("mugv_ds", "torch", "deepspeed", "safetensors")
 
@@ -166,19 +168,31 @@ class Store:
     def wait(self) -> None:
         """Waits for the background save, if there is one.
 
+        The ranks ask each other meanwhile: of one that is gone, the threads that save would not hear.
+
         Raises:
             CheckpointError: as `save`.
         """
         if self._pending is not None:
+            while not self._host.all(self._pending.done()):
+                wait([self._pending], timeout=_ASK_SECONDS)
             pending, self._pending = self._pending, None
             pending.result()
 
     def close(self) -> None:
-        """Waits for the background save, whose failure is printed, and gives the folder free."""
+        """Gives the folder free. What a failed run still saves in the background is waited for, up to 25 s.
+
+        Its failure is printed. The launcher kills what has not ended 30 s after another rank; without one, a rank that
+        is gone must not hold up the others.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None and pending not in wait([pending], timeout=_LEAVE_SECONDS).done:
+            self._thread.shutdown(wait=False)
+            self._say("warning: the save in the background did not end, as another rank is gone; it is left")
+            return  # and the thread its memory and the lock, which end with the process
         self._thread.shutdown()
-        if self._pending is not None and (failure := self._pending.exception()) is not None:
+        if pending is not None and (failure := pending.exception()) is not None:
             self._say(f"error: {failure}")
-        self._pending = None
         self._memory.release()
         if self._lock is not None:
             self._lock.release()

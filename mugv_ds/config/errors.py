@@ -1,6 +1,7 @@
 """Errors that end a command, and the exit statuses that they end it with."""
 
 import sys
+import traceback
 from collections.abc import Callable
 from enum import IntEnum
 
@@ -71,7 +72,7 @@ def status_of(failure: Exception) -> int:
 def exit_status(command: Callable[[], int]) -> int:
     """What `command` returns; or the status of an error above, of which InputError and TrainingError print one line.
 
-    Of PeerError nothing is printed: the other rank says why.
+    Of PeerError nothing is printed: the other rank says why. Of what nobody foresaw, the traceback is.
     """
     try:
         return command()
@@ -80,3 +81,6 @@ def exit_status(command: Callable[[], int]) -> int:
         return status_of(error)
     except (PeerError, Stopped) as error:
         return status_of(error)
+    except Exception:
+        traceback.print_exc()
+        return Status.FAILED

@@ -194,7 +194,7 @@ class RunData:
             return stream
         rows = np.concatenate(list(few.values()))
         what = (
-            f"{stream.name}: {len(rows)} rows or pairs of {len(few)} latent shapes, {', '.join(map(str, list(few)[:4]))}"
+            f"{stream.name}: {len(rows)} rows or pairs of {len(few)} shapes, {', '.join(map(str, list(few)[:4]))}"
             f"{', …' * (len(few) > 4)}, are so few of their shape that one would fill more than data.max_row_share = "
             f"{limit:g} of a step"
         )

@@ -131,7 +131,7 @@ def count_rows(plan: Plan, indexes: Sequence[Index], readers: Sequence[Reader], 
 
 
 def seldom_played(plan: Plan) -> int:
-    """Counts the rows of latent shapes that have fewer rows than a step holds; such a step comes in some epochs only."""
+    """Counts the rows of latent shapes that have fewer than a step holds; such a step comes in some epochs only."""
     return sum(
         stream.item_size * len(items)
         for stream in plan.streams

@@ -14,7 +14,7 @@ from tests.helpers.dataset import write_config, write_dataset
 from tests.helpers.distributed import run_ranks
 
 SHAPES = [(1, 4, 4), (1, 6, 4), (1, 4, 7), (2, 4, 6), (3, 4, 4), (2, 6, 5)]
-STEPS = 100
+STEPS = 40
 LAYOUTS = {"one": (1, 1, 1), "pp4": (1, 1, 4), "sp2-pp2": (1, 2, 2)}
 
 
@@ -48,7 +48,7 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def losses(root) -> dict[str, list[list[float]]]:
-    """By layout, each rank's losses of the same 100 steps."""
+    """By layout, each rank's losses of the same 40 steps."""
     found = {}
     for name, layout in LAYOUTS.items():
         run_ranks(math.prod(layout), trainer.run, root / name / "config.json", root / name / "out", STEPS)

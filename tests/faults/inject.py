@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from mugv_ds.checkpoint import files
 from mugv_ds.checkpoint.store import Store
+from mugv_ds.data import patience
 from mugv_ds.engine.feed import Feed
 from mugv_ds.engine.guard.guard import Guard
 from mugv_ds.engine.loop import Trainer
@@ -222,6 +224,13 @@ def fill_disk(trainer: Trainer, folder: Path) -> None:
     with contextlib.suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
         while file.write(bytes(512)):
             pass
+
+
+def impatient(rank: int, *, then: Callable[[int], None] | None = None) -> None:
+    """A file system that is away is waited for half a second more, not some minutes."""
+    patience._LONG_WAITS = (0.5,)
+    if then is not None:
+        then(rank)
 
 
 def hide(trainer: Trainer, folder: Path) -> None:
