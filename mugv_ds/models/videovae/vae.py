@@ -2,14 +2,15 @@
 
 It works in units that know nothing of one another, always in the same shapes: a chunk of one clip's frames makes one
 latent frame, a window of one clip's latent frames makes eight times as many features, and a few of these make frames.
-So a batch, a stream and units that several processes share out all give the same bits. Source: [C] of the
-specification, §1.5.
+So a batch and a stream give the same bits, and so do processes that share out the units: a caller may hand in the
+function that runs them. Source: [C] of the specification, §1.5.
 
 Shape suffixes: B clips, C = 24 latent channels, F video frames, T latent frames, H and W video height and width,
 D feature channels, h = H/8 and w = W/8, f frames of a unit, n latent frames of a unit.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,9 @@ WINDOW = 6  # latent frames that the published code decodes together
 FRAMES_AT_ONCE = 4  # in the spatial half, as in the published code
 _LOGVAR_LIMITS = (-30.0, 20.0)
 
+# Computes all units of a list, wherever it likes, and returns their results in the list's order.
+Run = Callable[[list[Callable[[], Tensor]]], list[Tensor]]
+
 # They are in the published weights and take no part in anything: they never get a gradient, nor may they decay.
 UNUSED_PARAMETERS = (
     "logvar",
@@ -37,6 +41,11 @@ UNUSED_PARAMETERS = (
     "spatial_vae.module.decoder.conv_in.weight",
     "spatial_vae.module.decoder.conv_in.bias",
 )
+
+
+def run_here(tasks: list[Callable[[], Tensor]]) -> list[Tensor]:
+    """Computes one unit after the other."""
+    return [task() for task in tasks]
 
 
 class Unit(NamedTuple):
@@ -103,6 +112,7 @@ class VideoVAE(nn.Module):
         frames_at_once: int = FRAMES_AT_ONCE,
         any_size: bool = False,
         allow_nonnegative: bool = False,
+        run: Run = run_here,
     ) -> tuple[Tensor, Tensor]:
         """Returns mean and log-variance, each [B, C, T, h, w] in fp32, of latents that are not normalised.
 
@@ -113,6 +123,7 @@ class VideoVAE(nn.Module):
             any_size: H and W need not be multiples of 8. The latent then has the floored size, but what is beyond it
                 takes part, as in the published code; a cropped video gives another latent.
             allow_nonnegative: the pixels are in [−1, 1] though none is below 0.
+            run: computes the units, see `encode_unit`.
 
         Raises:
             InputError: the video is none of that, or the model is in fp16.
@@ -120,7 +131,7 @@ class VideoVAE(nn.Module):
         self._check_self(frames_at_once)
         check_video(video, any_size=any_size, allow_nonnegative=allow_nonnegative)
         units = chunk_units(len(video), video.shape[2])
-        return self.join_moments([self.encode_unit(video, unit, frames_at_once) for unit in units], len(video))
+        return self._join(run([partial(self.encode_unit, video, unit, frames_at_once) for unit in units]), len(video))
 
     def encode(
         self, video: Tensor, sample: bool = False, generator: torch.Generator | None = None, **options
@@ -136,22 +147,21 @@ class VideoVAE(nn.Module):
         Raises:
             InputError: see `posterior`.
         """
-        return self.to_latent(*self.posterior(video, **options), sample, generator)
+        return self._to_latent(*self.posterior(video, **options), sample, generator)
 
-    def decode(self, latent: Tensor, *, window: int = WINDOW, frames_at_once: int = FRAMES_AT_ONCE) -> Tensor:
+    def decode(self, latent: Tensor, **options) -> Tensor:
         """Decodes normalised latents [B, C, T, h, w] to pixels [B, 3, 8T, 8h, 8w] in fp32, not clamped.
 
         Where the video had 8n + 1 frames, the first 7 are to be dropped: all 8 show its first frame.
 
         Args:
             latent: fp32, bf16 or fp16, on any device.
-            window: latent frames that are decoded together; none is influenced by another window.
-            frames_at_once: see `posterior`.
+            options: those of `decode_windows`.
 
         Raises:
             InputError: the latent is none of that, or the model is in fp16.
         """
-        return torch.cat(list(self.decode_windows(latent, window=window, frames_at_once=frames_at_once)), dim=2)
+        return torch.cat(list(self.decode_windows(latent, **options)), dim=2)
 
     def encode_chunks(
         self,
@@ -193,8 +203,8 @@ class VideoVAE(nn.Module):
             seen = seen.join(check_pixels(video, any_size=any_size))
             held, wanted = [], LATENT_STRIDE
             units = [Unit(clip, 0, video.shape[2]) for clip in range(len(video))]
-            moments = self.join_moments([self.encode_unit(video, unit, frames_at_once) for unit in units], len(video))
-            yield self.to_latent(*moments, sample, generator)
+            moments = [self.encode_unit(video, unit, frames_at_once) for unit in units]
+            yield self._to_latent(*self._join(moments, len(video)), sample, generator)
         if held or not given:
             raise InputError(
                 f"a clip of {given} frames: must be 8n, or 8n + 1 with still_first=True; the last {len(held)} were not "
@@ -204,14 +214,24 @@ class VideoVAE(nn.Module):
             seen.refuse_nonnegative()
 
     def decode_windows(
-        self, latent: Tensor, *, window: int = WINDOW, frames_at_once: int = FRAMES_AT_ONCE
+        self,
+        latent: Tensor,
+        *,
+        window: int = WINDOW,
+        frames_at_once: int = FRAMES_AT_ONCE,
+        windows_at_once: int = 1,
+        run: Run = run_here,
     ) -> Iterator[Tensor]:
-        """Yields what `decode` returns, window by window, each [B, 3, 8n, 8h, 8w]; holds no more than one.
+        """Yields what `decode` returns, window by window, each [B, 3, 8n, 8h, 8w].
 
-        Run it without gradients: otherwise every window's activations stay.
+        Call it without gradients: otherwise every window's activations stay.
 
         Args:
-            latent, window, frames_at_once: see `decode`.
+            latent: see `decode`.
+            window: latent frames that are decoded together; none is influenced by another window.
+            frames_at_once: see `posterior`.
+            windows_at_once: windows whose features and frames are held together, for `run` to have more to share out.
+            run: computes the units: first windows, see `decode_unit`, then frames, see `decode_features`.
 
         Raises:
             InputError: see `decode`.
@@ -219,8 +239,14 @@ class VideoVAE(nn.Module):
         self._check_self(frames_at_once)
         check_latent(latent)
         batch, units = len(latent), window_units(len(latent), latent.shape[2], window)
-        for first in range(0, len(units), batch):
-            yield torch.stack([self._decode_unit(latent, unit, frames_at_once) for unit in units[first:][:batch]])
+        at_once = batch * max(windows_at_once, 1)
+        for first in range(0, len(units), at_once):
+            features = run([partial(self.decode_unit, latent, unit) for unit in units[first:][:at_once]])
+            groups = [feature_fDhw.split(frames_at_once) for feature_fDhw in features]
+            frames = iter(run([partial(self.decode_features, part) for parts in groups for part in parts]))
+            videos = [torch.cat([next(frames) for _ in parts]).transpose(0, 1) for parts in groups]
+            for start in range(0, len(videos), batch):
+                yield torch.stack(videos[start : start + batch])
 
     def encode_unit(self, video: Tensor, unit: Unit, frames_at_once: int = FRAMES_AT_ONCE) -> Tensor:
         """Returns the moments [2·C, h, w] of the latent frame that a chunk makes; video [B, 3, F, H, W] as checked.
@@ -244,13 +270,13 @@ class VideoVAE(nn.Module):
         """Returns the frames [f, 3, H, W] in fp32 of a few features, which are independent of one another."""
         return self.spatial_vae.decode(feature_fDhw).float()
 
-    def join_moments(self, moments: list[Tensor], batch: int) -> tuple[Tensor, Tensor]:
+    def _join(self, moments: list[Tensor], batch: int) -> tuple[Tensor, Tensor]:
         """Returns mean and clamped log-variance, each [B, C, T, h, w] in fp32, of the moments of all `chunk_units`."""
         moment_BCThw = rearrange(torch.stack(moments).float(), "(b t) c h w -> b c t h w", b=batch)
         mean, logvar = moment_BCThw.chunk(2, dim=1)
         return mean, logvar.clamp(*_LOGVAR_LIMITS)
 
-    def to_latent(
+    def _to_latent(
         self, mean: Tensor, logvar: Tensor, sample: bool = False, generator: torch.Generator | None = None
     ) -> Tensor:
         """Returns normalised latents of a posterior; the noise of one latent frame is drawn after the other's.
@@ -262,11 +288,6 @@ class VideoVAE(nn.Module):
             frames = zip(mean.unbind(2), logvar.unbind(2), strict=True)
             mean = torch.stack([_draw(*frame, generator) for frame in frames], dim=2)
         return (mean - self.shift.float()) / self.scale.float()
-
-    def _decode_unit(self, latent: Tensor, unit: Unit, frames_at_once: int) -> Tensor:
-        """Returns the frames [3, 8n, H, W] of a window."""
-        features = self.decode_unit(latent, unit).split(frames_at_once)
-        return torch.cat([self.decode_features(part) for part in features]).transpose(0, 1)
 
     def _check_self(self, frames_at_once: int) -> None:
         if frames_at_once < 1:
