@@ -160,6 +160,17 @@ def test_a_stream_takes_no_more_frames_than_a_chunk_has(lengths):
     assert len(taken) == 16
 
 
+def test_windows_are_decoded_when_they_are_asked_for(lengths, monkeypatch):
+    vae, r = lengths
+    decoded, decode = [], vae.decode_unit
+    monkeypatch.setattr(vae, "decode_unit", lambda latent, unit: decoded.append(unit) or decode(latent, unit))
+    windows = vae.decode_windows(r["case.104.latent"])
+    for number in range(1, 3):
+        next(windows)
+        assert len(decoded) == number
+    assert decoded == [(0, 0, 6), (0, 6, 12)]
+
+
 def test_samples_have_the_posteriors_variance(lengths):
     vae, r = lengths
     video = r["in.video"][:, :, :8]
