@@ -174,7 +174,7 @@ class VideoVAE(nn.Module):
         any_size: bool = False,
         allow_nonnegative: bool = False,
     ) -> Iterator[Tensor]:
-        """Yields what `encode` returns, one latent frame [B, C, 1, h, w] at a time, and holds no more than 8 frames.
+        """Yields what `encode` returns, one latent frame [B, C, 1, h, w] at a time, and holds one chunk of frames.
 
         Args:
             frames: [B, 3, H, W] each, in the order of time.
@@ -204,7 +204,8 @@ class VideoVAE(nn.Module):
             held, wanted = [], LATENT_STRIDE
             units = [Unit(clip, 0, video.shape[2]) for clip in range(len(video))]
             moments = [self.encode_unit(video, unit, frames_at_once) for unit in units]
-            yield self._to_latent(*self._join(moments, len(video)), sample, generator)
+            del video
+            yield self._to_latent(*self._join(moments, len(units)), sample, generator)
         if held or not given:
             raise InputError(
                 f"a clip of {given} frames: must be 8n, or 8n + 1 with still_first=True; the last {len(held)} were not "
@@ -239,14 +240,11 @@ class VideoVAE(nn.Module):
         self._check_self(frames_at_once)
         check_latent(latent)
         batch, units = len(latent), window_units(len(latent), latent.shape[2], window)
-        at_once = batch * max(windows_at_once, 1)
+        if windows_at_once < 1:
+            raise InputError(f"windows_at_once = {windows_at_once}: must be at least 1")
+        at_once = batch * windows_at_once
         for first in range(0, len(units), at_once):
-            features = run([partial(self.decode_unit, latent, unit) for unit in units[first:][:at_once]])
-            groups = [feature_fDhw.split(frames_at_once) for feature_fDhw in features]
-            frames = iter(run([partial(self.decode_features, part) for parts in groups for part in parts]))
-            videos = [torch.cat([next(frames) for _ in parts]).transpose(0, 1) for parts in groups]
-            for start in range(0, len(videos), batch):
-                yield torch.stack(videos[start : start + batch])
+            yield from self._decode_units(latent, units[first : first + at_once], frames_at_once, run)
 
     def encode_unit(self, video: Tensor, unit: Unit, frames_at_once: int = FRAMES_AT_ONCE) -> Tensor:
         """Returns the moments [2·C, h, w] of the latent frame that a chunk makes; video [B, 3, F, H, W] as checked.
@@ -269,6 +267,16 @@ class VideoVAE(nn.Module):
     def decode_features(self, feature_fDhw: Tensor) -> Tensor:
         """Returns the frames [f, 3, H, W] in fp32 of a few features, which are independent of one another."""
         return self.spatial_vae.decode(feature_fDhw).float()
+
+    def _decode_units(self, latent: Tensor, units: list[Unit], frames_at_once: int, run: Run) -> list[Tensor]:
+        """Returns the videos [B, 3, 8n, 8h, 8w] of all clips' windows, one for each window."""
+        groups = [
+            feature_fDhw.split(frames_at_once)
+            for feature_fDhw in run([partial(self.decode_unit, latent, unit) for unit in units])
+        ]
+        frames = iter(run([partial(self.decode_features, part) for parts in groups for part in parts]))
+        videos = [torch.cat([next(frames) for _ in parts]).transpose(0, 1) for parts in groups]
+        return [torch.stack(videos[start : start + len(latent)]) for start in range(0, len(videos), len(latent))]
 
     def _join(self, moments: list[Tensor], batch: int) -> tuple[Tensor, Tensor]:
         """Returns mean and clamped log-variance, each [B, C, T, h, w] in fp32, of the moments of all `chunk_units`."""

@@ -272,6 +272,7 @@ def test_a_bright_chunk_in_a_stream_is_no_suspicion(lengths):
         (torch.zeros(1, 24, 1, 2, 3, dtype=torch.int64), {}, "must be floating"),
         (torch.full((1, 24, 1, 2, 3), torch.nan), {}, "not finite"),
         (torch.zeros(1, 24, 1, 2, 3), {"window": 0}, "window = 0"),
+        (torch.zeros(1, 24, 1, 2, 3), {"windows_at_once": 0}, "windows_at_once = 0"),
     ],
 )
 def test_latents_that_cannot_be_decoded(lengths, latent, options, message):
