@@ -16,7 +16,7 @@ ALLOWED = {
     "files": {"config"},
     "objectives": {"config"},
     "data": {"config", "files", "objectives"},
-    "models": {"config", "kernels"},
+    "models": {"config", "files", "kernels"},
     "parallel": {"config", "models"},
     "checkpoint": {"config", "files", "models"},
     "weights": {"checkpoint", "config", "files", "models"},

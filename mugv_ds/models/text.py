@@ -1,15 +1,21 @@
-"""Text features: the prompts' fixed parts, and an encoder that needs no weights.
+"""Text features: the prompts' fixed parts, the T5 encoder, and an encoder that needs no weights.
 
 Shape suffixes: B texts, L text tokens, C width of the features.
 """
 
 import hashlib
+import logging
 import re
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from mugv_ds.config.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 # Published sampler defaults: the unconditional branch of guidance, and what is appended to every prompt.
 NEGATIVE_PROMPT = (
@@ -18,7 +24,108 @@ NEGATIVE_PROMPT = (
 )
 PROMPT_SUFFIX = " aesthetic score: 6.0."
 
+# The published encoder. Its main revision has no safetensors, this one has.
+PUBLISHED_T5 = ("DeepFloyd/t5-v1_1-xxl", "23ed28cddf2348992461bcda9922f53e8c8d4d59")
+MAX_TOKENS = 300  # of the published features
+
+_T5_FAMILY = ("t5", "mt5", "umt5")
 _POSITION_SCALE = 0.1  # positions tell word orders apart and must not drown the words
+
+
+class T5TextEncoder:
+    """Encodes texts by the last hidden state of a T5 encoder; source: [C] of the specification, §3.
+
+    Texts are taken as they are: case, tags and line breaks stay. Each is encoded at its own length, which gives the
+    features of a padded one. Nothing is downloaded, and no code of the folder is run.
+
+    Args:
+        source: a folder with `config.json`, safetensors and a tokenizer, or the name of one in the hub's local cache
+            (such as `PUBLISHED_T5`).
+        revision: of a name, which must have one: names may come to mean other weights.
+        dtype: float32, as the published sampler computes, or bfloat16, as the published data preparation does. Features
+            for training and for sampling should be made in the same one.
+        device: where to.
+        max_tokens: L, the length that texts are padded or cut to; the end token stays the last.
+        batch_size: texts of one length that are encoded together.
+        device_map, offload_folder: spread the weights over devices, memory and disk with accelerate, instead of
+            `device`; see `from_pretrained` of transformers. "auto" is what helps where the weights do not fit.
+
+    Attributes:
+        channels: C, the width of the features. max_tokens: L.
+
+    Raises:
+        InputError: `source` is not a T5 encoder that can be read whole, or the dtype is another.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        revision: str | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        max_tokens: int = MAX_TOKENS,
+        batch_size: int = 32,
+        device_map: str | dict | None = None,
+        offload_folder: str | Path | None = None,
+    ) -> None:
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise InputError(f"T5 in {dtype}: must be float32 or bfloat16, its activations overflow float16")
+        if max_tokens < 2 or batch_size < 1:
+            raise InputError(f"max_tokens = {max_tokens}, batch_size = {batch_size}: must be at least 2 and 1")
+        self._name = _checked_source(source, revision)
+        self.max_tokens, self._batch_size = max_tokens, batch_size
+        self._tokenizer, self._model = _load_t5(
+            self._name, revision, dtype=dtype, device_map=device_map, offload_folder=offload_folder
+        )
+        if device_map is None:
+            self._model.to(device)
+        self.channels = self._model.config.d_model
+
+    @torch.no_grad()
+    def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Encodes texts; warns how many of them are cut.
+
+        Returns:
+            features fp32 [B, L, C], zero beyond the text; mask bool [B, L], True on tokens. Both are on the CPU.
+
+        Raises:
+            InputError: a text is empty or blank, or its features are not finite.
+        """
+        ids = self.tokens(texts)
+        features_BLC = torch.zeros(len(texts), self.max_tokens, self.channels)
+        mask_BL = torch.zeros(len(texts), self.max_tokens, dtype=torch.bool)
+        for length, rows in groupby(sorted(range(len(ids)), key=lambda row: len(ids[row])), lambda row: len(ids[row])):
+            for batch in torch.tensor(list(rows)).split(self._batch_size):
+                given = torch.tensor([ids[row] for row in batch], device=self._model.device)
+                feature_blC = self._model(input_ids=given).last_hidden_state.float().cpu()
+                self._refuse_infinite(feature_blC, [texts[row] for row in batch])
+                features_BLC[batch, :length] = feature_blC
+                mask_BL[batch, :length] = True
+        return features_BLC, mask_BL
+
+    def tokens(self, texts: list[str]) -> list[list[int]]:
+        """Returns the token ids of texts, each cut to `max_tokens`, the end token included, and not padded.
+
+        Raises:
+            InputError: a text is empty or blank.
+        """
+        for row, text in enumerate(texts):
+            if not text.strip():
+                raise InputError(f"text {row} is empty: give a caption, or leave the sample out")
+        ids = [self._tokenizer(text, verbose=False)["input_ids"] for text in texts]
+        cut = sum(len(one) > self.max_tokens for one in ids)
+        if cut:
+            logger.warning("%d of %d texts are cut to %d tokens", cut, len(texts), self.max_tokens)
+        return [one if len(one) <= self.max_tokens else [*one[: self.max_tokens - 1], one[-1]] for one in ids]
+
+    def _refuse_infinite(self, feature_blC: Tensor, texts: list[str]) -> None:
+        for feature_lC, text in zip(feature_blC, texts, strict=True):
+            if not feature_lC.isfinite().all():
+                raise InputError(
+                    f"{self._name}: features that are not finite in {self._model.dtype} for {text[:80]!r}; the weights "
+                    "may be damaged: compare their checksum, or use float32"
+                )
 
 
 class HashTextEncoder:
@@ -71,6 +178,51 @@ def save_features(path: str | Path, y: Tensor, mask: Tensor) -> None:
     """
     tokens = y[mask].unsqueeze(0).unsqueeze(0)
     torch.save({"y": tokens, "mask": torch.ones(1, tokens.shape[2], dtype=torch.int64)}, path)
+
+
+def _checked_source(source: str | Path, revision: str | None) -> str:
+    """Returns the folder or the name as transformers takes it."""
+    if Path(source).is_dir():
+        return str(source)
+    if isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+        raise InputError(f"{source}: is no folder, nor a name such as {PUBLISHED_T5[0]}")
+    if not revision:
+        raise InputError(f"{source}: is no folder, and a name needs a revision, best a commit's hash")
+    return source
+
+
+def _load_t5(name: str, revision: str | None, *, dtype: torch.dtype, **placement) -> tuple:
+    """Returns tokenizer and encoder. transformers is imported here because that takes seconds."""
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer
+
+    local = {"revision": revision or "main", "local_files_only": True, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(name, **local)
+        if config.model_type not in _T5_FAMILY:
+            raise InputError(f"{name}: a {config.model_type} model, expected one of {', '.join(_T5_FAMILY)}")
+        tokenizer = AutoTokenizer.from_pretrained(name, **local)
+        model, report = AutoModelForTextEncoding.from_pretrained(
+            name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **placement, **local
+        )
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{name}: is not a T5 encoder with safetensors that is here whole, and nothing is downloaded (`hf download "
+            f"NAME --revision REVISION` does): {reason}"
+        ) from None
+    if absent := sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"])):
+        raise InputError(f"{name}: has no {absent[0]} of the right shape ({len(absent)} such weights); it is not whole")
+    # Without its file transformers makes a tokenizer that knows no word, and says nothing.
+    unknown = tokenizer.unk_token_id in tokenizer("a video of a person walking", verbose=False)["input_ids"]
+    if unknown or len(tokenizer) > config.vocab_size:
+        raise InputError(
+            f"{name}: its tokenizer has {len(tokenizer)} tokens{', none for common words,' if unknown else ''} and the "
+            f"model {config.vocab_size}; put the model's own spiece.model into the folder"
+        )
+    return tokenizer, model.eval().requires_grad_(False)
 
 
 def _word_vector(word: str, channels: int) -> Tensor:

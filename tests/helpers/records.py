@@ -1,11 +1,14 @@
 """Records of what the published code computed, and the distance to them."""
 
+import json
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
 from mugv_ds.models import DiT, DiTConfig
+from mugv_ds.models.videovae import VideoVAE, VideoVAEConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -33,3 +36,14 @@ def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
     value = value.detach()
     difference, scale = (value.double() - reference.double()).norm(), reference.double().norm()
     return float(difference / scale) if scale > 0 else float(difference)
+
+
+def load_vae_record(name: str) -> tuple[VideoVAE, dict[str, torch.Tensor], dict[str, str]]:
+    """The VideoVAE of a record's weights, the record's tensors and its metadata."""
+    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    sizes = {field.name: json.loads(metadata[field.name]) for field in fields(VideoVAEConfig)}
+    vae = VideoVAE(VideoVAEConfig(**sizes | {"block_out_channels": tuple(sizes["block_out_channels"])}))
+    vae.load_state_dict({key[6:]: value for key, value in tensors.items() if key.startswith("param.")}, strict=True)
+    return vae, tensors, metadata

@@ -1,0 +1,100 @@
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mugv_ds.config.errors import CheckpointError, InputError
+from mugv_ds.models.videovae import check_conv3d, device, load_video_vae
+from tests.helpers.records import load_vae_record
+
+VAE, RECORD, _ = load_vae_record("vae_lengths")
+
+
+def state(**changes) -> dict:
+    """The record's weights; a change of None takes one away."""
+    merged = VAE.state_dict() | {name.replace("__", "."): value for name, value in changes.items()}
+    return {name: value for name, value in merged.items() if value is not None}
+
+
+def load(path, **options):
+    return load_video_vae(path, VAE.config, **options)
+
+
+@pytest.mark.parametrize("name", ["vae.pt", "vae.safetensors"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_saved_is_loaded(tmp_path, name, dtype):
+    write = save_file if name.endswith("safetensors") else torch.save
+    write({key: value.clone() for key, value in state().items()}, tmp_path / name)
+    vae = load(tmp_path / name, dtype=dtype)
+    assert not vae.training and not any(parameter.requires_grad for parameter in vae.parameters())
+    assert {parameter.dtype for parameter in vae.parameters()} == {dtype}
+    assert torch.equal(vae.scale, VAE.scale) and torch.equal(vae.shift, VAE.shift)
+    assert all(torch.equal(p, q.to(dtype)) for p, q in zip(vae.parameters(), VAE.parameters(), strict=True))
+
+
+def test_scales_of_a_bf16_file_are_taken_as_they_are(tmp_path):
+    torch.save({key: value.bfloat16() for key, value in state().items()}, tmp_path / "vae.pt")
+    vae = load(tmp_path / "vae.pt")
+    assert torch.equal(vae.scale, VAE.scale.bfloat16().float()) and vae.scale.dtype == torch.float32
+    assert not torch.equal(vae.scale, VAE.scale)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            state(scale=None),
+            "has no scale .1 of .*without them latents cannot be normalised: take the published vae.pt",
+        ),
+        (state(shift=None, scale=None), "has no shift, scale"),
+        (state(temporal_vae__quant_conv__conv__bias=None), "has no temporal_vae.quant_conv.conv.bias .*not a whole"),
+        (state(temporal_vae__quant_conv__conv__bias=torch.zeros(47)), r"bias is \[47\], the model wants \[48\]"),
+        (state(scale=torch.ones(24)), r"scale is \[24\]"),
+        (state(scale=torch.zeros(1, 24, 1, 1, 1)), "scale positive"),
+        (state(shift=torch.full((1, 24, 1, 1, 1), torch.nan)), "must be finite"),
+        (state(shift=torch.zeros(1, 24, 1, 1, 1, dtype=torch.int64)), "shift: dtype torch.int64"),
+        (state(shift=torch.zeros(1, 1, 1, 1, 1).expand(1, 24, 1, 1, 1)), "claims 96 bytes but the file stores 4"),
+        (state(shift="0"), "shift: a str, expected a tensor"),
+        (state(other=torch.zeros(1)), "has other, which a VideoVAE of these sizes has not"),
+        ({"state_dict": state()}, "has no logvar"),
+        ([torch.zeros(1)], "holds a list, expected a flat dict of tensors"),
+    ],
+)
+def test_files_that_are_no_vae(tmp_path, content, message):
+    torch.save(content, tmp_path / "vae.pt")
+    with pytest.raises(CheckpointError, match=rf"vae.pt: .*{message}"):
+        load(tmp_path / "vae.pt")
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "bad.safetensors").write_bytes(b"12345678 no header")
+    (tmp_path / "bad.pt").write_bytes(b"PK")
+    os.mkfifo(tmp_path / "fifo.pt")
+    os.mkfifo(tmp_path / "fifo.safetensors")
+    for name in ("bad.safetensors", "bad.pt", "fifo.pt", "fifo.safetensors", "missing.pt", "missing.safetensors", ""):
+        with pytest.raises(CheckpointError, match=str(tmp_path)):
+            load(tmp_path / name)
+
+
+def test_fp16_is_refused(tmp_path):
+    with pytest.raises(InputError, match="float16: must be float32 or bfloat16"):
+        load(tmp_path / "vae.pt", dtype=torch.float16)
+
+
+def test_the_device_check_passes_here_and_fails_where_the_convolution_is_wrong(monkeypatch):
+    assert 1e-4 < check_conv3d("cpu", height=16, width=24, config=VAE.config) < 0.005
+    true = torch.nn.functional.conv3d
+
+    def wrong(x, *args, **kwargs):
+        result = true(x, *args, **kwargs)
+        if x.dtype == torch.bfloat16 and x.shape[2] == 48:
+            result[:, :, -1] = 0
+        return result
+
+    monkeypatch.setattr(device.F, "conv3d", wrong)
+    with pytest.raises(InputError, match=r"conv3d in bf16 is wrong on cpu.*nvidia-cudnn-cu12>=9.15.*float32"):
+        check_conv3d("cpu", height=16, width=24, config=VAE.config)
+    monkeypatch.setattr(device.F, "conv3d", lambda x, *args, **kwargs: true(x, *args, **kwargs) * torch.nan)
+    with pytest.raises(InputError, match="wrong on cpu"):
+        check_conv3d("cpu", height=16, width=24, config=VAE.config)
