@@ -89,7 +89,7 @@ test: install lint  ## Run the linter and all tests
 	$(BIN)/python -m pytest
 
 test-long: install  ## Also what shows only over thousands of steps
-	$(BIN)/python -m pytest tests/faults -m long
+	$(BIN)/python -m pytest tests -m long
 
 reliability-report: install  ## Inject every fault and write what came of it to docs/reliability.md
 	$(BIN)/python -m pytest tests/faults -m "long or not long" --reliability-report docs/reliability.md

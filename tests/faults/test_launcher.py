@@ -80,8 +80,14 @@ def test_the_launcher_and_its_ranks_can_be_told_to_stop(tmp_path, manifest, repo
 @pytest.mark.parametrize(
     ("fault", "ours", "expected", "outcome"),
     [
-        ("SIGTERM to the outer deepspeed", False, -signal.SIGTERM, "saved; the shell sees the signal"),
-        ("kill -9 of the inner launcher", False, 0, "saved; deepspeed returns 0"),
+        pytest.param(
+            "SIGTERM to the outer deepspeed",
+            False,
+            -signal.SIGTERM,
+            "saved; the shell sees the signal",
+            marks=pytest.mark.long,
+        ),
+        pytest.param("kill -9 of the inner launcher", False, 0, "saved; deepspeed returns 0", marks=pytest.mark.long),
         ("kill -9 of the inner launcher of tools/launch.py", True, 75, "saved; status 75"),
         ("SIGTERM to tools/launch.py", True, 75, "saved; status 75"),
     ],

@@ -230,6 +230,4 @@ def test_data_that_vanishes_ends_the_run_which_resumes_when_it_is_back(tmp_path,
     data.with_name("hidden").rename(data)
     resumed = run(config, 2)
     assert resumed.codes == [0, 0] and equal(resumed, reference), resumed.output
-    report(
-        34, "the data's file system vanishes", "waited for, then status 75; bitwise when resumed", done.seconds
-    )
+    report(34, "the data's file system vanishes", "waited for, then status 75; bitwise when resumed", done.seconds)

@@ -61,7 +61,7 @@ def test_a_shape_with_few_rows_does_not_fill_steps_with_copies(tmp_path, caplog)
     plan = read(path).plan
     played = {plan.step(i).shape for i in range(200)}
     assert played == {(1, 4, 4), (1, 4, 6)}
-    assert "1 rows or pairs of 1 latent shapes, (2, 4, 4)" in caplog.text
+    assert "1 rows or pairs of 1 shapes, (2, 4, 4)" in caplog.text
     text = balance_report(load_config(path), 1, steps=8)
     assert "rows that are never played: 1 of 10" in text
     assert "fewer of their shape than a step: 3" in text
