@@ -100,6 +100,7 @@ def test_latents_of_other_shapes_and_other_ids_are_another_order(tmp_path):
     shutil.rmtree(tmp_path / ".index")  # as who repairs a latent is told to
     assert differing(order, read(path).order()) == {"the latents' shapes"}
     torch.save(torch.randn(24, 2, 4, 4), tmp_path / "latents/train-0.pt")
+    shutil.rmtree(tmp_path / ".index")
     rewrite(manifest, lambda rows: [["renamed", *rows[0][1:]], *rows[1:]])
     assert differing(order, read(path).order()) == {"the sample ids"}
     rewrite(manifest, lambda rows: [["train-0", *rows[0][1:]], *rows[1:]])
