@@ -134,7 +134,11 @@ def test_a_rank_that_hangs_is_named(tmp_path, manifest, report, frozen, act, tol
         report(24, "SIGSTOP of a rank, time-out 4 s", "the rank is named, status 75", time.time() - begin)
 
 
-@pytest.mark.parametrize("parallel", [{"sequence": 2}, {"pipeline": 2}, {"data": 2}], ids=lambda axis: next(iter(axis)))
+@pytest.mark.parametrize(
+    "parallel",
+    [pytest.param({"sequence": 2}, marks=pytest.mark.long), {"pipeline": 2}, {"data": 2}],
+    ids=lambda axis: next(iter(axis)),
+)
 def test_a_rank_that_stops_inside_a_step_is_named(tmp_path, manifest, report, parallel):
     """The others wait for it in a group of their axis, which must not give up before the watchdog."""
     fault = partial(inject.freeze_in_step, step=2, frozen=1)

@@ -113,7 +113,7 @@ def test_no_rank_outlives_its_launcher(tmp_path, manifest, report, fault, ours, 
     report(35, fault, outcome, time.monotonic() - begin)
 
 
-@pytest.mark.parametrize("whom", ["a rank", "tools/launch.py"])
+@pytest.mark.parametrize("whom", [pytest.param("a rank", marks=pytest.mark.long), "tools/launch.py"])
 def test_a_run_that_is_starting_stops(tmp_path, manifest, report, whom):
     """The ranks are told while they import the package, our launcher before it has started one."""
     run = launch(endless(tmp_path, manifest), 2, ours=whom != "a rank")
