@@ -32,6 +32,7 @@ def config(tmp_path_factory) -> str:
 def test_dry_run_describes_the_run(config):
     overrides = ("--set", "parallel.sequence=2", "--set", "parallel.pipeline=2", "--set", "parallel.data=2")
     overrides += ("--set", "parallel.activation_checkpointing=full")
+    overrides += ("--set", "data.max_row_share=1")  # the single row of one shape fills a step alone
     done = run("--dry-run", "--config", config, *overrides)
     assert done.returncode == 0, done.stderr
     description, merged = done.stdout.split("config:\n")
