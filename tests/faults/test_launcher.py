@@ -27,8 +27,8 @@ def wait_until(holds, run: subprocess.Popen) -> None:
 
 def wait_for_checkpoint(folder: Path, run: subprocess.Popen) -> None:
     """Until there is a new one after a step: the run is in its loop."""
-    before = {*folder.glob("step-*"), folder / "step-00000000"}
-    wait_until(lambda: set(folder.glob("step-*")) - before, run)
+    before = {*folder.glob("step-*[0-9]"), folder / "step-00000000"}
+    wait_until(lambda: set(folder.glob("step-*[0-9]")) - before, run)
 
 
 def listens(process: psutil.Process) -> bool:
