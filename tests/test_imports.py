@@ -16,7 +16,7 @@ ALLOWED = {
     "files": {"config"},
     "objectives": {"config"},
     "data": {"config", "files", "objectives"},
-    "models": {"config", "files", "kernels"},
+    "models": {"config", "kernels"},
     "parallel": {"config", "models"},
     "checkpoint": {"config", "files", "models"},
     "weights": {"checkpoint", "config", "files", "models"},

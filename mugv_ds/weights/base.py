@@ -1,4 +1,4 @@
-"""The interface of every source of DiT weights, and the check that its tensors are those of a DiT."""
+"""The interface of every source of weights, and the check that its tensors are those of a model."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ UNUSED = "y_embedder.y_embedding"
 
 
 class Weights(Mapping[str, Tensor]):
-    """Maps published names to the tensors of a DiT, each of which is read when it is asked for.
+    """Maps published names to the tensors of a model, each of which is read when it is asked for.
 
     Attributes:
         path: what errors name as the source.
@@ -47,17 +47,29 @@ def check_weights(weights: Weights, config: DiTConfig) -> None:
     Raises:
         CheckpointError: a tensor is missing, unexpected, of another shape, or holds no floating-point numbers.
     """
-    wanted, given = meta_state(config), set(weights)
+    check_state(weights, meta_state(config), f"DiT of depth {config.depth}", extra=(UNUSED,))
+
+
+def check_state(weights: Weights, wanted: Mapping[str, Tensor], model: str, extra: tuple[str, ...] = ()) -> None:
+    """Checks that the weights' names and shapes are those of a state dict.
+
+    Args:
+        wanted: the state dict. model: what errors call it. extra: names that may be there too.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected, of another shape, or holds no floating-point numbers.
+    """
+    given = set(weights)
     for name, like in wanted.items():
         if name not in given:
-            raise CheckpointError(f"{weights.path}: has no {name}; it is not a whole DiT of depth {config.depth}")
+            raise CheckpointError(f"{weights.path}: has no {name}; it is not a whole {model}")
         found = weights.meta(name)
         if found.shape != like.shape:
             raise CheckpointError(f"{weights.path}: {name} is {list(found.shape)}, the model wants {list(like.shape)}")
         if not found.is_floating_point():
             raise CheckpointError(f"{weights.path}: {name} is {found.dtype}, and must be floating-point")
-    if unexpected := given - wanted.keys() - {UNUSED}:
-        raise CheckpointError(f"{weights.path}: has {min(unexpected)}, which a DiT of depth {config.depth} has not")
+    if unexpected := given - wanted.keys() - {*extra}:
+        raise CheckpointError(f"{weights.path}: has {min(unexpected)}, which a {model} has not")
 
 
 def infer_sizes(weights: Weights) -> DiTConfig:

@@ -1,8 +1,7 @@
-"""The VideoVAE, its weights, and a check of the device that it is to run on."""
+"""The VideoVAE, and a check of the device that it is to run on."""
 
 from mugv_ds.config.videovae import VideoVAEConfig
 from mugv_ds.models.videovae.device import check_conv3d
-from mugv_ds.models.videovae.load import load_video_vae
 from mugv_ds.models.videovae.vae import UNUSED_PARAMETERS, VideoVAE, chunk_units, window_units
 
 __all__ = [
@@ -11,6 +10,5 @@ __all__ = [
     "VideoVAEConfig",
     "check_conv3d",
     "chunk_units",
-    "load_video_vae",
     "window_units",
 ]
