@@ -188,7 +188,7 @@ class Store:
         pending, self._pending = self._pending, None
         if pending is not None and pending not in wait([pending], timeout=_LEAVE_SECONDS).done:
             self._thread.shutdown(wait=False)
-            self._say(f"warning: the save in the background did not end within {_LEAVE_SECONDS:g} s; it is left unfinished")
+            self._say(f"warning: the save in the background is left unfinished after {_LEAVE_SECONDS:g} s")
             return  # and the thread its memory and the lock, which end with the process
         self._thread.shutdown()
         if pending is not None and (failure := pending.exception()) is not None:
