@@ -1,6 +1,7 @@
 """What must hold before any test module is imported."""
 
 import os
+from multiprocessing import forkserver
 
 import pytest
 import torch
@@ -8,6 +9,21 @@ import torch
 # Triton reads it while it is imported: without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Ranks and loader workers of all tests are forked from one server that has imported what they need: importing takes a
+# process of its own several seconds. It is started before a test starts one that knows less.
+_IMPORTED = (
+    "tests.faults.observe",
+    "tests.helpers.trainer",
+    "mugv_ds.parallel.codec",
+    "diffusers.models.autoencoders.vae",
+)
+
+
+def pytest_sessionstart(session):
+    if not session.config.option.collectonly:
+        forkserver.set_forkserver_preload([*_IMPORTED])
+        forkserver.ensure_running()
 
 
 @pytest.fixture

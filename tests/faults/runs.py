@@ -24,7 +24,6 @@ SHAPES = [(2, 4, 6), (1, 4, 4)] * 5 + [(2, 4, 6)]
 Fault = Callable[[int], None]  # called with the rank before training; patches what it wants
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.faults.observe"])
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ def run_ranks(world_size: int, function: Callable, *args) -> None:
     Raises:
         torch.multiprocessing.ProcessRaisedException: one of them failed; the message holds its traceback.
     """
-    mp.start_processes(_start, (world_size, free_port(), function, args), nprocs=world_size, start_method="spawn")
+    mp.start_processes(_start, (world_size, free_port(), function, args), nprocs=world_size, start_method="forkserver")
 
 
 def free_port() -> int:
