@@ -21,9 +21,17 @@ _IMPORTED = (
 
 
 def pytest_sessionstart(session):
-    if not session.config.option.collectonly:
-        forkserver.set_forkserver_preload([*_IMPORTED])
+    if session.config.option.collectonly:
+        return
+    forkserver.set_forkserver_preload([*_IMPORTED])
+    kept = [os.dup(number) for number in (1, 2)]
+    with open(os.devnull, "w") as nowhere:  # what a process has to say is in the exception that it ends with
+        for number in (1, 2):
+            os.dup2(nowhere.fileno(), number)
         forkserver.ensure_running()
+    for number, stream in zip((1, 2), kept, strict=True):
+        os.dup2(stream, number)
+        os.close(stream)
 
 
 @pytest.fixture
