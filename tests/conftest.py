@@ -2,6 +2,7 @@
 
 import os
 from multiprocessing import forkserver
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def pytest_sessionstart(session):
         return
     forkserver.set_forkserver_preload([*_IMPORTED])
     kept = [os.dup(number) for number in (1, 2)]
-    with open(os.devnull, "w") as nowhere:  # what a process has to say is in the exception that it ends with
+    with Path(os.devnull).open("w") as nowhere:  # what a process has to say is in the exception that it ends with
         for number in (1, 2):
             os.dup2(nowhere.fileno(), number)
         forkserver.ensure_running()

@@ -2,8 +2,6 @@
 
 import multiprocessing
 import os
-import resource
-import signal
 import sys
 import tempfile
 import traceback
@@ -11,10 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-SECONDS = 10
-GIB = 1 << 30
+from tests.helpers.limits import confine, grown
 
 
 class Answer(NamedTuple):
@@ -36,19 +31,17 @@ def answer(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> An
         process = multiprocessing.get_context("fork").Process(target=_run, args=(main, list(arguments), out, err))
         process.start()
         process.join()
-        grown = int((Path(folder) / "out.grown").read_text()) if (Path(folder) / "out.grown").exists() else 0
-        return Answer(process.exitcode, out.read_text(), err.read_text(), grown)
+        taken = Path(folder) / "out.grown"
+        return Answer(
+            process.exitcode, out.read_text(), err.read_text(), int(taken.read_text()) if taken.exists() else 0
+        )
 
 
 def _run(main: Callable[[Sequence[str]], int], arguments: list[str], out: Path, err: Path) -> None:
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), number)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-    torch.set_num_threads(1)  # a fork has no threads of OpenMP
-    size, before, *_ = (int(pages) * resource.getpagesize() for pages in Path("/proc/self/statm").read_text().split())
-    resource.setrlimit(resource.RLIMIT_AS, (size + 4 * GIB,) * 2)  # spares the machine what is to be found out
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a handler in Python would wait for the end of a call of C
-    signal.alarm(SECONDS)
+    before = confine()
     try:
         status = main(arguments)
     except SystemExit as error:
@@ -58,6 +51,5 @@ def _run(main: Callable[[Sequence[str]], int], arguments: list[str], out: Path, 
         status = 70
     sys.stdout.flush()
     sys.stderr.flush()
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    out.with_name("out.grown").write_text(str(grown))
+    out.with_name("out.grown").write_text(str(grown(before)))
     os._exit(status)

@@ -22,7 +22,8 @@ from mugv_ds.weights.convert import open_weights
 from mugv_ds.weights.megatron import MegatronLegacy, MegatronStacked, find_megatron
 from mugv_ds.weights.published import PublishedWeights, load_dit
 from mugv_ds.weights.torch_dist import Chunk, load_chunk
-from tests.helpers.attack import GIB, verdict
+from tests.helpers.attack import verdict
+from tests.helpers.limits import GIB
 
 CONFIG = DiTConfig(144, 2, 2, caption_channels=16)
 
