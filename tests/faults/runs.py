@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tests.helpers.distributed import free_port
+from tests.helpers.distributed import free_port, set_environment
 
 PATIENCE = 150.0  # seconds that a run may take on a busy machine
 STEPS = 10
@@ -138,14 +138,7 @@ def _rank(rank: int, world: int, port: int, log: Path, arguments: list[str], fau
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world),
-        LOCAL_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    set_environment(rank, world, port)
     from mugv_ds import train
     from tests.faults import observe
 

@@ -26,7 +26,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _start(rank: int, world_size: int, port: int, function: Callable, args: tuple) -> None:
+def set_environment(rank: int, world_size: int, port: int) -> None:
+    """Makes this process a rank of a launch on this host, as the launcher's environment does."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -35,6 +36,10 @@ def _start(rank: int, world_size: int, port: int, function: Callable, args: tupl
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+
+
+def _start(rank: int, world_size: int, port: int, function: Callable, args: tuple) -> None:
+    set_environment(rank, world_size, port)
     try:
         function(*args)
     finally:
