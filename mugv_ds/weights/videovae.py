@@ -1,16 +1,20 @@
 """The VideoVAE's weights: `vae.pt` as it is published, or the same tensors as safetensors."""
 
+import json
 from pathlib import Path
 
 import torch
 
-from mugv_ds.config.errors import CheckpointError, InputError
+from mugv_ds.config.errors import CheckpointError, ConfigError, InputError
+from mugv_ds.config.regular_file import read_text_file
 from mugv_ds.config.videovae import VideoVAEConfig
 from mugv_ds.models.videovae import VideoVAE
 from mugv_ds.weights.base import check_state
 from mugv_ds.weights.published import PublishedWeights
+from mugv_ds.weights.save import CONFIG_NAME
 
 _BUFFERS = ("shift", "scale")
+_MAX_CONFIG_BYTES = 1 << 20
 
 
 def load_video_vae(
@@ -26,7 +30,7 @@ def load_video_vae(
 
     Args:
         path: see `PublishedWeights`.
-        config: its sizes, by default the published ones.
+        config: its sizes, by default those of `read_sizes`.
         dtype: of the parameters, float32 or bfloat16, whatever they have in the file.
         device: where to.
 
@@ -37,7 +41,7 @@ def load_video_vae(
     if dtype not in (torch.float32, torch.bfloat16):
         raise InputError(f"the VideoVAE in {dtype}: must be float32 or bfloat16, others overflow")
     with torch.device("meta"):
-        vae = VideoVAE(config)
+        vae = VideoVAE(config or read_sizes(path))
     weights = PublishedWeights(path)
     if missing := [name for name in _BUFFERS if name not in weights]:
         raise CheckpointError(
@@ -52,3 +56,22 @@ def load_video_vae(
     state |= {name: value.to(device) for name, value in buffers.items()}
     vae.load_state_dict(state, strict=True, assign=True)
     return vae.eval().requires_grad_(False)
+
+
+def read_sizes(path: str | Path) -> VideoVAEConfig:
+    """Returns the sizes of the VideoVAE in a file `NAME.pt` from `NAME.json` beside it, or from a folder's config.json.
+
+    Without that file, as vae.pt is published, they are the published ones.
+
+    Raises:
+        CheckpointError: the file cannot be read, or does not hold a `VideoVAEConfig`.
+    """
+    path = Path(path)
+    file = path / CONFIG_NAME if path.is_dir() else path.with_suffix(".json")
+    if not file.exists():
+        return VideoVAEConfig()
+    try:
+        sizes = dict(json.loads(read_text_file(file, _MAX_CONFIG_BYTES)))
+        return VideoVAEConfig(**sizes | {"block_out_channels": tuple(sizes["block_out_channels"])})
+    except (ConfigError, TypeError, ValueError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{file}: must hold the VideoVAE's sizes: {' '.join(str(error).split())[:300]}") from None

@@ -1,12 +1,16 @@
+import json
 import os
+from dataclasses import asdict
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from mugv_ds.config.errors import CheckpointError, InputError
-from mugv_ds.models.videovae import check_conv3d, device
-from mugv_ds.weights.videovae import load_video_vae
+from mugv_ds.models.codec import LinearCodec
+from mugv_ds.models.videovae import VideoVAE, VideoVAEConfig, check_conv3d, device
+from mugv_ds.weights.codec import load_codec
+from mugv_ds.weights.videovae import load_video_vae, read_sizes
 from tests.helpers.records import load_vae_record
 
 VAE, RECORD, _ = load_vae_record("vae_lengths")
@@ -87,6 +91,37 @@ def test_files_that_cannot_be_read(tmp_path):
 def test_fp16_is_refused(tmp_path):
     with pytest.raises(InputError, match="float16: must be float32 or bfloat16"):
         load(tmp_path / "vae.pt", dtype=torch.float16)
+
+
+def test_sizes_stand_beside_the_file_and_are_the_published_ones_without_it(tmp_path):
+    assert read_sizes(tmp_path / "vae.pt") == read_sizes(tmp_path) == VideoVAEConfig()
+    for name in ("vae.json", "config.json"):
+        (tmp_path / name).write_text(json.dumps(asdict(VAE.config)))
+    assert read_sizes(tmp_path / "vae.pt") == read_sizes(tmp_path) == VAE.config
+    torch.save(state(), tmp_path / "vae.pt")
+    assert load_video_vae(tmp_path / "vae.pt").config == VAE.config
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", "{", '{"block_out_channels": 4}', '{"block_out_channels": [4], "depth": 1}', "[" * 10_000]
+)
+def test_sizes_that_are_none_are_refused_with_the_file_named(tmp_path, text):
+    (tmp_path / "vae.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"vae\.json: must hold the VideoVAE's sizes"):
+        read_sizes(tmp_path / "vae.pt")
+
+
+def test_a_codec_is_told_by_what_its_file_holds(tmp_path):
+    torch.save(state(), tmp_path / "vae.pt")
+    (tmp_path / "vae.json").write_text(json.dumps(asdict(VAE.config)))
+    LinearCodec().save(tmp_path / "codec.safetensors")
+    assert isinstance(load_codec(tmp_path / "vae.pt"), VideoVAE)
+    assert isinstance(load_codec(tmp_path / "codec.safetensors"), LinearCodec)
+    save_file({name: torch.zeros(2) for name in LinearCodec().state_dict()}, tmp_path / "codec.safetensors")
+    with pytest.raises(CheckpointError, match="codec.safetensors: not a whole codec"):
+        load_codec(tmp_path / "codec.safetensors")
+    with pytest.raises(CheckpointError, match="missing.pt"):
+        load_codec(tmp_path / "missing.pt")
 
 
 def test_the_device_check_passes_here_and_fails_where_the_convolution_is_wrong(monkeypatch):
