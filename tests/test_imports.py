@@ -22,7 +22,7 @@ ALLOWED = {
     "weights": {"checkpoint", "config", "files", "models"},
     "engine": {"config", "data", "files", "models", "objectives", "parallel"},
     "plan": {"config", "data", "models", "objectives", "parallel"},
-    "sampling": {"config", "data", "models", "objectives", "parallel"},
+    "sampling": {"config", "data", "files", "models", "objectives", "parallel"},
     "prepare": {"config", "data", "models", "objectives"},
     "train.py": {
         *("checkpoint", "config", "data", "engine", "models", "objectives", "parallel", "plan", "sampling", "weights"),

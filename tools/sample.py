@@ -1,101 +1,360 @@
-"""Samples videos from published-format weights: mp4 files, and a contact sheet with the first of each prompt."""
+"""Samples videos from published-format weights: mp4 files, their latents, what made them, and a contact sheet.
+
+tools/sample.py --weights dit.pt --codec vae.pt --text-encoder t5-v1_1-xxl --size 9:16 --image first.png \\
+    --prompt "A penguin walks on a beach." --out samples
+
+Started by `torchrun` or `deepspeed`, all processes sample together: prompts are spread over replicas of --sequence ×
+--pipeline processes, twice as many with --guidance-parallel.
+"""
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from mugv_ds.config import InputError
-from mugv_ds.config.regular_file import read_text_file
-from mugv_ds.data.video import contact_sheet, read_image, video_name, write_mp4
-from mugv_ds.models.codec import LinearCodec
-from mugv_ds.models.text import HashTextEncoder
+from mugv_ds.config import InputError, exit_status
+from mugv_ds.config.environment import given_world_size
+from mugv_ds.files.fingerprint import fingerprint
+from mugv_ds.models.attention import BACKENDS
+from mugv_ds.models.choose_attention import fastest_masked_attention, named_attention
+from mugv_ds.models.compile import compile_blocks
+from mugv_ds.models.rope import patch_grid
+from mugv_ds.models.text import MAX_TOKENS, HashTextEncoder, T5TextEncoder
+from mugv_ds.models.videovae import VideoVAE, check_conv3d
 from mugv_ds.prepare.demo.sets import demo_prompts
-from mugv_ds.sampling.sampler import sample_videos
-from mugv_ds.weights.published import load_dit
+from mugv_ds.sampling.jobs import Job, make_jobs, read_jobs
+from mugv_ds.sampling.outputs import Outputs, read_latent_file, write_video
+from mugv_ds.sampling.run import Conditions, Denoiser, Workers, run, write_contact_sheet
+from mugv_ds.sampling.settings import LENGTHS, SIZES, SamplingSettings
+from mugv_ds.sampling.stages import Codec, TextEncoder, video_parts
+from mugv_ds.weights.codec import load_codec
+from mugv_ds.weights.published import PublishedWeights, load_dit, read_dit_config
+from mugv_ds.weights.start import load_into
 
-_MAX_PROMPTS_BYTES = 1 << 24
+if TYPE_CHECKING:  # DeepSpeed is imported where several processes sample
+    from mugv_ds.engine.process import Process
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_TIMEOUT_S = 1800.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status, 2 where an input cannot be used."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--weights", type=Path, required=True, help="folder or file, with config.json beside it")
-    parser.add_argument("--codec", type=Path, required=True, help="codec.safetensors of the data that was trained on")
+    args = parse(argv)
+    return exit_status(lambda: decode_only(args) if args.decode_only else sample(args))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", help="what to show; repeat for several videos")
-    what.add_argument("--prompts", type=Path, metavar="FILE", help="text file with one prompt a line")
+    what.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line, or CSV: prompt, image, seed")
     what.add_argument("--demo-prompts", action="store_true", help="the eight prompts of the demo data")
-    parser.add_argument("--repeat", type=int, default=1, help="videos of each prompt, each from noise of its own")
-    parser.add_argument("--batch", type=int, default=8, help="videos sampled at once, which bounds the memory")
-    parser.add_argument("--image", type=Path, help="first frame of every video (image-to-video)")
-    parser.add_argument("--frames", type=int, default=16)
-    parser.add_argument("--height", type=int, default=48)
-    parser.add_argument("--width", type=int, default=48)
-    parser.add_argument("--fps", type=float, default=8.0)
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=4.0)
-    parser.add_argument(
-        "--shift", type=float, help="timestep shift, as flow.shift in training; default: the resolution's"
+    what.add_argument("--decode-only", type=Path, nargs="+", metavar="LATENT", help="make videos of saved latents")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; a list goes on where it was stopped")
+    parser.add_argument("--overwrite", action="store_true", help="make anew what other settings have made in --out")
+
+    models = parser.add_argument_group("models")
+    models.add_argument("--weights", type=Path, help="the DiT's folder or file, with config.json beside it")
+    models.add_argument("--codec", type=Path, required=True, help="vae.pt, or the codec.safetensors of the demo data")
+    models.add_argument(
+        "--text-encoder", help="folder of a T5 encoder, or its name in the hub's cache; hash: the demo's"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-text-tokens", type=int, default=300)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    models.add_argument("--text-revision", help="of a name; best a commit's hash")
+    models.add_argument(
+        "--text-dtype", choices=DTYPES, default="fp32", help="of T5; take that of the training features"
+    )
+    models.add_argument("--text-device", help="where T5 runs; auto spreads it over GPU, memory and disk (accelerate)")
+    models.add_argument("--max-text-tokens", type=int, default=MAX_TOKENS)
+    models.add_argument("--dtype", choices=DTYPES, help="of DiT and VAE; default: bf16 on a GPU, fp32 on a CPU")
+    models.add_argument("--attention", choices=["auto", *BACKENDS], default="auto", help="as model.attention")
+    models.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
+
+    video = parser.add_argument_group("video")
+    video.add_argument(
+        "--size", choices=SIZES, help="height:width, so that 16:9 is portrait; default 16:9, as published"
+    )
+    video.add_argument("--height", type=int, help="pixels, in place of --size")
+    video.add_argument("--width", type=int, help="pixels, in place of --size")
+    video.add_argument("--length", choices=LENGTHS, help="default 5s (105 frames), as published")
+    video.add_argument("--frames", type=int, help="in place of --length; 8n, or 8n + 1: the first has its own latent")
+    video.add_argument("--image", type=Path, help="first frame of every video (image-to-video)")
+    video.add_argument("--fps", type=float, default=30.0, help="frames a second that the model is told")
+    video.add_argument("--output-fps", type=float, help="frames a second of the files; default 20, as published")
+    video.add_argument("--prompt-suffix", help="appended to every prompt; default: the published one")
+    video.add_argument("--negative-prompt", help="default: the published one")
+
+    sampler = parser.add_argument_group("sampler")
+    sampler.add_argument("--seed", type=int, default=0)
+    sampler.add_argument("--repeat", type=int, default=1, help="videos of each prompt, each from noise of its own")
+    sampler.add_argument("--batch", type=int, default=1, help="videos sampled at once, which bounds the memory")
+    sampler.add_argument("--steps", type=int, default=25)
+    sampler.add_argument("--guidance", type=float, default=4.0)
+    sampler.add_argument("--shift", type=float, help="timestep shift, as flow.shift; default: the resolution's")
+    approximate = parser.add_argument_group("faster and not exact; the error on the first prompt is printed")
+    approximate.add_argument("--guidance-interval", type=float, nargs=2, metavar=("FROM", "TO"), help="in 0 … 1000")
+    approximate.add_argument("--first-block-cache", type=float, metavar="THRESHOLD", help="such as 0.05")
+
+    parallel = parser.add_argument_group("several processes")
+    parallel.add_argument("--sequence", type=int, default=1, help="processes that share a sample's tokens")
+    parallel.add_argument("--pipeline", type=int, default=1, help="stages, where the weights do not fit one device")
+    parallel.add_argument("--guidance-parallel", action="store_true", help="guidance's two branches side by side")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher gives it; it is in the environment too
     args = parser.parse_args(argv)
-    if args.repeat < 1 or args.batch < 1:
-        parser.error(f"--repeat {args.repeat} and --batch {args.batch}: must both be at least 1")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        prompts = demo_prompts() if args.demo_prompts else args.prompt or read_prompts(args.prompts)
-        jobs = [(prompt, draw) for prompt in prompts for draw in range(args.repeat)]
-        model = load_dit(args.weights).to(device).eval()
-        codec = LinearCodec.load(args.codec).to(device)
-        encoder = HashTextEncoder(model.config.caption_channels, args.max_text_tokens)
-        image = None if args.image is None else read_image(args.image, args.height, args.width)
-        args.out.mkdir(parents=True, exist_ok=True)
-        shown = []
-        for start in range(0, len(jobs), args.batch):
-            batch = jobs[start : start + args.batch]
-            videos = sample_videos(
-                model,
-                codec,
-                encoder,
-                [prompt for prompt, _ in batch],
-                frames=args.frames,
-                height=args.height,
-                width=args.width,
-                fps=args.fps,
-                seed=args.seed,
-                draws=[draw for _, draw in batch],
-                image=image,
-                steps=args.steps,
-                guidance=args.guidance,
-                shift=args.shift,
-            )
-            for number, ((prompt, draw), frames) in enumerate(zip(batch, videos.cpu().numpy(), strict=True), start):
-                write_mp4(args.out / f"{video_name(number, prompt)}.mp4", frames, args.fps)
-                if draw == 0:
-                    shown.append((prompt, frames.copy()))  # a view would keep the whole batch
-        contact_sheet(args.out / "contact_sheet.png", shown)
-    except (InputError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{len(jobs)} videos and contact_sheet.png are in {args.out}")
+    if args.batch < 1:
+        parser.error(f"--batch {args.batch}: must be at least 1")
+    if not args.decode_only and not (args.weights and args.text_encoder):
+        parser.error("--weights and --text-encoder are needed to sample")
+    if (args.size and (args.height or args.width)) or bool(args.height) != bool(args.width):
+        parser.error("give --size, or both --height and --width")
+    if args.length and args.frames:
+        parser.error("give --length or --frames")
+    if args.first_block_cache is not None and args.pipeline > 1:
+        parser.error("--first-block-cache takes all blocks on one device; leave out --pipeline")
+    return args
+
+
+def settings_of(args: argparse.Namespace) -> SamplingSettings:
+    """Returns what the command line says of the videos; what it does not say is as published."""
+    height, width = (args.height, args.width) if args.height else SIZES[args.size or "16:9"]
+    given = {
+        "output_fps": args.output_fps,
+        "prompt_suffix": args.prompt_suffix,
+        "negative_prompt": args.negative_prompt,
+        "guidance_interval": args.guidance_interval and tuple(args.guidance_interval),
+    }
+    return SamplingSettings(
+        height=height,
+        width=width,
+        frames=args.frames or LENGTHS[args.length or "5s"],
+        fps=args.fps,
+        steps=args.steps,
+        guidance=args.guidance,
+        shift=args.shift,
+        first_block_cache=args.first_block_cache,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def jobs_of(args: argparse.Namespace) -> list[Job]:
+    """Returns the videos that the command line asks for."""
+    every = {"seed": args.seed, "repeat": args.repeat, "image": args.image}
+    if args.prompts is not None:
+        return read_jobs(args.prompts, **every)
+    return make_jobs(demo_prompts() if args.demo_prompts else args.prompt, **every)
+
+
+def sample(args: argparse.Namespace) -> int:
+    """Samples what the command line asks for, as one of the processes of a launch or alone."""
+    settings, jobs = settings_of(args), jobs_of(args)
+    process = join(args)
+    device = process.device if process else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    workers = workers_of(process, args.guidance_parallel)
+    if workers.leads:
+        print(
+            f"{len(jobs)} videos of {settings.frames} frames, {settings.height} high × {settings.width} wide "
+            f"({settings.orientation})",
+            flush=True,
+        )
+    made = provenance(args, settings, dtype)
+    outputs = Outputs(args.out, {job.name: made | of_job(job) for job in jobs}, overwrite=args.overwrite)
+    conditions = Conditions(args.out, text_encoder=made["text_encoder"], codec=made["codec"])
+    loaders = Loaders(args, settings, process, workers, device, dtype)
+    timer = run(jobs, settings, outputs, conditions, loaders, workers, device=device, batch=args.batch)
+    if workers.leads:
+        sheet = write_contact_sheet(jobs, outputs)
+        print("\n".join([*timer.lines(), f"{len(jobs)} videos and {sheet.name} are in {args.out}"]), flush=True)
+    if process:
+        torch.distributed.destroy_process_group()
     return 0
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Reads the lines of a text file that are not blank.
+def join(args: argparse.Namespace) -> "Process | None":
+    """Joins the launch that this process belongs to; None if it is alone."""
+    if given_world_size() is None:
+        if max(args.sequence, args.pipeline) > 1 or args.guidance_parallel:
+            raise InputError(
+                "--sequence, --pipeline, --guidance-parallel: start with torchrun or deepspeed to use them"
+            )
+        return None
+    from mugv_ds.config.schema import ParallelSection
+    from mugv_ds.engine.process import join_launch
 
-    Raises:
-        InputError: the file cannot be read, is larger than 16 MiB, not UTF-8, or all of it is blank.
-    """
-    prompts = [line.strip() for line in read_text_file(path, _MAX_PROMPTS_BYTES).splitlines() if line.strip()]
-    if not prompts:
-        raise InputError(f"{path}: no prompts; write one a line")
-    return prompts
+    parallel = ParallelSection(sequence=args.sequence, pipeline=args.pipeline)
+    given = {name: str(value) for name, value in vars(args).items() if name != "local_rank"}
+    return join_launch(parallel, _TIMEOUT_S, given)
+
+
+def workers_of(process: "Process | None", guidance_parallel: bool) -> Workers:
+    """Makes replicas of the launch's data ranks: of each one, or of two that share guidance's branches."""
+    if process is None:
+        return Workers()
+    from mugv_ds.parallel.guidance import join_pair
+
+    branches = 2 if guidance_parallel else 1
+    pair = join_pair(process.layout, process.coordinates) if guidance_parallel else None
+    stage, data, sequence = process.coordinates
+    return Workers(
+        replica=data // branches,
+        replicas=process.layout.data // branches,
+        leads=process.rank == 0,
+        writes=stage == sequence == data % branches == 0,
+        attempt=process.host.attempt,
+        first=process.host.first,
+        pair=pair,
+    )
+
+
+class Loaders:
+    """Loads the sampler's parts; see `sampling.run.Loaders`."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        settings: SamplingSettings,
+        process: "Process | None",
+        workers: Workers,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._args, self._settings, self._process, self._workers = args, settings, process, workers
+        self._device, self._dtype, self._config = device, dtype, read_dit_config(args.weights)
+
+    def text_encoder(self) -> TextEncoder:
+        args, channels = self._args, self._config.caption_channels
+        if args.text_encoder == "hash":
+            return HashTextEncoder(channels, args.max_text_tokens)
+        spread = {"device_map": "auto"} if args.text_device == "auto" else {"device": args.text_device or self._device}
+        dtype = DTYPES[args.text_dtype]
+        encoder = T5TextEncoder(
+            args.text_encoder, args.text_revision, dtype=dtype, max_tokens=args.max_text_tokens, **spread
+        )
+        if encoder.channels != channels:
+            raise InputError(f"{args.text_encoder}: features {encoder.channels} wide, the DiT takes {channels}")
+        return encoder
+
+    def image_codec(self) -> Codec:
+        return load_codec(self._args.codec, dtype=torch.float32, device=self._device)  # one frame: cheap in fp32
+
+    def denoiser(self) -> Denoiser:
+        model = self._pipeline() if self._process else load_dit(self._args.weights).to(self._device, self._dtype).eval()
+        config, (_, *shape) = self._config, self._settings.latent_shape
+        sequence = self._args.sequence
+        run = {"dtype": self._dtype, "device": self._device, "first": self._workers.first}
+        attention, tokens = BACKENDS["sdpa"], patch_grid(*shape).tokens
+        if self._device.type == "cuda":
+            heads = config.num_heads // sequence
+            attention = named_attention(self._args.attention, tokens=tokens, heads=heads, **run)
+            cross_attention = fastest_masked_attention(
+                tokens=-(-tokens // sequence),
+                text_tokens=self._args.max_text_tokens,
+                heads=config.num_heads,
+                **run,
+            )
+            for block in model.blocks:
+                block.cross_attn.attend = cross_attention
+        if self._args.compile or (self._args.compile is None and self._device.type == "cuda"):
+            compile_blocks(list(model.blocks), shapes=1)
+        if not self._process:
+            return Denoiser(partial(model, attention=attention), model)
+        from mugv_ds.parallel.inference import PipelinedModel
+
+        model.ulysses.attention = attention
+        return Denoiser(PipelinedModel(model), model, model.ulysses.total)
+
+    def _pipeline(self) -> Any:
+        """Returns the stage of the DiT that this process runs."""
+        from mugv_ds.parallel.inference import inference_stage
+
+        stage = inference_stage(
+            self._config,
+            layout=self._process.layout,
+            coordinates=self._process.coordinates,
+            group=self._process.group,
+            shape=self._settings.latent_shape[1:],
+            text_tokens=self._args.max_text_tokens,
+            dtype=self._dtype,
+            device=self._device,
+        )
+        load_into(self._args.weights, self._config, stage.named_layers())
+        return stage
+
+    def decode(self) -> Callable[[Tensor], Iterator[Tensor]]:
+        codec = load_decoder(self._args.codec, self._dtype, self._device, self._settings.height, self._settings.width)
+        if not self._process or not isinstance(codec, VideoVAE):
+            return codec.decode_windows
+        from mugv_ds.parallel.codec import decode_windows_parallel
+        from mugv_ds.parallel.guidance import replica_group
+
+        branches = self._process.layout.data // self._workers.replicas
+        group = replica_group(self._process.layout, self._process.coordinates, branches)
+        return partial(decode_windows_parallel, codec, group=group)
+
+
+def load_decoder(path: Path, dtype: torch.dtype, device: torch.device, height: int, width: int) -> Codec:
+    """Loads the codec to decode with; in bf16 the device is checked first."""
+    codec = load_codec(path, dtype=dtype, device=device)
+    if isinstance(codec, VideoVAE) and dtype == torch.bfloat16 and device.type == "cuda":
+        check_conv3d(device, height=height, width=width, config=codec.config)
+    return codec
+
+
+def provenance(args: argparse.Namespace, settings: SamplingSettings, dtype: torch.dtype) -> dict[str, Any]:
+    """Returns what makes every video of the list, of JSON types."""
+
+    def weights(path: Path) -> dict[str, str]:
+        return {"name": path.name, "fingerprint": fingerprint(PublishedWeights(path).files)}
+
+    return {
+        "settings": asdict(settings),
+        "weights": weights(args.weights),
+        "codec": weights(args.codec),
+        "text_encoder": {
+            "name": Path(args.text_encoder).name,
+            "revision": args.text_revision,
+            "dtype": args.text_dtype,
+            "max_tokens": args.max_text_tokens,
+        },
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def of_job(job: Job) -> dict[str, Any]:
+    """Returns what makes one video of the list, of JSON types."""
+    image = None
+    if job.image is not None:
+        try:
+            image = {"name": job.image.name, "fingerprint": fingerprint([job.image])}
+        except OSError as error:
+            raise InputError(f"{job.image}: {error.strerror}") from error
+    return {"prompt": job.prompt, "seed": job.seed, "draw": job.draw, "image": image}
+
+
+def decode_only(args: argparse.Namespace) -> int:
+    """Makes videos of saved latents."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    args.out.mkdir(parents=True, exist_ok=True)
+    for path in args.decode_only:
+        saved = read_latent_file(path)
+        settings = saved.made.get("settings", {})
+        height, width = (8 * side for side in saved.latent.shape[2:])
+        decode = load_decoder(args.codec, dtype, device, height, width).decode_windows
+        still_first = int(settings.get("frames", 0)) % 8 == 1
+        parts = video_parts(decode, saved.latent.to(device), still_first=still_first, image=saved.image)
+        name = path.name.removesuffix(".safetensors").removesuffix(".latent")
+        fps = args.output_fps or float(settings.get("output_fps", SamplingSettings.output_fps))
+        write_video(args.out / f"{name}.mp4", parts, fps)
+        print(args.out / f"{name}.mp4", flush=True)
+    return 0
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ Shape suffixes: B batch, F frames, H height, W width; the last dimension of 3 is
 """
 
 import io
+import itertools
 import math
 import re
+import struct
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,6 +19,9 @@ import torch
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+from mugv_ds.config.errors import InputError
+from mugv_ds.config.regular_file import open_regular
 
 # A crf of 18 is called visually lossless; small clips of flat colour show losses sooner, and bits are cheap here.
 # mbtree is off because with it x264's AVX-512 code was measured to write other bytes and pixels at each run.
@@ -29,43 +34,66 @@ _THREADS = 1
 _SHEET_FRAME_WIDTH = 128  # frames of small videos are enlarged to about this many pixels
 _SHEET_GAP = 4
 _FONT_SIZE = 13
+_SMALLEST_IMAGE = 8  # pixels a side
+_MOST_CROPPED = 64  # times the area of a video's frame, to which an image may have to be scaled
 
 
 def write_mp4(path: str | Path, frames: np.ndarray, fps: float) -> None:
-    """Writes an H.264 (yuv420p) mp4 file.
+    """Writes an H.264 (yuv420p) mp4 file; see `write_mp4_parts`.
+
+    Args:
+        frames: uint8 RGB [F, H, W, 3].
+    """
+    write_mp4_parts(path, [frames], fps)
+
+
+def write_mp4_parts(path: str | Path, parts: Iterable[np.ndarray], fps: float) -> None:
+    """Writes an H.264 (yuv420p) mp4 file of frames that come in parts, of which one is held at a time.
 
     Args:
         path: file to write; its folder must exist.
-        frames: uint8 RGB [F, H, W, 3], H and W even (yuv420p halves the colour planes).
+        parts: uint8 RGB [F, H, W, 3] each, of one size, H and W even (yuv420p halves the colour planes).
         fps: frames a second.
 
     Raises:
-        ValueError: the frames have another shape or dtype or odd sides, or `fps` is not positive.
+        ValueError: there are no frames, they have another shape or dtype or odd sides, or `fps` is not positive.
     """
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or len(frames) == 0:
-        raise ValueError(f"{path}: frames must be uint8 [F, H, W, 3] with F ≥ 1, got {frames.dtype} {frames.shape}")
-    _, height, width, _ = frames.shape
-    if height % 2 or width % 2:
-        raise ValueError(f"{path}: height and width must be even for yuv420p, got {height}×{width}: crop or resize")
     if not fps > 0:
         raise ValueError(f"{path}: fps must be positive, got {fps}")
+    parts = iter(parts)
+    frames = next(parts, np.empty(0))
+    _check_frames(path, frames, None)
+    size = frames.shape[1:3]
     with av.open(str(path), "w", format="mp4") as container:
         # Rates such as 30000/1001 come back exactly.
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.options = dict(_X264_OPTIONS)
+        stream.height, stream.width = size
+        stream.pix_fmt, stream.options = "yuv420p", dict(_X264_OPTIONS)
         # Players guess the matrix of an untagged file by its size, so that colours would shift with the resolution.
         stream.codec_context.colorspace = Colorspace.ITU709
         stream.codec_context.color_range = ColorRange.MPEG
-        for frame in frames:
-            picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
-                format="yuv420p",
-                dst_colorspace=Colorspace.ITU709,
-                dst_color_range=ColorRange.MPEG,
-                threads=_THREADS,
-            )
-            container.mux(stream.encode(picture))
+        for part in itertools.chain([frames], parts):
+            _check_frames(path, part, size)
+            for frame in part:
+                container.mux(stream.encode(_to_yuv(frame)))
         container.mux(stream.encode())
+
+
+def _check_frames(path: str | Path, frames: np.ndarray, size: tuple[int, int] | None) -> None:
+    """Raises ValueError unless the frames are uint8 RGB of even sides, and of this size if one is given."""
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or len(frames) == 0:
+        raise ValueError(f"{path}: frames must be uint8 [F, H, W, 3] with F ≥ 1, got {frames.dtype} {frames.shape}")
+    _, height, width, _ = frames.shape
+    if size not in (None, (height, width)):
+        raise ValueError(f"{path}: frames of {height}×{width} after some of {size[0]}×{size[1]}")
+    if height % 2 or width % 2:
+        raise ValueError(f"{path}: height and width must be even for yuv420p, got {height}×{width}: crop or resize")
+
+
+def _to_yuv(frame: np.ndarray) -> av.VideoFrame:
+    return av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
+        format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG, threads=_THREADS
+    )
 
 
 def read_mp4(path: str | Path) -> tuple[np.ndarray, float]:
@@ -165,17 +193,37 @@ def _sheet_row(caption: str, frames: np.ndarray, count: int) -> Image.Image:
 def read_image(path: str | Path, height: int, width: int) -> Tensor:
     """Reads an image as the first frame of a video: scaled to cover height × width, then cropped around its centre.
 
+    The arithmetic is that of the published sampler: bicubic with antialiasing to the rounded covering size, then a crop
+    at whole pixels. Ours is that the image is turned as its EXIF data say, and that what is transparent becomes white.
+
     Returns:
         float32 [3, height, width] in [−1, 1].
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not an image.
+        InputError: the file is not an image, has fewer than 8 pixels a side, or is so narrow that scaled it would be
+            more than 64 times as large as the video's frames. OSError: it is missing, or the file system failed.
     """
     try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)  # as cameras mean it that are held sideways
-            fitted = ImageOps.fit(upright.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path}: not a readable image") from error
+        with open_regular(path) as file, Image.open(file) as image:
+            rgb = _over_white(ImageOps.exif_transpose(image))
+    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError, struct.error) as error:
+        raise InputError(f"{path}: not a readable image: {error}") from error
+    if min(rgb.size) < _SMALLEST_IMAGE:
+        raise InputError(f"{path}: an image of {rgb.width}×{rgb.height} pixels; give one of at least 8×8")
+    by_height, by_width = height / rgb.height, width / rgb.width
+    covering = (round(rgb.width * by_height), height) if by_height > by_width else (width, round(rgb.height * by_width))
+    if math.prod(covering) > _MOST_CROPPED * height * width:
+        raise InputError(
+            f"{path}: {rgb.width}×{rgb.height} pixels are too far from the video's {width}×{height}; crop it before"
+        )
+    left, top = (round((have - want) / 2) for have, want in zip(covering, (width, height), strict=True))
+    fitted = rgb.resize(covering, Image.Resampling.BICUBIC).crop((left, top, left + width, top + height))
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """Returns the image in RGB, what is transparent in white."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")

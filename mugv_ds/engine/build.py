@@ -1,9 +1,7 @@
 """One place that starts DeepSpeed: the process group, the stage of this rank, the optimizer, the engine."""
 
-import logging
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
 
 import deepspeed
 import torch
@@ -14,29 +12,16 @@ from mugv_ds.config.schema import OptimizerSection, TrainConfig
 from mugv_ds.engine.objective import Objective
 from mugv_ds.engine.process import Process
 from mugv_ds.engine.schedule import rate_factor
-from mugv_ds.models.attention import (
-    BACKENDS,
-    MASKED_BACKENDS,
-    Attention,
-    MaskedAttention,
-    installed_backends,
-    installed_masked_backends,
-)
-from mugv_ds.models.choose_attention import Trial, choose_attention, choose_masked_attention
+from mugv_ds.models.attention import Attention, MaskedAttention
+from mugv_ds.models.choose_attention import fastest_masked_attention, named_attention
+from mugv_ds.models.compile import SHAPES, compile_blocks
 from mugv_ds.models.fp8 import check_fp8, use_fp8
-from mugv_ds.models.layers import Block
 from mugv_ds.models.rope import patch_grid
 from mugv_ds.parallel.layout import stage_boundaries
 from mugv_ds.parallel.pipeline import DiTPipeline
 from mugv_ds.parallel.ulysses import Ulysses
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-SHAPES = 64  # latent shapes that a compiled segment is ready for where the caller does not count them
-# What a segment is compiled for, of one shape: micro-batches of steps, the same without gradients, and those of
-# validations and of previews, which have sizes of their own.
-_VARIANTS = 4
-
-T = TypeVar("T")
 
 
 def build_engine(
@@ -78,28 +63,6 @@ def build_engine(
     return engine
 
 
-def compile_blocks(blocks: list[Block], shapes: int) -> None:
-    """Has the blocks' segments compiled for so many latent shapes; PyTorch's own limit of 8 would soon be reached."""
-    limit = shapes * _VARIANTS
-    torch._dynamo.config.recompile_limit = limit
-    # Of all blocks together, where they do not share the compiled code.
-    torch._dynamo.config.accumulated_recompile_limit = limit * max(len(blocks), 1)
-    logging.getLogger("torch._dynamo.convert_frame").addFilter(_in_one_line)
-    for block in blocks:
-        block.compile_segments()
-
-
-def _in_one_line(record: logging.LogRecord) -> bool:
-    """Rewrites PyTorch's paragraph about its limit of compilations in the words of our config."""
-    if str(record.msg).startswith("torch._dynamo hit config."):
-        record.args = (torch._dynamo.config.recompile_limit,)
-        record.msg = (
-            "model.compile: a block has met more than the %d shapes and sizes that it is compiled for; further ones "
-            "run uncompiled and slower. Use fewer latent shapes, or set it to false"
-        )
-    return True
-
-
 def build_stage(config: TrainConfig, process: Process, shape: tuple[int, int, int]) -> DiTPipeline:
     """Makes this rank's stage with its initial weights, and chooses how it attends; see `build_engine`."""
     layout, dit = process.layout, config.model.dit()
@@ -125,50 +88,26 @@ def build_stage(config: TrainConfig, process: Process, shape: tuple[int, int, in
 
 def pick_attention(config: TrainConfig, process: Process, shape: tuple[int, int, int]) -> Attention:
     """Returns the attention that the config names or, with "auto", the fastest right one on rank 0, on all ranks."""
-    if config.model.attention != "auto":
-        return BACKENDS[config.model.attention]
-    return _first_rank_picks(
-        process,
-        "self-attention",
-        BACKENDS,
-        lambda: choose_attention(
-            installed_backends(process.device),
-            tokens=patch_grid(*shape).tokens,
-            heads=config.model.dit().num_heads // process.layout.sequence,
-            dtype=DTYPES[config.model.dtype],
-            device=process.device,
-        ),
+    return named_attention(
+        config.model.attention,
+        tokens=patch_grid(*shape).tokens,
+        heads=config.model.dit().num_heads // process.layout.sequence,
+        dtype=DTYPES[config.model.dtype],
+        device=process.device,
+        first=process.host.first,
     )
 
 
 def pick_cross_attention(config: TrainConfig, process: Process, shape: tuple[int, int, int]) -> MaskedAttention:
     """Returns the fastest right attention to the caption on rank 0, on all ranks."""
-    return _first_rank_picks(
-        process,
-        "cross-attention",
-        MASKED_BACKENDS,
-        lambda: choose_masked_attention(
-            installed_masked_backends(process.device),
-            tokens=-(-patch_grid(*shape).tokens // process.layout.sequence),
-            text_tokens=config.data.max_text_tokens,
-            heads=config.model.dit().num_heads,
-            dtype=DTYPES[config.model.dtype],
-            device=process.device,
-        ),
+    return fastest_masked_attention(
+        tokens=-(-patch_grid(*shape).tokens // process.layout.sequence),
+        text_tokens=config.data.max_text_tokens,
+        heads=config.model.dit().num_heads,
+        dtype=DTYPES[config.model.dtype],
+        device=process.device,
+        first=process.host.first,
     )
-
-
-def _first_rank_picks(
-    process: Process, title: str, backends: dict[str, T], choose: Callable[[], tuple[str, list[Trial]]]
-) -> T:
-    """Returns the backend that `choose` names on rank 0, which prints the trials."""
-
-    def first() -> str:
-        name, trials = choose()
-        print("\n".join([f"{title}, forward and backward:", *map(str, trials), f"taken: {name}"]), flush=True)
-        return name
-
-    return backends[process.host.first(first)]
 
 
 def adamw(parameters, section: OptimizerSection, device: torch.device) -> torch.optim.AdamW:

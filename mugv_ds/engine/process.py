@@ -21,7 +21,7 @@ from torch.distributed import distributed_c10d
 from mugv_ds.config.environment import LaunchEnvironment, read_environment
 from mugv_ds.config.errors import ConfigError, PeerError, status_of
 from mugv_ds.config.load import leaves
-from mugv_ds.config.schema import TrainConfig
+from mugv_ds.config.schema import ParallelSection, TrainConfig
 from mugv_ds.parallel.layout import Layout, RankCoordinates, sequence_group
 
 _PATIENCE_SECONDS = 1.0  # between two looks at whether rank 0 is done
@@ -218,12 +218,25 @@ class Process:
 
 
 def start_process(config: TrainConfig) -> Process:
+    """Joins the process group that the launcher describes in the environment, for a training run.
+
+    Raises:
+        ConfigError, PeerError: see `join_launch`.
+    """
+    return join_launch(config.parallel, config.guard.timeout_s, dict(leaves(config.model_dump(mode="json"))))
+
+
+def join_launch(parallel: ParallelSection, timeout_s: float, settings: dict[str, Any]) -> Process:
     """Joins the process group that the launcher describes in the environment.
+
+    Args:
+        parallel: the layout. timeout_s: see `guard.timeout_s`; collectives wait 5 minutes longer.
+        settings: what all ranks must have been started with, of JSON types.
 
     Raises:
         ConfigError: the environment is not that of a launch, rank 0 cannot be reached or its port is taken, the layout
-            does not fit the number of processes, or the ranks' configs differ.
-        PeerError: another rank's config differs.
+            does not fit the number of processes, or the ranks' settings differ.
+        PeerError: another rank's settings differ.
     """
     environment = read_environment()
     raise_file_limit()
@@ -231,14 +244,14 @@ def start_process(config: TrainConfig) -> Process:
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     device = _device(environment)
     # Later than the watchdog, which can say who holds the run up.
-    timeout = timedelta(seconds=config.guard.timeout_s) + _AFTER_WATCHDOG
+    timeout = timedelta(seconds=timeout_s) + _AFTER_WATCHDOG
     bound_groups(timeout)
     _join(environment, "gloo" if device.type == "cpu" else "nccl", timeout)
     host = GlooGroup(dist.new_group(backend="gloo"))
     store = dist.TCPStore(environment.master_addr, environment.master_port, is_master=False, timeout=timeout)
     background = StoreGroup("background", host.rank, host.world_size, store)
-    check_same_config(config, host)
-    layout = Layout.fit(config.parallel, host.world_size)
+    check_same(settings, host, "all ranks must be started with one config")
+    layout = Layout.fit(parallel, host.world_size)
     rank = dist.get_rank()
     group = sequence_group(layout, rank)
     return Process(rank, layout, layout.coordinates(rank), device, group, host, background)
@@ -294,15 +307,6 @@ def _device(environment: LaunchEnvironment) -> torch.device:
     else:
         accelerator.set_device(environment.local_rank)
     return device
-
-
-def check_same_config(config: TrainConfig, host: HostGroup) -> None:
-    """Compares every rank's config with rank 0's.
-
-    Raises:
-        ConfigError: on a rank whose config differs; names the keys. PeerError: on the others.
-    """
-    check_same(dict(leaves(config.model_dump(mode="json"))), host, "all ranks must be started with one config")
 
 
 def check_same(own: dict[str, Any], host: HostGroup, remedy: str) -> None:

@@ -17,7 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mugv_ds.config.model import HEAD_DIM
-from mugv_ds.models.attention import Attention, MaskedAttention, attend_packed
+from mugv_ds.models.attention import (
+    BACKENDS,
+    MASKED_BACKENDS,
+    Attention,
+    MaskedAttention,
+    attend_packed,
+    installed_backends,
+    installed_masked_backends,
+)
 from mugv_kernels.flash4 import QUERIES
 from mugv_kernels.qk_norm_rope import ROW
 
@@ -29,6 +37,8 @@ _PADDING = 3  # tokens behind the sequence, as Ulysses has where its ranks do no
 _TIMED_FLOPS = 3e14  # of one forward and backward: heads are left out until it costs no more
 _CHUNK = 1024  # queries that the exact reference holds the scores of at once
 _GRADIENTS = ("o", "dq", "dk", "dv")
+
+First = Callable[[Callable[[], str]], str]  # calls a function on one process of all, and gives its result to all
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +111,38 @@ def choose_masked_attention(
     mask = torch.arange(text_tokens, device=device) % 7 != 6
     functions = {name: among_padding(backend, mask) for name, backend in backends.items()}
     return choose_attention(functions, tokens=tokens, keys=int(mask.sum()), heads=heads, dtype=dtype, device=device)
+
+
+def _here(function: Callable[[], str]) -> str:
+    return function()
+
+
+def named_attention(
+    name: str, *, tokens: int, heads: int, dtype: torch.dtype, device: torch.device, first: First = _here
+) -> Attention:
+    """Returns the backend of this name or, for "auto", the fastest right one; see `choose_attention`.
+
+    Args:
+        first: lets one process of all choose for them; it prints the trials.
+    """
+    if name != "auto":
+        return BACKENDS[name]
+    shape = {"tokens": tokens, "heads": heads, "dtype": dtype, "device": device}
+    return BACKENDS[first(lambda: _chosen("self-attention", *choose_attention(installed_backends(device), **shape)))]
+
+
+def fastest_masked_attention(
+    *, tokens: int, text_tokens: int, heads: int, dtype: torch.dtype, device: torch.device, first: First = _here
+) -> MaskedAttention:
+    """Returns the fastest right backend for cross-attention; see `choose_masked_attention`, `named_attention`."""
+    shape = {"tokens": tokens, "text_tokens": text_tokens, "heads": heads, "dtype": dtype, "device": device}
+    backends = installed_masked_backends(device)
+    return MASKED_BACKENDS[first(lambda: _chosen("cross-attention", *choose_masked_attention(backends, **shape)))]
+
+
+def _chosen(title: str, name: str, trials: list[Trial]) -> str:
+    print("\n".join([f"{title}, forward and backward:", *map(str, trials), f"taken: {name}"]), flush=True)
+    return name
 
 
 def among_padding(attention: MaskedAttention, key_mask: Tensor) -> Attention:

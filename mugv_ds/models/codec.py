@@ -4,6 +4,7 @@ Shape suffixes: B batch, C = 24 latent channels, F video frames, T = F/8 latent 
 h = H/8 and w = W/8 latent height and width, P = 3·8·8·8 = 1536 values of a block.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
@@ -73,6 +74,10 @@ class LinearCodec(nn.Module):
         """Decodes latents [B, 24, T, h, w] to pixels [B, 3, 8T, 8h, 8w], about in [−1, 1] and not clamped."""
         blocks_BThwP = rearrange(latent, "b c t h w -> b t h w c") * self.scale @ self.basis + self.mean
         return rearrange(blocks_BThwP, "b t h w (c p q r) -> b c (t p) (h q) (w r)", c=3, p=BLOCK, q=BLOCK, r=BLOCK)
+
+    def decode_windows(self, latent: Tensor) -> Iterator[Tensor]:
+        """Yields what `decode` returns in one piece, in the way of `VideoVAE.decode_windows`."""
+        yield self.decode(latent)
 
     def save(self, path: str | Path) -> None:
         """Writes the buffers as safetensors."""

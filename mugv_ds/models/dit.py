@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mugv_ds.config.model import DiTConfig
 from mugv_ds.models.attention import Attention, sdpa
 from mugv_ds.models.layers import Block, CaptionEmbedder, Condition, FinalLayer, ScalarEmbedder
+from mugv_ds.models.reuse import HeldText, RunBlocks, run_blocks
 from mugv_ds.models.rope import Grid, Positions, patch_grid, positions, rotary_angles
 
 DEFAULT_FPS = 30.0
@@ -122,12 +123,18 @@ class Embedders(nn.Module):
 
 
 class DiT(Embedders):
-    """The diffusion transformer as one module; `load_state_dict(strict=True)` takes the published weights."""
+    """The diffusion transformer as one module; `load_state_dict(strict=True)` takes the published weights.
+
+    Attributes:
+        run_blocks, held_text: what a sampler may reuse from call to call, see `models.reuse`; by default nothing.
+    """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
+        self.run_blocks: RunBlocks = run_blocks
+        self.held_text: HeldText | None = None
 
     def forward(
         self,
@@ -171,8 +178,9 @@ class DiT(Embedders):
         grid = patch_grid(frames, height, width)
         token_N = torch.arange(grid.tokens, device=device)
         tokens_BND, condition = self.embed(x, timestep, text, text_mask.bool(), x_mask, fps, frame_index, token_N)
-        for block in self.blocks:
-            tokens_BND = block(tokens_BND, condition, attention, recompute)
+        if self.held_text is not None:
+            self.held_text.use(condition.text_BLD)
+        tokens_BND = self.run_blocks(self.blocks, tokens_BND, condition, attention, recompute)
         patches = self.final_layer(tokens_BND, condition)[:, 1:-1]  # [B, T·h·w, 2·2·48], without start and end token
         return unpatchify(patches, grid, height, width)
 

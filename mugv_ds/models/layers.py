@@ -162,11 +162,13 @@ class CrossAttention(nn.Module):
 
     Attributes:
         attend: computes the attention itself; a run sets the backend that it has chosen.
+        held: keys and values that are taken in place of the text's, see `models.reuse.hold_text`.
     """
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.attend: MaskedAttention = masked_attention
+        self.held: tuple[Tensor, Tensor] | None = None
         self.q_linear = nn.Linear(hidden_size, hidden_size)
         self.kv_linear = nn.Linear(hidden_size, 2 * hidden_size)
         self.q_norm = HeadNorm()
@@ -181,9 +183,14 @@ class CrossAttention(nn.Module):
         no_class = text_mask_BL.new_zeros(x_BND.shape[:2])
         q_BND = _modulated(self.q_linear, x_BND, Modulation(shift, scale, no_class))
         q_BNHd = rearrange(q_BND, "b n (head d) -> b n head d", d=HEAD_DIM)
-        k_BLHd, v_BLHd = rearrange(self.kv_linear(text_BLD), "b l (two head d) -> two b l head d", two=2, d=HEAD_DIM)
-        o_BNHd = self.attend(self.q_norm(q_BNHd), self.k_norm(k_BLHd), v_BLHd, text_mask_BL)
+        k_BLHd, v_BLHd = self.held or self.keys_values(text_BLD)
+        o_BNHd = self.attend(self.q_norm(q_BNHd), k_BLHd, v_BLHd, text_mask_BL)
         return self.proj(rearrange(o_BNHd, "b n head d -> b n (head d)"))
+
+    def keys_values(self, text_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns k, normalised, and v of the text, each [B, L, H, 72]."""
+        k_BLHd, v_BLHd = rearrange(self.kv_linear(text_BLD), "b l (two head d) -> two b l head d", two=2, d=HEAD_DIM)
+        return self.k_norm(k_BLHd), v_BLHd
 
 
 class Block(nn.Module):

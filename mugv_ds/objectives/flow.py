@@ -48,8 +48,11 @@ def draw_time(normal: Tensor, shift: Tensor | float) -> Tensor:
 
 
 def sampling_times(steps: int, shift: float) -> Tensor:
-    """Returns the sampler's timesteps [steps], falling from 1000: evenly spaced, then shifted, without the final 0."""
-    return MAX_TIME * shift_time(torch.linspace(1, 0, steps + 1)[:-1], shift)
+    """Returns the sampler's timesteps [steps], falling from 1000: evenly spaced, then shifted, without the final 0.
+
+    In fp32 the shift may round the first above 1000, where nothing was trained.
+    """
+    return (MAX_TIME * shift_time(torch.linspace(1, 0, steps + 1)[:-1], shift)).clamp(max=MAX_TIME)
 
 
 def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -7,8 +7,48 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mugv_ds.config.errors import ConfigError
+from mugv_ds.config.model import DiTConfig
+from mugv_ds.models.attention import sdpa
 from mugv_ds.models.dit import unpatchify
+from mugv_ds.models.rope import patch_grid
+from mugv_ds.parallel.layout import Layout, RankCoordinates, stage_boundaries
 from mugv_ds.parallel.pipeline import DiTPipeline, Inputs, empty_packed
+from mugv_ds.parallel.ulysses import Ulysses
+
+
+def inference_stage(
+    config: DiTConfig,
+    *,
+    layout: Layout,
+    coordinates: RankCoordinates,
+    group: dist.ProcessGroup | None,
+    shape: tuple[int, int, int],
+    text_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> DiTPipeline:
+    """Makes this rank's stage of a DiT to predict with, whose weights are still to be loaded.
+
+    Args:
+        layout, coordinates, group: of all ranks, of this one, and those that share a sequence with it.
+        shape: latent (T, H, W) of a typical sample, by whose cost the stages are balanced. text_tokens: of its text.
+        dtype, device: of the weights.
+
+    Raises:
+        ConfigError: see `stage_boundaries`, or the ranks of a sequence do not divide the heads.
+    """
+    if config.num_heads % layout.sequence:
+        raise ConfigError(f"sequence {layout.sequence}: must divide the model's {config.num_heads} attention heads")
+    return DiTPipeline(
+        config,
+        layout=layout,
+        boundaries=stage_boundaries(config, layout.pipeline, patch_grid(*shape).tokens, text_tokens),
+        ulysses=Ulysses(group, layout.sequence, coordinates.sequence, sdpa),
+        seed=None,
+        dtype=dtype,
+        device=device,
+    ).eval()
 
 
 class PipelinedModel:

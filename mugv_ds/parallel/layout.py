@@ -65,6 +65,10 @@ class Layout:
         stage, replica = divmod(rank, self.replicas)
         return RankCoordinates(stage, *divmod(replica, self.sequence))
 
+    def rank(self, coordinates: RankCoordinates) -> int:
+        """Returns the global rank at these coordinates."""
+        return (coordinates.stage * self.data + coordinates.data) * self.sequence + coordinates.sequence
+
     def sequence_ranks(self) -> list[list[int]]:
         """The global ranks of each sequence group."""
         return [list(range(start, start + self.sequence)) for start in range(0, self.world_size, self.sequence)]

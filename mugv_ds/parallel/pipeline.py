@@ -20,6 +20,7 @@ from torch import Tensor
 from mugv_ds.config.model import DiTConfig
 from mugv_ds.models.dit import Embedders, describe_tokens, init_weights, patch_pixels
 from mugv_ds.models.layers import Block, Condition, FinalLayer
+from mugv_ds.models.reuse import HeldText, RunBlocks, run_blocks
 from mugv_ds.models.rope import Grid, patch_grid, positions
 from mugv_ds.parallel.layout import Layout
 from mugv_ds.parallel.ulysses import Ulysses
@@ -137,10 +138,10 @@ class DiTPipeline(PipelineModule):
         layout: how ranks are split over replicas, sequence and stages.
         boundaries: see `stage_boundaries`.
         ulysses: this rank's part of the sequence, and the self-attention.
-        loss: (velocity [B, n, P, 24], `Labels`) → (this rank's scalar loss, scalars to report).
+        loss: (velocity [B, n, P, 24], `Labels`) → (this rank's scalar loss, scalars to report); None to predict alone.
         terms: names of the scalars that `loss` reports.
         recompute: level of `parallel.activation_checkpointing`, see `Block.forward`.
-        seed: seed of the initial weights, which do not depend on the layout.
+        seed: seed of the initial weights, which do not depend on the layout; None leaves them as they happen to be.
         dtype, device: of the weights.
     """
 
@@ -151,10 +152,10 @@ class DiTPipeline(PipelineModule):
         layout: Layout,
         boundaries: list[int],
         ulysses: Ulysses,
-        loss: Callable[[Tensor, Labels], tuple[Tensor, dict[str, Tensor]]],
-        terms: Iterable[str],
-        recompute: str,
-        seed: int,
+        loss: Callable[[Tensor, Labels], tuple[Tensor, dict[str, Tensor]]] | None = None,
+        terms: Iterable[str] = (),
+        recompute: str = "off",
+        seed: int | None,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -172,7 +173,9 @@ class DiTPipeline(PipelineModule):
         self.grid: Grid | None = None
         self.size = 0
         self.token_n: Tensor | None = None
-        for prefix, layer in self.named_layers():
+        self.run_blocks: RunBlocks = run_blocks
+        self.held_text: HeldText | None = None
+        for prefix, layer in self.named_layers() if seed is not None else ():
             init_weights(layer, prefix, seed)
 
     def _partition_layers(self, method: str) -> None:
@@ -224,11 +227,12 @@ class DiTPipeline(PipelineModule):
         if self.is_first:
             given = Inputs(*inputs)
             tokens_BnD, condition = layers[0].embed(*given, frame_index(self.grid, given.x), self.token_n)
-            x_mask, layers = given.x_mask, layers[1:]
+            x_mask = given.x_mask
         else:
             tokens_BnD, condition, x_mask = unpack(*inputs, self.grid, self.token_n)
-        for layer in layers[: -1 if self.is_last else None]:
-            tokens_BnD = layer(tokens_BnD, condition, self.ulysses, self.recompute)
+        if self.held_text is not None:
+            self.held_text.use(condition.text_BLD)
+        tokens_BnD = self.run_blocks(self.blocks, tokens_BnD, condition, self.ulysses, self.recompute)
         return layers[-1](tokens_BnD, condition) if self.is_last else pack(tokens_BnD, condition, x_mask)
 
     def _record_loss(self, output: Tensor, given: tuple[Tensor, ...]) -> Tensor:

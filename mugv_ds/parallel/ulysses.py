@@ -70,6 +70,14 @@ class Ulysses:
         """Returns the number of groups of heads, one for each rank."""
         return self.size
 
+    def total(self, x: Tensor) -> Tensor:
+        """Returns the sum of a tensor over the ranks that share the sequence."""
+        if self.size == 1:
+            return x
+        x = x.clone()
+        torch.distributed.all_reduce(x, group=self.group)
+        return x
+
     def local_tokens(self, device: torch.device | str = "cpu") -> Tensor:
         """Returns the indices [n] into the sequence of the tokens that this rank holds.
 

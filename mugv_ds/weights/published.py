@@ -110,20 +110,29 @@ def load_dit(path: str | Path) -> DiT:
     Raises:
         CheckpointError: weights or sizes are missing or do not fit.
     """
-    path = Path(path)
-    file = (path if path.is_dir() else path.parent) / CONFIG_NAME
-    try:
-        config = DiTConfig(**json.loads(read_text_file(file, _MAX_CONFIG_BYTES)))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{file}: must hold the model's sizes, as the converter writes them: {_one_line(error)}"
-        ) from None
+    config = read_dit_config(path)
     with torch.device("meta"):
         model = DiT(config)
     weights = PublishedWeights(path)
     check_weights(weights, config)
     model.load_state_dict(dict(weights), strict=True, assign=True)
     return model
+
+
+def read_dit_config(path: str | Path) -> DiTConfig:
+    """The sizes of published-format weights, from the `config.json` beside them.
+
+    Raises:
+        CheckpointError: it is missing, or does not hold the sizes of a DiT.
+    """
+    path = Path(path)
+    file = (path if path.is_dir() else path.parent) / CONFIG_NAME
+    try:
+        return DiTConfig(**json.loads(read_text_file(file, _MAX_CONFIG_BYTES)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file}: must hold the model's sizes, as the converter writes them: {_one_line(error)}"
+        ) from None
 
 
 class TrainedWeights(Weights):

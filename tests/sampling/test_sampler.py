@@ -1,104 +1,96 @@
-"""The sampler against the published code's record.
-
-The first timestep of the record is 1000.0001: in fp32 the published shift rounds above 1000. The published sampler then
-takes no step at all at that time, and at the second time mixes noise that it draws afresh, ambiently, into its starting
-point: z = (1 − t/1000)·noise + (t/1000)·fresh. So the record starts there. `fresh` is not in it, but is the second draw
-after `in.noise` of the generator (seed 2) that also drew the record's text, reference and noise, in this order.
-"""
+"""The sampler against the published code's records of image-to-video."""
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from mugv_ds.objectives.flow import interpolate, resolution_shift, sampling_times
-from mugv_ds.sampling.sampler import euler, guided_velocity, sample_latents
-from tests.helpers.records import GOLDEN, load_record, relative
+from mugv_ds.models import DiT
+from mugv_ds.objectives.flow import resolution_shift, sampling_times, shift_time
+from mugv_ds.sampling.sampler import sample_latents
+from tests.helpers.published import dit_config, part, read_i2v
+from tests.helpers.records import relative
 
-GUIDANCE = 4.0
-
-
-@pytest.fixture(scope="module")
-def record() -> dict[str, torch.Tensor]:
-    return load_file(GOLDEN / "rflow_sample.safetensors")
+RECORDS = ("i2v", "i2v_long")
 
 
-def conditions(r: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def given(name: str, **changes) -> dict:
+    """The arguments of `sample_latents` that made a record."""
+    r, metadata = read_i2v(name)
+    model = DiT(dit_config(metadata))
+    model.load_state_dict(part(r, "dit."), strict=True)
     text, mask = r["in.text"][:, 0], r["in.text_mask"]
+    reference = torch.zeros_like(r["in.noise"])
+    reference[:, :, :1] = r["out.reference_latent"]
     return {
+        "model": model,
+        "noise": r["in.noise"],
+        "reference": reference,
         "frame_mask": r["in.frame_mask"].bool(),
         "text": text[:1],
         "text_mask": mask[:1],
         "negative_text": text[1:],
         "negative_mask": mask[1:],
         "fps": r["in.fps"],
-        "guidance": GUIDANCE,
+        "height": metadata["frame_size"][0],
+        "width": metadata["frame_size"][1],
+        "steps": metadata["steps"],
+        "guidance": metadata["cfg"],
+    } | changes
+
+
+def sample(name: str = "i2v", **changes) -> torch.Tensor:
+    return sample_latents(**given(name, **changes))
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_latents_match_the_published_code(name):
+    record, _ = read_i2v(name)
+    assert relative(sample(name), record["out.latent"]) <= 2e-5
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_timesteps_match_the_published_code(name):
+    record, metadata = read_i2v(name)
+    shift = resolution_shift(*metadata["frame_size"], frames=record["in.noise"].shape[2])
+    torch.testing.assert_close(sampling_times(metadata["steps"], shift), record["out.timesteps"], rtol=1e-6, atol=0)
+
+
+def test_no_timestep_is_beyond_pure_noise():
+    """In fp32 this shift rounds the first to 1000.0001, at which the published sampler loses a step."""
+    shift = next(r for r in torch.linspace(0.1, 0.9, 1000).tolist() if 1000 * shift_time(torch.ones(1), r) > 1000)
+    assert sampling_times(4, shift).max() == 1000
+
+
+def test_the_reference_frame_stays_and_is_attended_to():
+    record, _ = read_i2v("i2v")
+    out = sample()
+    assert torch.equal(out[0, :, :1], record["out.reference_latent"])
+    other = given("i2v")["reference"] + 1
+    assert relative(sample(reference=other)[:, :, 1:], out[:, :, 1:]) > 1e-4
+
+
+def test_captions_of_unequal_length_are_padded_without_effect():
+    arguments = given("i2v")
+    tokens = int(arguments["negative_mask"].sum())
+    short = {
+        "negative_text": arguments["negative_text"][:, :tokens],
+        "negative_mask": arguments["negative_mask"][:, :tokens],
     }
+    assert tokens < arguments["text"].shape[1]
+    assert relative(sample(**short), sample()) <= 1e-6
 
 
-def record_start(r: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Where the record's second step starts."""
-    generator, shape = torch.Generator().manual_seed(2), r["in.noise"].shape
-    text, reference, noise, _, fresh = (
-        torch.randn(size, generator=generator) for size in (r["in.text"].shape, *[shape] * 4)
-    )
-    for name, drawn in (("in.text", text), ("in.reference_latent", reference), ("in.noise", noise)):
-        assert torch.equal(r[name], drawn), name
-    mixed = interpolate(noise, fresh, r["out.timesteps"][1:2])
-    return torch.where(r["in.frame_mask"].bool()[:, None, :, None, None], mixed, reference)
+def test_guidance_one_is_the_prompt_alone():
+    other = torch.ones_like(given("i2v")["negative_text"])
+    assert relative(sample(guidance=1.0, negative_text=other), sample(guidance=1.0)) <= 1e-6
 
 
-def sample(r: dict[str, torch.Tensor], **changes) -> torch.Tensor:
-    model, _ = load_record("dit_t2v")
-    arguments = conditions(r) | {
-        "noise": r["in.noise"],
-        "reference": r["in.reference_latent"],
-        "height": r["in.height"].item(),
-        "width": r["in.width"].item(),
-        "steps": 5,
-    }
-    return sample_latents(model, **(arguments | changes))
-
-
-def test_timesteps_match_the_published_code(record):
-    shift = resolution_shift(record["in.height"].item(), record["in.width"].item(), frames=4)
-    torch.testing.assert_close(sampling_times(5, shift), record["out.timesteps"], rtol=1e-6, atol=0)
-
-
-@torch.no_grad()
-def test_steps_match_the_published_code(record):
-    model, _ = load_record("dit_t2v")
-    times = torch.cat([record["out.timesteps"][1:], torch.zeros(1)])
-    out = euler(guided_velocity(model, **conditions(record)), record_start(record), times)
-    assert relative(out, record["out.sample"]) <= 2e-5
-
-
-@torch.no_grad()
-def test_a_sample_takes_every_step_from_the_noise_given(record):
-    """`sample_latents` is the record's integrator, from the record's noise, over all five steps."""
-    model, _ = load_record("dit_t2v")
-    noised = record["in.frame_mask"].bool()[:, None, :, None, None]
-    start = torch.where(noised, record["in.noise"], record["in.reference_latent"])
-    times = torch.cat([record["out.timesteps"], torch.zeros(1)])
-    expected = euler(guided_velocity(model, **conditions(record)), start, times)
-    assert relative(sample(record), expected) <= 1e-6
-
-
-def test_the_reference_frame_stays_and_is_attended_to(record):
-    out = sample(record)
-    assert torch.equal(out[:, :, 0], record["in.reference_latent"][:, :, 0])
-    other = sample(record, reference=record["in.reference_latent"] + 1)
-    assert relative(other[:, :, 1:], out[:, :, 1:]) > 1e-4
-
-
-def test_captions_of_unequal_length_are_padded_without_effect(record):
-    """The negative prompt has three real tokens; cutting its padding off changes nothing."""
-    short = {"negative_text": record["in.text"][1:, 0, :3], "negative_mask": record["in.text_mask"][1:, :3]}
-    assert relative(sample(record, **short), sample(record)) <= 1e-6
-
-
-def test_guidance_one_is_the_prompt_alone(record):
-    other = {"negative_text": torch.ones_like(record["in.text"][1:, 0])}
-    assert relative(sample(record, guidance=1.0, **other), sample(record, guidance=1.0)) <= 1e-6
+def test_outside_its_interval_guidance_is_the_prompt_alone():
+    """The record's four timesteps are 1000 and three smaller ones."""
+    times = read_i2v("i2v")[0]["out.timesteps"].tolist()
+    assert torch.equal(sample(interval=(0, 1000)), sample())
+    assert relative(sample(interval=(1e-3, 1e-2)), sample(guidance=1.0)) <= 1e-6
+    some = sample(interval=(times[2] - 1, times[1] + 1))
+    assert relative(some, sample()) > 1e-4 and relative(some, sample(guidance=1.0)) > 1e-4
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])

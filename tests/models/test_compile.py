@@ -1,4 +1,4 @@
-"""What the engine's builder sets in PyTorch."""
+"""How often blocks are compiled, and what is said when that ends."""
 
 import logging
 from functools import partial
@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from mugv_ds.engine.build import compile_blocks
 from mugv_ds.models import DiT, DiTConfig
+from mugv_ds.models.compile import compile_blocks
 
 
 def compilations(shapes: int, met: int) -> int:
