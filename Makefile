@@ -1,5 +1,6 @@
 # Everything runs inside .venv, which `make install` creates.
-# Variables: CONFIG, PRESET, SET, RANKS, STEPS, HOSTFILE, CKPT, WEIGHTS, OUT, GAMMA, FORMAT, DTYPE, NOISE, PYTHON.
+# Variables: CONFIG, PRESET, SET, RANKS, STEPS, HOSTFILE, CKPT, WEIGHTS, CODEC, TEXT, PROMPTS, SAMPLE, OUT, GAMMA, FORMAT,
+# DTYPE, NOISE, PYTHON.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -80,10 +81,14 @@ widen: install  ## Write WEIGHTS twice as wide to OUT (NOISE=paired, iid or none
 	@test -n "$(WEIGHTS)" -a -n "$(OUT)" || { echo "usage: make widen WEIGHTS=… OUT=exports/…"; exit 2; }
 	$(BIN)/python tools/widen.py --weights $(WEIGHTS) --out $(OUT) --noise $(NOISE) $(addprefix --dtype ,$(DTYPE))
 
-sample: install  ## Sample the demo prompts from the weights WEIGHTS to OUT
+# The defaults sample what `make train` learns from the demo data; for other weights give all three.
+CODEC ?= data/demo/codec.safetensors
+TEXT ?= hash
+PROMPTS ?= --demo-prompts
+SAMPLE ?= --frames 16 --height 48 --width 48 --fps 8 --output-fps 8 --shift 1.0 --batch 8 $(PROMPTS)
+sample: install  ## Sample videos from WEIGHTS to OUT, decoded by CODEC, of texts encoded by TEXT, with the options SAMPLE
 	@test -n "$(WEIGHTS)" -a -n "$(OUT)" || { echo "usage: make sample WEIGHTS=exports/… OUT=samples/…"; exit 2; }
-	$(BIN)/python tools/sample.py --weights $(WEIGHTS) --codec data/demo/codec.safetensors --demo-prompts --shift 1.0 \
-		--out $(OUT)
+	$(BIN)/python tools/sample.py --weights $(WEIGHTS) --codec $(CODEC) --text-encoder $(TEXT) $(SAMPLE) --out $(OUT)
 
 test: install lint  ## Run the linter and all tests
 	$(BIN)/python -m pytest

@@ -23,7 +23,8 @@ def verdict(read: Callable[..., object], *arguments: object) -> str:
         error, line, taken = receiving.recv()
     except EOFError:
         process.join()
-        raise AssertionError(f"the process ended with {process.exitcode} ({-signal.SIGALRM}: after 10 s)") from None
+        too_long = (-signal.SIGPROF, -signal.SIGALRM)
+        raise AssertionError(f"the process ended with {process.exitcode} (after too long: {too_long})") from None
     process.join()
     assert error == "InputError", f"{error}: {line}"
     assert taken < GIB, f"took {taken / GIB:.1f} GiB"
