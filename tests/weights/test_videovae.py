@@ -118,9 +118,9 @@ def test_a_codec_is_told_by_what_its_file_holds(tmp_path):
     assert isinstance(load_codec(tmp_path / "vae.pt"), VideoVAE)
     assert isinstance(load_codec(tmp_path / "codec.safetensors"), LinearCodec)
     save_file({name: torch.zeros(2) for name in LinearCodec().state_dict()}, tmp_path / "codec.safetensors")
-    with pytest.raises(CheckpointError, match="codec.safetensors: not a whole codec"):
+    with pytest.raises(CheckpointError, match=r"codec.safetensors: not a whole codec"):
         load_codec(tmp_path / "codec.safetensors")
-    with pytest.raises(CheckpointError, match="missing.pt"):
+    with pytest.raises(CheckpointError, match=r"missing.pt"):
         load_codec(tmp_path / "missing.pt")
 
 
