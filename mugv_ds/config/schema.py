@@ -315,6 +315,8 @@ class PreviewSection(Section):
     )
     ema: float | None = Field(
         None,
+        gt=0,
+        lt=MAX_SIGMA_REL,
         description="σ_rel of the average, one of ema.sigma_rel, that is sampled with in place of the weights; by "
         "default the weights are.",
     )

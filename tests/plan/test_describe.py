@@ -49,7 +49,8 @@ def test_memory_of_previews_is_what_is_resident_and_what_they_take(folder, monke
     dit = load_config(folder / "run/config.json").model.dit()
     parameters = int(re.search(r"([\d,]+) parameters", stage)[1].replace(",", ""))
     vae, *_ = load_vae_record("vae_lengths")
-    resident = parameters * (2 + 12 + 8)  # one rank holds all of the optimizer, and two averages
+    # One rank holds bf16 weights, fp32 gradients that add up, all of the optimizer, and two averages.
+    resident = parameters * (2 + 4 + 12 + 8)
     size = sum(parameter.numel() for parameter in vae.parameters())
     sampling = resident + predict_sampling(dit, tokens_held=5402)
     decoding = resident + predict_decoding(vae.config, parameters=size, latent=LARGEST, window=6)
