@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -18,13 +18,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mugv_ds.checkpoint.fragments import Fragment, fragments, refresh_weights
 from mugv_ds.config import load_config
-from mugv_ds.config.errors import ConfigError
+from mugv_ds.config.errors import ConfigError, InputError
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.data.manifest import open_index
 from mugv_ds.data.noise import gaussian
 from mugv_ds.data.run_data import RunData
 from mugv_ds.data.sample import read_row, read_text
 from mugv_ds.data.video import read_mp4, to_frames
+from mugv_ds.engine import preview_codec
 from mugv_ds.engine.build import build_engine
 from mugv_ds.engine.ema import PowerEma
 from mugv_ds.engine.loop import Trainer
@@ -197,7 +198,7 @@ def run_cases(cases: list[tuple[TrainConfig, Path]], command: TrainConfig | None
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, data) -> Path:
-    """A folder with a run with previews and one without for each case, and one of the whole command with a codec."""
+    """A folder with a run with previews and one without for each case, and one of the whole command, of averages and with a codec."""
     folder = tmp_path_factory.mktemp("runs")
     worlds: dict[int, list] = {}
     for name, layout in CASES.items():
@@ -208,7 +209,7 @@ def runs(tmp_path_factory, data) -> Path:
     for name, layout in MORE.items():
         preview = {"codec": str(data / "vae.pt")} if name == "vae" else {"ema": SIGMA}
         worlds[4].append((configure(folder / name, data, layout, name, **preview), folder / name))
-    videos = {"manifest": str(data / "captioned.csv"), "codec": str(data / "codec.safetensors")}
+    videos = {"manifest": str(data / "captioned.csv"), "codec": str(data / "codec.safetensors"), "ema": SIGMA}
     commands = {1: configure(folder / "command", data, (1, 1, 1), **videos)}
     for index in ("train.csv", "preview.csv"):
         open_index(data / index)  # built once, here
@@ -366,6 +367,30 @@ def test_what_cannot_be_previewed_is_named(tmp_path, data, alone):
         assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match=r"preview.ema = 0.1: must be one of ema.sigma_rel = \[0.25\]$"):
         configure(tmp_path / "run", data, (1, 1, 1), ema=0.1)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_gpu_decodes_in_bf16_where_it_computes_that_right(data, alone, monkeypatch, capsys, right):
+    checked = []
+
+    def check(device, *, height, width, config):
+        checked.append((height, width))
+        if not right:
+            raise InputError("conv3d in bf16 is wrong")
+
+    monkeypatch.setattr(preview_codec, "check_conv3d", check)
+    read = []
+
+    def load(path, dtype):
+        read.append(load_codec(path, dtype=dtype))
+        return read[-1]
+
+    codec = PreviewCodec(str(data / "vae.pt"), load, replace(alone, device=torch.device("cuda")), {(48, 72), (32, 48)})
+    assert codec._codec is read[-1] and read[-1].logvar.dtype == (torch.bfloat16 if right else torch.float32)
+    assert checked == [(32, 48), (48, 72)][: 2 if right else 1]
+    assert (
+        "preview.codec: conv3d in bf16 is wrong; previews are decoded in float32" in capsys.readouterr().err
+    ) != right
 
 
 def test_a_latent_that_is_not_finite_is_written_as_it_is(tmp_path, data, alone, capsys):
