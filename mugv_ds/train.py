@@ -13,6 +13,7 @@ if __name__ == "__main__" and "RANK" in os.environ:
 
 import argparse
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -24,7 +25,9 @@ from mugv_ds.config.hostfile import check_launcher
 if TYPE_CHECKING:  # the rest of the package is imported when it is needed: a wrong command line answers at once
     from mugv_ds.checkpoint.manifest import StartWeights
     from mugv_ds.data.run_data import RunData
+    from mugv_ds.engine.ema import PowerEma
     from mugv_ds.engine.evaluate.reference import ReferenceModel
+    from mugv_ds.engine.preview import Previews
     from mugv_ds.engine.process import Process
 
 
@@ -60,7 +63,7 @@ def start(config: TrainConfig, resume: bool = True) -> Start:
     from mugv_ds.engine.guard.stopping import stop_if_asked
     from mugv_ds.engine.process import check_same, start_process
     from mugv_ds.models.flops import SampleCost
-    from mugv_ds.weights.start import find_weights, load_into, saved_start
+    from mugv_ds.weights.start import check_start_features, find_weights, load_into, saved_start
 
     process = start_process(config)
     stop_if_asked(process.host)
@@ -69,6 +72,8 @@ def start(config: TrainConfig, resume: bool = True) -> Start:
     check_same(data.content(), process.host, "all hosts must read the same files; copy them anew and start again")
     saved = process.host.first(lambda: saved_start(config) if resume else None)
     weights = find_weights(config, saved, process.host.first)
+    if saved is None and weights.path and not config.checkpoint.accept_changed_data:
+        process.host.first(lambda: check_start_features(weights.path, data.text_encoder))
     load = partial(load_into, weights.path, config.model.dit()) if saved is None and weights.path else None
     engine = build_engine(config, process, data.typical_shape, weights=load, shapes=len(data.shapes))
     stop_if_asked(process.host)
@@ -82,6 +87,19 @@ def reference_model(config: TrainConfig, run: Start, fresh: bool) -> "ReferenceM
 
     weights = FrozenWeights(run.weights, config)
     return ReferenceModel(config, run.process, run.engine, run.data, weights, held=fresh)
+
+
+def make_previews(config: TrainConfig, run: Start, ema: "PowerEma") -> "Previews":
+    """Makes the previews of a run, by its weights or by one of their averages."""
+    from mugv_ds.checkpoint.fragments import refresh_weights
+    from mugv_ds.engine.preview import Previews
+    from mugv_ds.sampling.sampler import sample_latents
+    from mugv_ds.weights.codec import load_codec
+
+    sigma_rel = config.preview.ema
+    average = partial(ema.in_model, sigma_rel, partial(refresh_weights, run.engine))
+    weights = nullcontext if sigma_rel is None else average
+    return Previews(config, run.process, run.engine.module, run.data.previewed, sample_latents, load_codec, weights)
 
 
 def train(config: TrainConfig) -> int:
@@ -99,16 +117,14 @@ def train(config: TrainConfig) -> int:
     from mugv_ds.checkpoint.store import Store
     from mugv_ds.engine.ema import PowerEma
     from mugv_ds.engine.loop import Trainer
-    from mugv_ds.engine.preview import Previews
-    from mugv_ds.sampling.sampler import sample_latents
 
     run = start(config)
     process, data, engine = run.process, run.data, run.engine
-    previews = data.previewed and Previews(config, process, engine.module, data.previewed, sample_latents)
-    store = Store(config, process, engine, data.order(), run.weights)
+    store = Store(config, process, engine, data.order(), run.weights, data.text_encoder)
     ema = PowerEma([fragment.tensors["weight"] for fragment in store.fragments], config.ema.sigma_rel)
     store.extra_kinds = ema.averages
     try:
+        previews = data.previewed and make_previews(config, run, ema)
         taken = store.restore()
         if process.rank == 0:
             fresh = f"starting fresh, from {run.weights.path or 'initial weights'}"
@@ -141,8 +157,9 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(arguments.config, arguments.set)
         if arguments.dry_run:
             from mugv_ds.plan.describe import describe
+            from mugv_ds.weights.codec import read_codec_sizes
 
-            print(describe(config, world_size))
+            print(describe(config, world_size, read_codec_sizes))
             return 0
         if world_size is None:
             raise ConfigError("started without the deepspeed launcher; see the command in --help, or use --dry-run")

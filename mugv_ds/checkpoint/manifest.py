@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from mugv_ds.config.errors import CheckpointError
+from mugv_ds.config.text_encoder import TextEncoderInfo
 
 MANIFEST_NAME = "MANIFEST.json"
 FORMAT = 2
@@ -102,6 +103,7 @@ class Manifest(_Part):
         began: kinds of averages that were switched on during the run, and after which step.
         start: the weights that the run started from.
         data: what the order of the samples is a function of beside the step, part by part (`RunData.order`).
+        text_encoder: what made the text features; None where the data do not say, or the checkpoint is an older one.
         state: what the training loop gave to keep.
         config, config_sha256: the run's config, and the hash of its canonical JSON.
         versions: of what wrote it. git_commit: of this code, if it was in a repository.
@@ -116,6 +118,7 @@ class Manifest(_Part):
     began: dict[str, Count]
     start: StartWeights
     data: dict[str, str]
+    text_encoder: TextEncoderInfo | None = None
     layout: SavedLayout
     state: dict[str, Any]
     config: dict[str, Any]

@@ -40,6 +40,7 @@ from mugv_ds.checkpoint.snapshot import HostMemory, first_non_finite
 from mugv_ds.config.errors import CheckpointError, PeerError
 from mugv_ds.config.load import leaves
 from mugv_ds.config.schema import TrainConfig
+from mugv_ds.config.text_encoder import TextEncoderInfo, agree
 from mugv_ds.models.dit import DiT
 
 _ASK_SECONDS = 1.0  # between two questions to the other ranks
@@ -78,7 +79,7 @@ class Store:
     Args:
         config: the run. process: this process. engine: holds what is saved.
         data: what the order of its samples is a function of, part by part; see `data.run_data.RunData.order`.
-        start: the weights that the run started from.
+        start: the weights that the run started from. text_encoder: what made its text features, if the data say.
 
     Attributes:
         fragments: what this rank owns.
@@ -97,6 +98,7 @@ class Store:
         engine: PipelineEngine,
         data: Mapping[str, str],
         start: StartWeights = StartWeights(path=None, digest=None),  # noqa: B008, it is frozen
+        text_encoder: TextEncoderInfo | None = None,
     ) -> None:
         self.dir = Path(config.checkpoint.dir)
         self.fragments: list[Fragment] = fragments(engine)
@@ -116,6 +118,7 @@ class Store:
         run_config = config.model_dump(mode="json")
         self._constant = {
             "data": self._data,
+            "text_encoder": text_encoder,
             "start": start,
             "layout": SavedLayout(**asdict(process.layout)),
             "config": run_config,
@@ -381,6 +384,11 @@ class Store:
                 f"{folder}: the order of its samples was another; what differs: {parts}. Samples would be repeated and "
                 "left out: set it as it was, or checkpoint.accept_changed_data to go on with a new order"
             )
+        agree(
+            {str(folder): manifest.text_encoder, "the data now": self._constant["text_encoder"]},
+            "use the features as they were, or checkpoint.accept_changed_data to go on with others",
+            CheckpointError,
+        )
 
     def _check_config(self, manifest: Manifest, folder: Path) -> None:
         """Says which settings are not those that the checkpoint was saved with; refuses what cannot be meant."""

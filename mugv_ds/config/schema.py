@@ -259,7 +259,9 @@ class CheckpointSection(Section):
         0, description="Checkpoints of steps divisible by this are kept too, for ever; 0: none."
     )
     accept_changed_data: bool = Field(
-        False, description="Resume although the data's manifest, data.seed or data.global_batch_size have changed."
+        False,
+        description="Resume although the data's manifest, data.seed, data.global_batch_size or what made the text "
+        "features have changed; start from weights that were trained on features of another text encoder.",
     )
     init_from: str | None = Field(
         None,
@@ -306,7 +308,17 @@ class PreviewSection(Section):
         False, description="Give the first latent frame of the row clean (image-to-video); images are not concerned."
     )
     codec: str | None = Field(
-        None, description="The codec's safetensors, which make pixels; by default the latents are written."
+        None,
+        description="What makes pixels: the VideoVAE (vae.pt, safetensors or a folder) or the demo's codec; by default "
+        "the latents are written. All ranks decode together, window by window. The VideoVAE stays in host memory, in "
+        "bf16 0.8 GiB a rank, and is on the GPU only while it decodes.",
+    )
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=MAX_SIGMA_REL,
+        description="σ_rel of the average, one of ema.sigma_rel, that is sampled with in place of the weights; by "
+        "default the weights are.",
     )
     dir: str | None = Field(None, description="Folder of the videos. Required when preview.every > 0.")
 
@@ -485,6 +497,10 @@ class TrainConfig(Section):
             )
         if self.preview.every and self.data.null_text_path is None:
             raise ValueError("data.null_text_path: required when preview.every > 0; name the features or set it to 0")
+        if self.preview.ema is not None and self.preview.ema not in self.ema.sigma_rel:
+            raise ValueError(
+                f"preview.ema = {self.preview.ema:g}: must be one of ema.sigma_rel = {list(self.ema.sigma_rel)}"
+            )
         if self.data.budget is not None and self.data.budget.multiple > batch:
             raise ValueError(
                 f"data.budget.multiple = {self.data.budget.multiple}: a step would hold more samples than "
@@ -508,8 +524,8 @@ class TrainConfig(Section):
         held_out = [self.data.val_manifest, *(source.val_manifest for source in sources)]
         if not any(held_out):
             yield from _changed("logging", self.logging, {"eval_every"}, "without data.val_manifest")
-        if self.checkpoint.resume == "never":
-            why = 'with checkpoint.resume = "never"'
+        if self.checkpoint.resume == "never" and self.checkpoint.init_from is None:
+            why = 'with checkpoint.resume = "never" and without checkpoint.init_from'
             yield from _changed("checkpoint", self.checkpoint, {"accept_changed_data"}, why)
         if "every" not in self.preview.model_fields_set:
             yield from _changed("preview", self.preview, set(PreviewSection.model_fields), "without preview.every")

@@ -11,6 +11,7 @@ import numpy as np
 
 from mugv_ds.config.errors import ConfigError
 from mugv_ds.config.schema import TrainConfig
+from mugv_ds.config.text_encoder import TEXT_ENCODER_NAME, TextEncoderInfo, agree, read_text_encoder
 from mugv_ds.data.buckets import group_by_shape
 from mugv_ds.data.budget import BatchSize, Workload, batch_sizes
 from mugv_ds.data.manifest import Index, Shape, open_index
@@ -51,10 +52,12 @@ class RunData:
         sources, held_out: indexes of the preference sources and of their held-out annotations, in the config's order.
         readers: of the training set first, then of the preference sources.
         plan: the steps of the run.
+        text_encoder: what made the text features of all sets and of the null text beside them; None: none says.
 
     Raises:
         ManifestError, PathError: a manifest cannot be used, see `data.manifest.open_index` and `data.pairs`.
-        ConfigError: the sets, the batch sizes and the layout do not fit together.
+        ConfigError: the sets, the batch sizes and the layout do not fit together, or the sets' text features are of
+            different encoders.
     """
 
     def __init__(self, config: TrainConfig, cost: Cost, data_ranks: int, opener: Opener = call) -> None:
@@ -70,6 +73,7 @@ class RunData:
         self.previewed = open_(config.preview.manifest if config.preview.every else None)
         self.sources: tuple[Index, ...] = tuple(open_(source.manifest) for source in sources)
         self.held_out = tuple(open_(source.val_manifest) for source in sources)
+        self.text_encoder = self._text_encoder()
         self.readers = Sources((self._flows(self.train), *map(self._annotated, self.sources)))
         self.plan = self._plan()
 
@@ -88,7 +92,16 @@ class RunData:
         return parts | ({"the pairs or labels": annotations.hexdigest()} if self.sources else {})
 
     def content(self) -> dict[str, str]:
-        """Names what every manifest holds, as this process sees it: config key → SHA-256 of CSV and index."""
+        """Names what this process sees: config key of a manifest → SHA-256 of CSV and index; the text encoder."""
+        said = {} if self.text_encoder is None else {TEXT_ENCODER_NAME: str(self.text_encoder)}
+        return {key: index.content for key, index in self._indexes().items()} | said
+
+    def _text_encoder(self) -> TextEncoderInfo | None:
+        said = {key: read_text_encoder(index.root) for key, index in self._indexes().items()}
+        return agree(said, "make the text features of all sets with one encoder", ConfigError)
+
+    def _indexes(self) -> dict[str, Index]:
+        """Every index by its config key."""
         sources = self._config.preference.sources if self._config.preference else ()
         indexes = {
             "data.manifest": self.train,
@@ -97,7 +110,7 @@ class RunData:
         }
         for source, index, held_out in zip(sources, self.sources, self.held_out, strict=True):
             indexes |= {f"preference.{source.name}.manifest": index, f"preference.{source.name}.val_manifest": held_out}
-        return {key: index.content for key, index in indexes.items() if index is not None}
+        return {key: index for key, index in indexes.items() if index is not None}
 
     @property
     def typical_shape(self) -> Shape:

@@ -5,11 +5,13 @@ exponential average they grow with the training, and from two of them, stored no
 reconstructed afterwards (`mugv_ds/checkpoint/average.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from mugv_ds.config.errors import Stopped
 from mugv_ds.config.power_profile import exponent, kind_name
 
 
@@ -40,3 +42,39 @@ class PowerEma:
             return
         for kind, power in self._powers.items():
             torch._foreach_lerp_(self.averages[kind], self._tensors, 1 - (1 - 1 / step) ** power)
+
+    @contextmanager
+    def in_model(self, sigma_rel: float, refresh: Callable[[], None]) -> Iterator[None]:
+        """Has an average in the place of the weights for the while of the context; all ranks enter and leave together.
+
+        Tensors and average change places, one after the other, and do so again in the end: both are then as they were,
+        bit for bit, and so is the model, which holds the rounded tensors. So it needs next to no memory, and works
+        however the tensors are sharded.
+
+        Args:
+            sigma_rel: of the average. refresh: puts the tensors, rounded, into the model of all ranks.
+
+        Raises:
+            Stopped: inside the context, on all ranks; everything is put back. Whatever else a rank raises there ends
+                the run, and nothing is put back: the others would not come to `refresh`.
+        """
+        pairs = list(zip(self._tensors, self.averages[kind_name(sigma_rel)], strict=True))
+        _swap(pairs)
+        refresh()
+        stopped = None
+        try:
+            yield
+        except Stopped as raised:
+            stopped = raised
+        _swap(pairs)
+        refresh()
+        if stopped is not None:
+            raise stopped
+
+
+def _swap(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Exchanges the content of each two tensors."""
+    for one, other in pairs:
+        held = one.clone()
+        one.copy_(other)
+        other.copy_(held)

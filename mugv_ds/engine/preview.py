@@ -1,12 +1,14 @@
 """Videos of fixed prompts while the model trains, on disk and in TensorBoard."""
 
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,11 +20,11 @@ from mugv_ds.data.noise import gaussian
 from mugv_ds.data.patience import read_patiently
 from mugv_ds.data.readers import FlowSamples
 from mugv_ds.data.sample import SampleError, read_row
-from mugv_ds.data.video import encode_gif, to_frames, video_name, write_mp4
+from mugv_ds.data.video import encode_gif, video_name, write_mp4
 from mugv_ds.engine.metrics import Recorder
 from mugv_ds.engine.optional import OptionalOutput
+from mugv_ds.engine.preview_codec import Codec, PreviewCodec
 from mugv_ds.engine.process import Process
-from mugv_ds.models.codec import LinearCodec
 from mugv_ds.parallel.inference import PipelinedModel
 from mugv_ds.parallel.pipeline import DiTPipeline
 
@@ -38,15 +40,17 @@ class Prompt:
 
 
 class Previews:
-    """Samples the first rows of a manifest with the weights as they are. All ranks call each method together.
+    """Samples the first rows of a manifest as the model is. All ranks call each method together.
 
-    The data ranks share the rows out. A row's noise is keyed by (data.seed, sample id), so that its previews differ by
-    the weights alone, at every step and in every layout.
+    The data ranks share the rows out, and all ranks the decoding of each. A row's noise is keyed by (data.seed, sample
+    id), so that its previews differ by the weights alone, at every step and in every layout.
 
     Args:
         config: the run. process: this process. module: its stage.
         index: the manifest `preview.manifest`.
-        sample: `mugv_ds.sampling.sampler.sample_latents`.
+        sample: `mugv_ds.sampling.sampler.sample_latents`. load_codec: `mugv_ds.weights.codec.load_codec`.
+        weights: has the weights that are to be sampled with in the model for the while of the context; all ranks enter
+            and leave it together.
 
     Raises:
         ConfigError: the manifest is too short, or a row, the null text or the codec cannot be used.
@@ -60,11 +64,17 @@ class Previews:
         module: DiTPipeline,
         index: Index,
         sample: Callable[..., Tensor],
+        load_codec: Callable[..., Codec],
+        weights: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         self._section, self._data, self._flow = config.preview, config.data, config.flow
         self._process, self._model, self._sample = process, PipelinedModel(module), sample
+        self._weights = weights
         self._output = OptionalOutput(f"preview.dir = {config.preview.dir}")
         process.host.attempt(lambda: self._read(index, config.model.dit().caption_channels))
+        sizes = {(row.height, row.width) for row in self._rows}
+        path = self._section.codec
+        self._codec = None if path is None else PreviewCodec(path, load_codec, process, sizes)
 
     def _read(self, index: Index, channels: int) -> None:
         count = self._section.count
@@ -79,7 +89,6 @@ class Previews:
         self._prompts = [self._prompt(index, row, channels) for row in mine]
         self._null_text = FlowSamples(index, self._data, self._flow, channels).null_text()
         if self._process.rank == 0:
-            self._codec = self._load_codec()
             self._output.attempt(lambda: Path(self._section.dir).mkdir(parents=True, exist_ok=True))
 
     def _prompt(self, index: Index, row: int, channels: int) -> Prompt:
@@ -90,27 +99,24 @@ class Previews:
             raise ConfigError(f"preview.manifest: {error}; repair the file or leave the row out") from error
         return Prompt(sample.row, sample.text, sample.text_mask, sample.latent[:, :1].clone())
 
-    def _load_codec(self) -> LinearCodec | None:
-        path = self._section.codec
-        if path is None:
-            return None
-        try:
-            return LinearCodec.load(path)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise ConfigError(f"preview.codec = {path}: not a codec: {str(error).splitlines()[0]}") from error
-
     def write(self, step: int, recorder: Recorder, alive: Callable[[], None]) -> None:
         """Makes the previews after `step` steps; where the folder does not take them, that is said once.
 
         Args:
             recorder: of the run. alive: called now and then, on all ranks equally often; may end it by an error.
         """
-        latents = self._latents(alive)
-        if self._process.rank == 0:
-            self._output.attempt(lambda: self._write(step, latents, recorder))
+        with self._weights():
+            latents = self._latents(alive)
+        with nullcontext() if self._codec is None else self._codec.on_device():
+            for number, latent in enumerate(latents):
+                alive()  # the others have waited while rank 0 wrote
+                frames = self._decode(number, latent, alive)
+                if self._process.rank == 0:
+                    content = latent if frames is None else frames
+                    self._output.attempt(lambda number=number, made=content: self._write(step, number, made, recorder))
 
     def _latents(self, alive: Callable[[], None]) -> list[Tensor]:
-        """[24, T, H, W] of every row, on the CPU of rank 0; nothing on other ranks."""
+        """[24, T, H, W] of every row, on the CPU of all ranks."""
         layout, latents = self._process.layout, []
         for turn, prompt in enumerate(self._prompts):
             mine = self._latent(prompt, alive)
@@ -119,8 +125,7 @@ class Previews:
                 own = replica == self._process.coordinates.data
                 latent = mine if own else mine.new_empty(LATENT_CHANNELS, *row.latent_shape)
                 dist.broadcast(latent, replica * layout.sequence)
-                if self._process.rank == 0:
-                    latents.append(latent.cpu())
+                latents.append(latent.cpu())
         return latents
 
     def _latent(self, prompt: Prompt, alive: Callable[[], None]) -> Tensor:
@@ -134,7 +139,7 @@ class Previews:
         shape = (LATENT_CHANNELS, *row.latent_shape)
         noise = gaussian(self._data.seed, row.sample_id, 0, shape)
         reference, frame_mask = torch.zeros_like(noise), torch.ones(shape[1], dtype=torch.bool)
-        if self._section.first_frame and len(frame_mask) > 1:
+        if self._is_given(row):
             reference[:, :1], frame_mask[0] = prompt.first, False
         null_text, null_mask = self._null_text
         given = {
@@ -158,19 +163,32 @@ class Previews:
         )
         return latents[0]
 
-    def _write(self, step: int, latents: list[Tensor], recorder: Recorder) -> None:
-        folder = Path(self._section.dir) / f"step-{step:06d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        for number, (row, latent) in enumerate(zip(self._rows, latents, strict=True)):
-            self._write_one(folder / video_name(number, row.caption or row.sample_id), row, latent, step, recorder)
+    def _is_given(self, row: Row) -> bool:
+        """Whether the first latent frame is given clean."""
+        return self._section.first_frame and row.latent_shape[0] > 1
 
-    def _write_one(self, path: Path, row: Row, latent: Tensor, step: int, recorder: Recorder) -> None:
+    def _decode(self, number: int, latent: Tensor, alive: Callable[[], None]) -> np.ndarray | None:
+        """The frames of a row's latent on rank 0; None elsewhere, and on all ranks where there is nothing to see."""
         if self._codec is None:
-            save_file({"latent": latent}, f"{path}.safetensors")
+            return None
+        row = self._rows[number]
+        if not latent.isfinite().all():
+            if self._process.rank == 0:
+                line = f"warning: preview of {row.sample_id}: the latent is not finite, and is written as it is"
+                print(line, file=sys.stderr, flush=True)
+            return None
+        return self._codec.decode(latent, self._is_given(row), alive)
+
+    def _write(self, step: int, number: int, made: Tensor | np.ndarray, recorder: Recorder) -> None:
+        """Writes a row's latent, or its frames."""
+        row, folder = self._rows[number], Path(self._section.dir) / f"step-{step:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / video_name(number, row.caption or row.sample_id)
+        if isinstance(made, Tensor):
+            save_file({"latent": made}, f"{path}.safetensors")
             return
-        frames = to_frames(self._codec.decode(latent[None]))[0].numpy()
-        write_mp4(Path(f"{path}.mp4"), frames, self._fps(row))
-        recorder.write_gif(step, f"preview/{path.name}", encode_gif(frames, self._fps(row)))
+        write_mp4(Path(f"{path}.mp4"), made, self._fps(row))
+        recorder.write_gif(step, f"preview/{path.name}", encode_gif(made, self._fps(row)))
 
     def _fps(self, row: Row) -> float:
         return row.fps or self._data.default_fps

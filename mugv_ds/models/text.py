@@ -6,6 +6,9 @@ Shape suffixes: B texts, L text tokens, C width of the features.
 import hashlib
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
@@ -14,6 +17,8 @@ import torch
 from torch import Tensor
 
 from mugv_ds.config.errors import InputError
+from mugv_ds.config.text_encoder import TextEncoderInfo
+from mugv_ds.models.t5_fingerprint import t5_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +78,7 @@ class T5TextEncoder:
             raise InputError(f"T5 in {dtype}: must be float32 or bfloat16, its activations overflow float16")
         if max_tokens < 2 or batch_size < 1:
             raise InputError(f"max_tokens = {max_tokens}, batch_size = {batch_size}: must be at least 2 and 1")
-        self._name = _checked_source(source, revision)
+        self._name, self._revision = _checked_source(source, revision), revision
         self.max_tokens, self._batch_size = max_tokens, batch_size
         self._tokenizer, self._model = _load_t5(
             self._name, revision, dtype=dtype, device_map=device_map, offload_folder=offload_folder
@@ -81,6 +86,33 @@ class T5TextEncoder:
         if device_map is None:
             self._model.to(device)
         self.channels = self._model.config.d_model
+
+    @cached_property
+    def info(self) -> TextEncoderInfo:
+        """What this encoder is, to be kept with its features and compared where they are used.
+
+        Raises:
+            InputError: its files, of which some rows are read, are gone.
+        """
+        from safetensors import SafetensorError
+
+        try:
+            folder = _folder_of(self._name, self._revision)
+            fingerprint, stored = t5_fingerprint(folder, self._model.config, self._tokenizer)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{self._name}: cannot be read any more: {' '.join(str(error).split())[:300]}") from None
+        name, commit = folder.name, None
+        if folder.parent.name == "snapshots":  # of the hub's cache: models--OWNER--NAME/snapshots/COMMIT
+            name, commit = folder.parents[1].name.removeprefix("models--").replace("--", "/"), folder.name
+        narrowest = min([self._model.dtype, *stored], key=lambda dtype: dtype.itemsize)
+        return TextEncoderInfo(
+            kind="t5",
+            name=name,
+            revision=commit,
+            dtype=str(narrowest).removeprefix("torch."),
+            max_tokens=self.max_tokens,
+            fingerprint=fingerprint,
+        )
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -136,6 +168,10 @@ class HashTextEncoder:
     Args:
         channels: C, the width of the features; even.
         max_tokens: length that texts are padded to.
+
+    Attributes:
+        info: what it is; see `T5TextEncoder.info`.
+
     Raises:
         ValueError: `channels` is odd or not positive.
     """
@@ -146,6 +182,14 @@ class HashTextEncoder:
         self.channels = channels
         self.max_tokens = max_tokens
         self._positions = _POSITION_SCALE * _sinusoid(max_tokens, channels)
+        vector = _word_vector("circle", channels).numpy()  # all the others are drawn as it is
+        self.info = TextEncoderInfo(
+            kind="hash",
+            name=f"of width {channels}",
+            dtype="float32",
+            max_tokens=max_tokens,
+            fingerprint=hashlib.sha256(vector.tobytes()).hexdigest(),
+        )
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Encodes a batch of texts.
@@ -154,18 +198,55 @@ class HashTextEncoder:
             features fp32 [B, max_tokens, channels], zero beyond the text; mask bool [B, max_tokens], True on words.
 
         Raises:
-            ValueError: a text has no words, or more than `max_tokens`.
+            InputError: a text has no words, or more than `max_tokens`.
         """
         features_BLC = torch.zeros(len(texts), self.max_tokens, self.channels)
         mask_BL = torch.zeros(len(texts), self.max_tokens, dtype=torch.bool)
         for row, text in enumerate(texts):
             words = re.findall(r"\w+", text.lower())
             if not 1 <= len(words) <= self.max_tokens:
-                raise ValueError(f"text must have 1 to {self.max_tokens} words, got {len(words)}: {text!r}")
+                raise InputError(f"text must have 1 to {self.max_tokens} words, got {len(words)}: {text!r}")
             vectors = torch.stack([_word_vector(word, self.channels) for word in words])
             features_BLC[row, : len(words)] = vectors + self._positions[: len(words)]
             mask_BL[row, : len(words)] = True
         return features_BLC, mask_BL
+
+
+def load_text_encoder(
+    source: str | Path,
+    *,
+    channels: int,
+    max_tokens: int,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    device_map: str | dict | None = None,
+    offload_folder: str | Path | None = None,
+) -> T5TextEncoder | HashTextEncoder:
+    """Returns the text encoder of a model.
+
+    Args:
+        source: "hash" for the demo's encoder, which needs no weights and ignores what only a T5 takes; else see
+            `T5TextEncoder`, as for the other arguments.
+        channels: C, the width of the features that the model takes.
+
+    Raises:
+        InputError: the encoder has another width, which is known before its weights are read; or see `T5TextEncoder`.
+    """
+    if source == "hash":
+        return HashTextEncoder(channels, max_tokens)
+    width = _read_config(_checked_source(source, revision), revision).d_model
+    if width != channels:
+        raise InputError(f"{source}: makes features of width {width}, and the model takes {channels}; use its encoder")
+    return T5TextEncoder(
+        source,
+        revision,
+        dtype=dtype,
+        device=device,
+        max_tokens=max_tokens,
+        device_map=device_map,
+        offload_folder=offload_folder,
+    )
 
 
 def save_features(path: str | Path, y: Tensor, mask: Tensor) -> None:
@@ -191,28 +272,56 @@ def _checked_source(source: str | Path, revision: str | None) -> str:
     return source
 
 
-def _load_t5(name: str, revision: str | None, *, dtype: torch.dtype, **placement) -> tuple:
-    """Returns tokenizer and encoder. transformers is imported here because that takes seconds."""
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer
+def _local(revision: str | None) -> dict:
+    """What keeps transformers from asking the hub, and from running code of a folder."""
+    return {"revision": revision or "main", "local_files_only": True, "trust_remote_code": False}
 
-    local = {"revision": revision or "main", "local_files_only": True, "trust_remote_code": False}
+
+def _folder_of(name: str, revision: str | None) -> Path:
+    """Returns the folder that a checked source lies in."""
+    from huggingface_hub import snapshot_download
+
+    if Path(name).is_dir():
+        return Path(name).resolve()
+    return Path(snapshot_download(name, revision=revision, local_files_only=True)).resolve()
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Turns what transformers raises of a bad folder into one line."""
+    from safetensors import SafetensorError
+
     try:
-        config = AutoConfig.from_pretrained(name, **local)
-        if config.model_type not in _T5_FAMILY:
-            raise InputError(f"{name}: a {config.model_type} model, expected one of {', '.join(_T5_FAMILY)}")
-        tokenizer = AutoTokenizer.from_pretrained(name, **local)
-        model, report = AutoModelForTextEncoding.from_pretrained(
-            name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **placement, **local
-        )
-    except InputError:
-        raise
+        yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(
             f"{name}: is not a T5 encoder with safetensors that is here whole, and nothing is downloaded (`hf download "
             f"NAME --revision REVISION` does): {reason}"
         ) from None
+
+
+def _read_config(name: str, revision: str | None):
+    """Returns the config of transformers. It is imported here because that takes seconds."""
+    from transformers import AutoConfig
+
+    with _named(name):
+        config = AutoConfig.from_pretrained(name, **_local(revision))
+    if config.model_type not in _T5_FAMILY:
+        raise InputError(f"{name}: a {config.model_type} model, expected one of {', '.join(_T5_FAMILY)}")
+    return config
+
+
+def _load_t5(name: str, revision: str | None, *, dtype: torch.dtype, **placement) -> tuple:
+    """Returns tokenizer and encoder."""
+    from transformers import AutoModelForTextEncoding, AutoTokenizer
+
+    config, local = _read_config(name, revision), _local(revision)
+    with _named(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, **local)
+        model, report = AutoModelForTextEncoding.from_pretrained(
+            name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **placement, **local
+        )
     if absent := sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"])):
         raise InputError(f"{name}: has no {absent[0]} of the right shape ({len(absent)} such weights); it is not whole")
     # Without its file transformers makes a tokenizer that knows no word, and says nothing.

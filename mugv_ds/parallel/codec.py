@@ -9,7 +9,6 @@ Shape suffixes: B clips, F video frames, T latent frames, H and W video height a
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
-from math import prod
 
 import torch
 import torch.distributed as dist
@@ -54,23 +53,29 @@ def encode_parallel(
 
 @torch.no_grad()
 def decode_windows_parallel(
-    vae: VideoVAE, latent: Tensor, group: dist.ProcessGroup | None = None, **options
+    vae: VideoVAE,
+    latent: Tensor,
+    group: dist.ProcessGroup | None = None,
+    *,
+    windows_at_once: int | None = None,
+    **options,
 ) -> Iterator[Tensor]:
     """Yields a video as `VideoVAE.decode_windows` does, on all ranks: windows are spread over them, then frames.
 
-    All ranks of the group take all windows, with the same weights and arguments. As many windows as there are ranks
-    are held at once.
+    All ranks of the group take all windows, with the same weights and arguments.
 
     Args:
         vae, group: see `encode_parallel`.
         latent: [B, 24, T, h, w].
+        windows_at_once: windows whose features and frames every rank holds at once; by default as many as there are
+            ranks. With 1 a window's features, a sixth of the work at the published size, are made by one rank.
         options: `window` and `frames_at_once` of `VideoVAE.decode_windows`.
 
     Raises:
         InputError: see `VideoVAE.decode`. PeerError: another rank failed.
     """
-    ranks = dist.get_world_size(group)
-    yield from vae.decode_windows(latent, windows_at_once=ranks, run=_sharing(vae, group), **options)
+    at_once = dist.get_world_size(group) if windows_at_once is None else windows_at_once
+    yield from vae.decode_windows(latent, windows_at_once=at_once, run=_sharing(vae, group), **options)
 
 
 def decode_parallel(vae: VideoVAE, latent: Tensor, group: dist.ProcessGroup | None = None, **options) -> Tensor:
@@ -109,18 +114,15 @@ def _run_shared(
         [(_DTYPES[dtype], sizes[:dimensions]) for dtype, dimensions, *sizes in rows[:count].tolist()]
         for rows, count in zip(described, (stop - start for start, stop in pairwise(starts)), strict=True)
     ]
-    bytes_of = [[prod(shape) * dtype.itemsize for dtype, shape in layout] for layout in layouts]
-    buffer = torch.zeros(max(map(sum, bytes_of)), dtype=torch.uint8, device=device)
-    at = 0
-    for result in results:
-        part = result.flatten().view(torch.uint8)
-        buffer[at : at + len(part)] = part
-        at += len(part)
-    return [
-        part.view(dtype).view(shape)
-        for given, layout, sizes in zip(_gather(buffer, group), layouts, bytes_of, strict=True)
-        for part, (dtype, shape) in zip(given[: sum(sizes)].split(sizes), layout, strict=True)
-    ]
+    shared = []
+    for other, layout in enumerate(layouts):
+        own = iter(results) if other == rank else None
+        for dtype, shape in layout:
+            result = torch.empty(*shape, dtype=dtype, device=device) if own is None else next(own)
+            # One by one and as they are: a gather would have every rank hold as much for each rank as any has made.
+            dist.broadcast(result.view(-1).view(torch.uint8), group=group, group_src=other)
+            shared.append(result)
+    return shared
 
 
 def _describe(results: list[Tensor], failure: Exception | None, rows: int) -> Tensor:

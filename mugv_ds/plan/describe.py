@@ -1,6 +1,6 @@
 """What a config will run, in words, before any process or device is touched."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ import torch
 from mugv_ds.config.deepspeed import deepspeed_config
 from mugv_ds.config.model import DiTConfig
 from mugv_ds.config.schema import TrainConfig
+from mugv_ds.config.videovae import VideoVAEConfig
 from mugv_ds.data.buckets import group_by_shape
 from mugv_ds.data.manifest import Shape
 from mugv_ds.data.plan import Plan, Stream
@@ -17,8 +18,10 @@ from mugv_ds.models.dit import Embedders
 from mugv_ds.models.flops import SampleCost, step_flops
 from mugv_ds.models.layers import Block, FinalLayer
 from mugv_ds.models.rope import patch_grid
+from mugv_ds.models.videovae import VideoVAE
+from mugv_ds.models.videovae.vae import WINDOW
 from mugv_ds.parallel.layout import Layout, stage_boundaries
-from mugv_ds.plan.memory import GIB, predict_memory
+from mugv_ds.plan.memory import GIB, Memory, predict_decoding, predict_memory, predict_sampling
 
 
 def layer_parameters(config: DiTConfig) -> list[int]:
@@ -57,14 +60,16 @@ def buckets_of(plan: Plan, data_ranks: int) -> list[Bucket]:
     ]
 
 
-def describe(config: TrainConfig, world_size: int | None) -> str:
+def describe(config: TrainConfig, world_size: int | None, codec_sizes: Callable[[str], VideoVAEConfig | None]) -> str:
     """Writes down layout, parameters and predicted memory by stage, a step's samples and FLOPs, and the merged config.
 
     Args:
         world_size: processes; None takes as many as the config's layout needs.
+        codec_sizes: `mugv_ds.weights.codec.read_codec_sizes`, for the memory of previews.
 
     Raises:
         ConfigError: the config cannot run on this many processes. ManifestError: a manifest cannot be used.
+        CheckpointError: `preview.codec` is no codec.
     """
     parallel = config.parallel
     wanted = (parallel.data or 1) * parallel.sequence * parallel.pipeline
@@ -78,6 +83,7 @@ def describe(config: TrainConfig, world_size: int | None) -> str:
         f"parameters: {sum(parameters):,} ({config.model.preset}, {config.model.precision})",
         *_stage_lines(config, layout, data.typical_shape, buckets, parameters),
         *(_bucket_line(config, layout, bucket) for bucket in buckets),
+        *_preview_lines(config, layout, data, parameters, codec_sizes),
     ]
     return "\n".join([*lines, "config:", config.model_dump_json(indent=2)])
 
@@ -93,18 +99,15 @@ def _stage_lines(
         here = sum(parameters[first:last])
         line = f"  stage {stage}: layers {first}–{last - 1}, {here:,} parameters"
         if config.model.precision == "bf16":
-            accumulation = deepspeed_config(config, layout.data)["data_types"]["grad_accum_dtype"]
+            blocks = last - first - (first == 0) - (last == len(parameters))
             peaks = (
-                predict_memory(
-                    dit,
+                _memory(
+                    config,
+                    layout,
                     parameters=here,
-                    blocks=last - first - (first == 0) - (last == len(parameters)),
-                    replicas=layout.replicas,
+                    blocks=blocks,
                     tokens_held=bucket.micro * -(-bucket.tokens // layout.sequence),
                     in_flight=min(layout.pipeline - stage, bucket.accumulation),
-                    recompute=config.parallel.activation_checkpointing,
-                    fp32_accumulation=accumulation == "fp32",
-                    averages=len(config.ema.sigma_rel),
                 ).peak
                 for bucket in buckets
             )
@@ -112,6 +115,56 @@ def _stage_lines(
         else:  # fp8 linears keep their inputs beside, and fp32 doubles what is kept
             line += f", memory not predicted in {config.model.precision}"
         yield line
+
+
+def _memory(config: TrainConfig, layout: Layout, **stage: int) -> Memory:
+    """Predicts the memory of a device of one stage; see `predict_memory`."""
+    accumulation = deepspeed_config(config, layout.data)["data_types"]["grad_accum_dtype"]
+    return predict_memory(
+        config.model.dit(),
+        **stage,
+        replicas=layout.replicas,
+        recompute=config.parallel.activation_checkpointing,
+        fp32_accumulation=accumulation == "fp32",
+        averages=len(config.ema.sigma_rel),
+    )
+
+
+def _preview_lines(
+    config: TrainConfig,
+    layout: Layout,
+    data: RunData,
+    parameters: list[int],
+    codec_sizes: Callable[[str], VideoVAEConfig | None],
+) -> Iterator[str]:
+    """A line with the predicted memory of previews, if there are any: of a device of the largest stage."""
+    if data.previewed is None:
+        return
+    dit, codec = config.model.dit(), config.preview.codec
+    vae = None if codec is None else codec_sizes(codec)
+    rows = data.previewed.shapes()[: config.preview.count].tolist()
+    shape = max(map(tuple, rows), key=lambda shape: patch_grid(*shape).tokens)
+    tokens = patch_grid(*shape).tokens
+    line = f"  previews, latent {'×'.join(map(str, shape))} at most: {tokens:,} tokens"
+    if config.model.precision != "bf16":
+        yield f"{line}; memory not predicted in {config.model.precision}"
+        return
+    boundaries = stage_boundaries(
+        dit, layout.pipeline, patch_grid(*data.typical_shape).tokens, config.data.max_text_tokens
+    )
+    largest = max(sum(parameters[first:last]) for first, last in pairwise(boundaries))
+    resident = _memory(config, layout, parameters=largest, blocks=0, tokens_held=0, in_flight=0).resident
+    sampling = resident + predict_sampling(dit, tokens_held=-(-tokens // layout.sequence))
+    line += f", about {sampling / GIB:.1f} GiB a device while they are sampled"
+    if vae is not None:
+        decoding = resident + predict_decoding(vae, parameters=_vae_parameters(vae), latent=shape, window=WINDOW)
+        line += f" and {decoding / GIB:.1f} while the VideoVAE decodes them"
+    yield line
+
+
+def _vae_parameters(config: VideoVAEConfig) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in VideoVAE(config).parameters())
 
 
 def _bucket_line(config: TrainConfig, layout: Layout, bucket: Bucket) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from mugv_ds.checkpoint.reader import CheckpointReader
 from mugv_ds.config.errors import CheckpointError, InputError
 from mugv_ds.config.power_profile import MAX_SIGMA_REL, kind_sigma_rel
+from mugv_ds.config.text_encoder import agree
 from mugv_ds.weights.base import Weights
 from mugv_ds.weights.coefficients import Fit, decay_coefficients, fit_profile
 
@@ -37,11 +38,13 @@ class Average(Weights):
         terms: at least one. dtype: of the tensors that are returned.
 
     Raises:
-        CheckpointError: the checkpoints are not all of one model.
+        CheckpointError: the checkpoints are not all of one model, or not trained on features of one text encoder.
     """
 
     def __init__(self, terms: Sequence[Term], dtype: torch.dtype) -> None:
         self.path = terms[-1].source.folder
+        said = {str(term.source.folder): term.source.manifest.text_encoder for term in terms}
+        self.text_encoder = agree(said, "average checkpoints that were trained on the same features", CheckpointError)
         self._terms, self._dtype = terms, dtype
         self._shapes = _common_shapes([term.source for term in terms])
 

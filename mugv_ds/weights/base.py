@@ -11,6 +11,7 @@ from torch import Tensor
 from mugv_ds.config import ConfigError
 from mugv_ds.config.errors import CheckpointError
 from mugv_ds.config.model import HEAD_DIM, PRESETS, DiTConfig
+from mugv_ds.config.text_encoder import TextEncoderInfo
 from mugv_ds.files.tensor_archive import PARAMETER, ArchiveError, read_archive
 from mugv_ds.models.dit import DiT
 
@@ -23,9 +24,11 @@ class Weights(Mapping[str, Tensor]):
 
     Attributes:
         path: what errors name as the source.
+        text_encoder: what made the text features that they were trained on; None where that is not known.
     """
 
     path: Path
+    text_encoder: TextEncoderInfo | None = None
 
     def __contains__(self, name: object) -> bool:
         return any(name == own for own in self)  # Mapping's own method would read the tensor to find out

@@ -5,10 +5,11 @@ from pathlib import Path
 import torch
 
 from mugv_ds.config.errors import CheckpointError
+from mugv_ds.config.videovae import VideoVAEConfig
 from mugv_ds.models.codec import LinearCodec
 from mugv_ds.models.videovae import VideoVAE
 from mugv_ds.weights.published import PublishedWeights
-from mugv_ds.weights.videovae import load_video_vae
+from mugv_ds.weights.videovae import load_video_vae, read_sizes
 
 
 def load_codec(
@@ -25,9 +26,22 @@ def load_codec(
         CheckpointError: there is no file, or it holds neither. InputError: the dtype is another.
     """
     weights = PublishedWeights(path)
-    if set(weights) != set(LinearCodec().state_dict()):
+    if not _is_linear(weights):
         return load_video_vae(path, dtype=dtype, device=device)
     try:
         return LinearCodec.load(weights.files[0]).to(device)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path}: not a whole codec: {str(error).splitlines()[0]}") from None
+
+
+def read_codec_sizes(path: str | Path) -> VideoVAEConfig | None:
+    """Returns the sizes of the VideoVAE at `path`, of whose tensors no data is read; None where it is a linear codec.
+
+    Raises:
+        CheckpointError: there is no file, or its sizes cannot be read.
+    """
+    return None if _is_linear(PublishedWeights(path)) else read_sizes(path)
+
+
+def _is_linear(weights: PublishedWeights) -> bool:
+    return set(weights) == set(LinearCodec().state_dict())

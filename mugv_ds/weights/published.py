@@ -16,6 +16,7 @@ from mugv_ds.checkpoint.reader import CheckpointReader, open_checkpoint
 from mugv_ds.config.errors import CheckpointError
 from mugv_ds.config.model import DiTConfig
 from mugv_ds.config.regular_file import read_text_file
+from mugv_ds.config.text_encoder import TextEncoderInfo, read_text_encoder
 from mugv_ds.models.dit import DiT
 from mugv_ds.weights.base import Weights, check_weights, is_stored, read_state
 from mugv_ds.weights.save import CONFIG_NAME, INDEX_NAMES, SINGLE_NAMES, Layout, save_weights
@@ -63,6 +64,15 @@ class PublishedWeights(Weights):
 
     def __len__(self) -> int:
         return len(self._file_of)
+
+    @property
+    def text_encoder(self) -> TextEncoderInfo | None:
+        """What the file beside them says.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        return read_text_encoder(self.path if self.path.is_dir() else self.path.parent)
 
     @property
     def files(self) -> list[Path]:
@@ -144,6 +154,7 @@ class TrainedWeights(Weights):
 
     def __init__(self, saved: CheckpointReader, dtype: torch.dtype) -> None:
         self.path, self._saved, self._dtype = saved.folder, saved, dtype
+        self.text_encoder = saved.manifest.text_encoder
 
     def __getitem__(self, name: str) -> Tensor:
         return self._saved.read(name).to(self._dtype)
@@ -159,7 +170,7 @@ class TrainedWeights(Weights):
 
 
 def export(checkpoint: Path, out: Path, *, layout: Layout) -> Path:
-    """Writes a training checkpoint in the published format, with `config.json`; returns the weights' path.
+    """Writes a training checkpoint in the published format, see `save_weights`; returns the weights' path.
 
     The weights are in the precision that the run computed with, and are what it computed with, bit for bit.
 

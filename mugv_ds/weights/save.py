@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mugv_ds.config.errors import CheckpointError
 from mugv_ds.config.model import DiTConfig
+from mugv_ds.config.text_encoder import write_text_encoder
 from mugv_ds.weights.base import UNUSED, Weights
 
 Layout = Literal["pt", "bin", "safetensors"]
@@ -37,7 +38,8 @@ def save_weights(
     metadata: dict[str, str] | None = None,
     shard_size: str = SHARD_SIZE,
 ) -> Path:
-    """Writes weights with their sizes (`config.json`) to a folder, which appears only when it is complete.
+    """Writes weights, their sizes (`config.json`) and, if they say, what encoded the text that they were trained on
+    (`text_encoder.json`) to a folder, which appears only when it is complete.
 
     A shard is held in memory while it is written, unless its tensors are mapped from files; a .pt is written a tensor
     at a time.
@@ -71,6 +73,8 @@ def save_weights(
         else:
             _save_shards(weights, planned, partial, layout, metadata or {}, shard_size)
         (partial / CONFIG_NAME).write_text(json.dumps(asdict(config), indent=2) + "\n")
+        if weights.text_encoder is not None:
+            write_text_encoder(partial, weights.text_encoder)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -17,8 +17,9 @@ from mugv_ds.checkpoint.reader import CheckpointReader, open_checkpoint
 from mugv_ds.config.errors import CheckpointError
 from mugv_ds.config.model import DiTConfig
 from mugv_ds.config.schema import TrainConfig
+from mugv_ds.config.text_encoder import TextEncoderInfo, agree
 from mugv_ds.models.dit import init_weights
-from mugv_ds.weights.base import check_weights
+from mugv_ds.weights.base import Weights, check_weights
 from mugv_ds.weights.published import PublishedWeights, TrainedWeights
 
 Layers = Iterable[tuple[str, nn.Module]]
@@ -120,14 +121,32 @@ def load_into(path: str | Path, config: DiTConfig, layers: Layers) -> None:
     Raises:
         CheckpointError: a tensor is missing, unexpected, or has another shape.
     """
-    path = Path(path)
-    if (path / files.MANIFEST_NAME).exists():
-        weights = TrainedWeights(CheckpointReader(path, files.read_manifest(path)), torch.float32)
-    else:
-        weights = PublishedWeights(path)
+    weights = _open(Path(path))
     check_weights(weights, config)
     for prefix, layer in layers:
         layer.load_state_dict({name: weights[prefix + name] for name in layer.state_dict()}, strict=True)
+
+
+def check_start_features(path: str | Path, text_encoder: TextEncoderInfo | None) -> None:
+    """Compares what made the text features of a run with those that its first weights were trained on.
+
+    Args:
+        path: see `find_start`. text_encoder: of the run's data, if they say.
+
+    Raises:
+        CheckpointError: they are of different encoders.
+    """
+    agree(
+        {f"checkpoint.init_from = {path}": _open(Path(path)).text_encoder, "the data": text_encoder},
+        "make the features anew, or set checkpoint.accept_changed_data to train with others from here on",
+        CheckpointError,
+    )
+
+
+def _open(path: Path) -> Weights:
+    if (path / files.MANIFEST_NAME).exists():
+        return TrainedWeights(CheckpointReader(path, files.read_manifest(path)), torch.float32)
+    return PublishedWeights(path)
 
 
 def start_digest(path: str | Path | None, config: TrainConfig) -> str:

@@ -79,7 +79,7 @@ class Widened(Weights):
     def __init__(self, weights: Weights, factor: int, noise: Noise) -> None:
         if factor < 2:
             raise InputError(f"factor {factor}: must be at least 2")
-        self.path = weights.path
+        self.path, self.text_encoder = weights.path, weights.text_encoder
         self._weights, self._factor, self._noise = weights, factor, noise
 
     def __getitem__(self, name: str) -> Tensor:

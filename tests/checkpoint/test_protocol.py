@@ -17,8 +17,10 @@ from mugv_ds.checkpoint.fragments import read_counters
 from mugv_ds.checkpoint.manifest import digest
 from mugv_ds.checkpoint.store import Store
 from mugv_ds.config import CheckpointError, PeerError
+from mugv_ds.config.text_encoder import TextEncoderInfo
 from mugv_ds.engine.build import build_engine
 from mugv_ds.engine.process import start_process
+from mugv_ds.models.text import HashTextEncoder
 from tests.checkpoint.test_store import DATA, settings
 from tests.helpers.distributed import run_ranks
 from tests.helpers.saved import write_checkpoint
@@ -37,8 +39,9 @@ class Case:
         self.rank = self.process.rank
 
     @contextlib.contextmanager
-    def store(self, data: dict = DATA, **checkpoint) -> Iterator[Store]:
-        store = Store(settings(self.folder, LAYOUT, **checkpoint), self.process, self.engine, data)
+    def store(self, data: dict = DATA, text_encoder: TextEncoderInfo | None = None, **checkpoint) -> Iterator[Store]:
+        config = settings(self.folder, LAYOUT, **checkpoint)
+        store = Store(config, self.process, self.engine, data, text_encoder=text_encoder)
         try:
             yield store
         finally:
@@ -286,6 +289,23 @@ def refuses_other_data_and_models(case: Case) -> None:
         store.restore()
 
 
+def refuses_features_of_another_text_encoder(case: Case) -> None:
+    first, other = HashTextEncoder(16, 6).info, HashTextEncoder(16, 7).info
+    with case.store() as store:  # data that do not say, as all older checkpoints
+        case.save(store, 1)
+    with case.store(text_encoder=first) as store:
+        assert store.restore() == 1
+        case.save(store, 2)
+    with case.store(text_encoder=first) as store:
+        assert store.restore() == 2
+    with case.store(text_encoder=other) as store, refused(f"features of {first}; the data now: of {other}; use the"):
+        store.restore()
+    with case.store(text_encoder=other, accept_changed_data=True) as store:
+        assert store.restore() == 2
+    with case.store() as store:
+        assert store.restore() == 2
+
+
 def saves_kinds_that_are_registered(case: Case) -> None:
     with case.store() as store:
         case.save(store, 1)
@@ -328,6 +348,7 @@ CASES = [
     goes_back_inside_a_run,
     does_as_resume_says,
     sweeps_and_locks,
+    refuses_features_of_another_text_encoder,
     refuses_other_data_and_models,
     saves_kinds_that_are_registered,
     says_when_space_runs_out,

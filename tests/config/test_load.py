@@ -250,7 +250,7 @@ IDLE = {
     "validation": (["logging.eval_every=5"], "logging.eval_every: has no effect without data.val_manifest"),
     "changed data": (
         ["checkpoint.accept_changed_data=true", "checkpoint.resume=never"],
-        'checkpoint.accept_changed_data: has no effect with checkpoint.resume = "never"',
+        'checkpoint.accept_changed_data: has no effect with checkpoint.resume = "never" and without checkpoint.init',
     ),
     "good": (["preference.good_weight=2.0"], 'preference.good_weight: has no effect with preference.objective = "dpo"'),
     "bad": (["preference.bad_weight=2.0"], 'preference.bad_weight: has no effect with preference.objective = "dpo"'),

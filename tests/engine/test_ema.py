@@ -1,5 +1,6 @@
 """Averages kept in training against integrals in closed form, and in real runs against averages of whole tensors."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import ClassVar
 
@@ -9,6 +10,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 
 from mugv_ds.checkpoint.fragments import fragments
 from mugv_ds.config import load_config
+from mugv_ds.config.errors import Stopped
 from mugv_ds.config.power_profile import exponent
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.data.run_data import RunData
@@ -53,6 +55,34 @@ def test_the_first_step_replaces_the_initial_weights_and_none_is_off():
     off = PowerEma([weights], ())
     off.update(1)
     assert off.averages == {}
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_an_average_takes_the_place_of_the_weights_for_a_while(stopped):
+    """Also where the run is asked to stop meanwhile, and then saves."""
+    weights, model = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])], []
+    ema = PowerEma(weights, SIGMAS)
+    average = ema.averages["ema_0.100"]
+    for tensor in weights:
+        tensor.mul_(1 / 3)
+    before = [tensor.clone() for tensor in (*weights, *average)]
+    with (
+        pytest.raises(Stopped) if stopped else nullcontext(),
+        ema.in_model(0.1, lambda: model.append(weights[0].clone())),
+    ):
+        assert [tensor.tolist() for tensor in weights] == [[1.0, 2.0], [[3.0]]]
+        if stopped:
+            raise Stopped("step 7")
+    assert all(torch.equal(*pair) for pair in zip(before, (*weights, *average), strict=True))
+    assert [tensor.tolist() for tensor in model] == [[1.0, 2.0], before[0].tolist()], "refreshed each time"
+
+
+def test_after_an_error_of_one_rank_nothing_waits_for_the_others():
+    weights, refreshed = [torch.zeros(1)], []
+    ema = PowerEma(weights, SIGMAS)
+    with pytest.raises(OSError, match="gone"), ema.in_model(0.1, lambda: refreshed.append(1)):
+        raise OSError("gone")
+    assert refreshed == [1]
 
 
 def train_and_compare(cases: list[Path]) -> None:

@@ -12,7 +12,7 @@ GIB = 1 << 30
 
 
 def confine() -> int:
-    """Lets this process compute for 10 s and take 4 GiB of address space more; returns the bytes that it has resident."""
+    """Lets this process compute for 10 s and take 4 GiB more of addresses; returns the bytes that it has resident."""
     torch.set_num_threads(1)  # a fork has no threads of OpenMP
     size, before, *_ = (int(pages) * resource.getpagesize() for pages in Path("/proc/self/statm").read_text().split())
     resource.setrlimit(resource.RLIMIT_AS, (size + 4 * GIB,) * 2)  # spares the machine what is to be found out

@@ -19,6 +19,7 @@ from mugv_ds.checkpoint.manifest import (
     file_name,
 )
 from mugv_ds.config import load_config
+from mugv_ds.config.text_encoder import TextEncoderInfo
 from tests.helpers.dataset import write_config
 
 
@@ -31,6 +32,7 @@ def write_checkpoint(
     ranks: int = 2,
     model: dict | None = None,
     began: Mapping[str, int] | None = None,
+    text_encoder: TextEncoderInfo | None = None,
 ) -> Path:
     """Writes fp32 tensors as the kind "weight", cut into a piece for each rank, and `latest`; returns the folder.
 
@@ -64,6 +66,7 @@ def write_checkpoint(
         began=began or {},
         start=StartWeights(path=None, digest=None),
         data={"the sample ids": "0" * 64},
+        text_encoder=text_encoder,
         layout=SavedLayout(data=ranks, sequence=1, pipeline=1),
         state={},
         config=run_config,

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mugv_ds.config.errors import InputError
-from mugv_ds.models.text import PUBLISHED_T5, T5TextEncoder
+from mugv_ds.models.text import PUBLISHED_T5, HashTextEncoder, T5TextEncoder, load_text_encoder
 from tests.helpers.records import GOLDEN, relative
 
 TINY = GOLDEN / "tiny_t5"
@@ -148,3 +148,64 @@ def test_features_that_are_not_finite_are_refused(folder):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"not finite in torch.float32 for 'a red circle'"):
         T5TextEncoder(folder)(["a red circle"])
+
+
+def rewrite(folder, change) -> None:
+    """Changes the weights of a folder."""
+    weights = load_file(folder / "model.safetensors")
+    save_file(change(weights), folder / "model.safetensors", {"format": "pt"})
+
+
+def test_the_info_names_the_encoder(t5):
+    info = t5.info
+    assert (info.kind, info.name, info.revision, info.dtype, info.max_tokens) == ("t5", "tiny_t5", None, "float32", 300)
+    half = T5TextEncoder(TINY, dtype=torch.bfloat16, max_tokens=20).info
+    assert (half.dtype, half.max_tokens, half.fingerprint) == ("bfloat16", 20, info.fingerprint)
+
+
+def test_a_snapshot_of_the_hub_is_called_as_there(tmp_path, t5):
+    folder = shutil.copytree(TINY, tmp_path / "models--someone--t5-tiny/snapshots/0123abc")
+    info = T5TextEncoder(folder).info
+    assert (info.name, info.revision) == ("someone/t5-tiny", "0123abc") and info.makes_same(t5.info)
+
+
+def test_the_fingerprint_is_that_of_what_is_computed(folder, t5):
+    """Where the files lie, their cut and dtype, the tied embedding's name and a decoder beside do not matter."""
+    weights = load_file(folder / "model.safetensors")
+    embedding = weights.pop("shared.weight", None)
+    embedding = weights.pop("encoder.embed_tokens.weight", embedding)
+    weights = {name: value.bfloat16() for name, value in weights.items()} | {"decoder.x": torch.zeros(3)}
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, held in shards.items():
+        save_file({name: weights[name] for name in held}, folder / file, {"format": "pt"})
+    save_file({"shared.weight": embedding.bfloat16()}, folder / "model-00003-of-00003.safetensors", {"format": "pt"})
+    placed = {name: file for file, held in shards.items() for name in held}
+    placed["shared.weight"] = "model-00003-of-00003.safetensors"
+    index = {"metadata": {}, "weight_map": placed}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    info = T5TextEncoder(folder).info
+    assert info.fingerprint == t5.info.fingerprint and info.dtype == "bfloat16", "fp32 of weights that were rounded"
+
+
+def test_another_model_has_another_fingerprint(folder, t5):
+    key = "encoder.block.1.layer.0.SelfAttention.q.weight"
+    rewrite(folder, lambda weights: weights | {key: weights[key] * 1.01})
+    assert not T5TextEncoder(folder).info.makes_same(t5.info)
+    shutil.copy(TINY / "model.safetensors", folder)
+    assert T5TextEncoder(folder).info.makes_same(t5.info)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"relative_attention_max_distance": 64}))
+    assert not T5TextEncoder(folder).info.makes_same(t5.info)
+
+
+def test_the_encoder_of_a_model_is_loaded_by_its_width(t5):
+    loaded = load_text_encoder(TINY, channels=32, max_tokens=20, dtype=torch.bfloat16)
+    assert isinstance(loaded, T5TextEncoder) and loaded.max_tokens == 20 and loaded.info.dtype == "bfloat16"
+    demo = load_text_encoder("hash", channels=64, max_tokens=40)
+    assert isinstance(demo, HashTextEncoder) and (demo.channels, demo.max_tokens) == (64, 40)
+    with pytest.raises(InputError, match="tiny_t5: makes features of width 32, and the model takes 4096"):
+        load_text_encoder(TINY, channels=4096, max_tokens=300)
+    with pytest.raises(InputError, match="needs a revision"):
+        load_text_encoder(PUBLISHED_T5[0], channels=4096, max_tokens=300)

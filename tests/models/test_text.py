@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from mugv_ds.config.errors import InputError
 from mugv_ds.data.sample import read_text
 from mugv_ds.models.text import NEGATIVE_PROMPT, HashTextEncoder, save_features
 
@@ -65,8 +66,15 @@ def test_every_process_gives_the_same_features():
     ("text", "message"), [("word " * 41, "1 to 40 words, got 41"), ("", "got 0"), (" … !", "got 0")]
 )
 def test_texts_that_cannot_be_encoded(text, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         ENCODE(["fine", text])
+
+
+def test_the_info_is_that_of_width_and_length():
+    info = HashTextEncoder(64, 40).info
+    assert (info.kind, info.name, info.max_tokens) == ("hash", "of width 64", 40) and info == ENCODE.info
+    assert not info.makes_same(HashTextEncoder(66, 40).info)
+    assert not info.makes_same(HashTextEncoder(64, 41).info)
 
 
 @pytest.mark.parametrize("channels", [0, 63])

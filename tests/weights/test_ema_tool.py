@@ -8,6 +8,8 @@ import torch
 from safetensors import safe_open
 
 from mugv_ds.config import load_config
+from mugv_ds.config.text_encoder import TextEncoderInfo, read_text_encoder
+from mugv_ds.models.text import HashTextEncoder
 from mugv_ds.weights.base import meta_state
 from mugv_ds.weights.published import load_dit
 from tests.helpers.dataset import write_config
@@ -20,6 +22,7 @@ def write_run(
     steps: tuple[int, ...],
     averages: dict[str, float] | None = None,
     began: dict[str, int] | None = None,
+    text_encoder: TextEncoderInfo | None = None,
     **model: object,
 ) -> list[Path]:
     """Checkpoints of the tests' tiny model, all of whose weights are the step; returns their folders."""
@@ -32,6 +35,7 @@ def write_run(
             ((name, torch.full(shape, float(step))) for name, shape in shapes.items()),
             averages=averages,
             began=began,
+            text_encoder=text_encoder,
             model=model,
         )
         for step in steps
@@ -53,6 +57,16 @@ def test_ensemble_of_two_checkpoints(tmp_path, capsys):
     facts = metadata(out)
     assert facts["gamma"] == "0.5"
     assert [(part["step"], part["coefficient"]) for part in json.loads(facts["average"])] == [(10, 1 / 3), (20, 2 / 3)]
+
+
+def test_an_average_says_what_encoded_the_text_and_is_of_one_encoder(tmp_path, capsys):
+    infos = [HashTextEncoder(16, tokens).info for tokens in (6, 6, 7)]
+    paths = [write_run(tmp_path / str(i), (i,), text_encoder=info)[0] for i, info in enumerate(infos)]
+    command = ["ensemble", "--gamma", "1", "--out"]
+    assert ema.main([*command, str(tmp_path / "out"), *map(str, paths[:2])]) == 0
+    assert read_text_encoder(tmp_path / "out") == infos[0]
+    assert ema.main([*command, str(tmp_path / "other"), *map(str, paths)]) == 2
+    assert "average checkpoints that were trained on the same features" in capsys.readouterr().err
 
 
 def test_an_ensemble_is_in_the_precision_that_the_run_computed_with(tmp_path):

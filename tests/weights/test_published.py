@@ -12,12 +12,16 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from mugv_ds.config import CheckpointError
+from mugv_ds.config.text_encoder import read_text_encoder
 from mugv_ds.models import DiT, DiTConfig
 from mugv_ds.models.dit import init_weights
 from mugv_ds.models.layers import Block
+from mugv_ds.models.text import HashTextEncoder
+from mugv_ds.weights.convert import import_weights, widen_weights
 from mugv_ds.weights.published import PublishedWeights, export, load_dit
 from mugv_ds.weights.save import save_weights
-from mugv_ds.weights.start import load_into
+from mugv_ds.weights.start import check_start_features, load_into
+from mugv_ds.weights.widen import Noise
 from tests.helpers.saved import write_checkpoint
 
 CONFIG = DiTConfig(144, 2, 2, caption_channels=16)
@@ -225,6 +229,20 @@ def test_a_checkpoint_becomes_a_model(run, tmp_path, state, form):
     newest, named = (load_dit(tmp_path / name).state_dict() for name in ("newest", "named"))
     for name, value in state.items():
         assert torch.equal(newest[name], 2 * value) and torch.equal(named[name], value), name
+
+
+def test_what_encoded_the_text_goes_along(tmp_path, state):
+    info = HashTextEncoder(16, 6).info
+    write_checkpoint(tmp_path / "run", 2, state.items(), text_encoder=info)
+    export(tmp_path / "run", tmp_path / "exported", layout="pt")
+    assert read_text_encoder(tmp_path / "exported") == info
+    import_weights(tmp_path / "exported", tmp_path / "imported")
+    widen_weights(tmp_path / "imported", tmp_path / "wide", factor=2, noise=Noise("none"), layout="pt")
+    assert read_text_encoder(tmp_path / "imported") == read_text_encoder(tmp_path / "wide") == info
+    check_start_features(tmp_path / "run/step-00000002", info)
+    other = HashTextEncoder(16, 7).info
+    with pytest.raises(CheckpointError, match=r"checkpoint.init_from = .*wide/dit.pt: text .* 6 tok.*data: .* 7 tok"):
+        check_start_features(tmp_path / "wide/dit.pt", other)
 
 
 def test_a_checkpoint_of_a_bf16_run_is_rounded(tmp_path, state):

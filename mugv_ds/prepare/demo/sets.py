@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mugv_ds.config.model import LATENT_STRIDE
+from mugv_ds.config.text_encoder import write_text_encoder
 from mugv_ds.data.video import read_mp4, write_mp4
 from mugv_ds.models.codec import LinearCodec
 from mugv_ds.models.text import NEGATIVE_PROMPT, PROMPT_SUFFIX, HashTextEncoder, save_features
@@ -42,7 +43,7 @@ from mugv_ds.prepare.demo.scenes import (
 TEXT_CHANNELS = 64
 MAX_TEXT_TOKENS = 40
 
-_VERSION = 3  # of what is drawn and written; a change must raise it, so that older sets are made anew
+_VERSION = 4  # of what is drawn and written; a change must raise it, so that older sets are made anew
 _FIT_CLIPS = 200  # clips that the codec is fitted on; more do not change it visibly
 _MARKER = "demo.json"
 _FOLDERS = ("videos", "latents", "text_features")
@@ -96,9 +97,9 @@ class Sizes:
 def make_demo_data(out_dir: str | Path, sizes: Sizes | None = None, *, seed: int = 0) -> None:
     """Writes the data set.
 
-    It consists of a CSV for each of `Sizes`, videos/, latents/, text_features/, codec.safetensors, and
-    prompts_sideways.txt with one of `sideways_prompts` a line. A finished data set of the same arguments is left as it
-    is; one that is unfinished or of other arguments is made anew.
+    It consists of a CSV for each of `Sizes`, videos/, latents/, text_features/, text_encoder.json, codec.safetensors,
+    and prompts_sideways.txt with one of `sideways_prompts` a line. A finished data set of the same arguments is left as
+    it is; one that is unfinished or of other arguments is made anew.
 
     Args:
         out_dir: folder to write; it is made if it is missing.
@@ -229,10 +230,11 @@ def _encode(clip: Clip, frames: np.ndarray, codec: LinearCodec, out_dir: Path) -
 
 
 def _write_features(out_dir: Path) -> None:
-    """Writes the text features of every caption, and of the negative prompt."""
+    """Writes the text features of every caption, and of the negative prompt, and what made them."""
     encode = HashTextEncoder(TEXT_CHANNELS, MAX_TEXT_TOKENS)
     texts = {"text_features/negative.pt": NEGATIVE_PROMPT}
     texts |= {subject.features_path: subject.caption + PROMPT_SUFFIX for subject in (*SUBJECTS, *STILLS, *SIDEWAYS)}
+    write_text_encoder(out_dir, encode.info)
     for path, y, mask in zip(texts, *encode(list(texts.values())), strict=True):
         save_features(out_dir / path, y, mask)
 

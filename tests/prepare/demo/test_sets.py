@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from mugv_ds.config.text_encoder import read_text_encoder
 from mugv_ds.data.manifest import Index, open_index
 from mugv_ds.data.sample import Sample, read_row, read_text
 from mugv_ds.data.video import read_mp4
@@ -277,6 +278,7 @@ def test_text_features_are_those_of_caption_and_suffix(folder, samples):
         assert torch.equal(sample.text, text) and torch.equal(sample.text_mask, mask)
     negative, _ = read_text(folder / "text_features" / "negative.pt", demo.TEXT_CHANNELS, demo.MAX_TEXT_TOKENS)
     assert torch.equal(negative, encode([NEGATIVE_PROMPT])[0][0])
+    assert read_text_encoder(folder) == encode.info
 
 
 def test_prompts_are_varied_and_taught():
