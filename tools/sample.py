@@ -20,20 +20,23 @@ from torch import Tensor
 
 from mugv_ds.config import InputError, exit_status
 from mugv_ds.config.environment import given_world_size
+from mugv_ds.config.text_encoder import check_text_encoder
 from mugv_ds.files.fingerprint import fingerprint
 from mugv_ds.models.attention import BACKENDS
 from mugv_ds.models.choose_attention import fastest_masked_attention, named_attention
 from mugv_ds.models.compile import compile_blocks
 from mugv_ds.models.rope import patch_grid
-from mugv_ds.models.text import MAX_TOKENS, HashTextEncoder, T5TextEncoder
+from mugv_ds.models.text import MAX_TOKENS, load_text_encoder
 from mugv_ds.models.videovae import VideoVAE, check_conv3d
+from mugv_ds.parallel.layout import Layout
+from mugv_ds.plan.sampling import describe_stages, describe_text_encoder
 from mugv_ds.prepare.demo.sets import demo_prompts
 from mugv_ds.sampling.jobs import Job, make_jobs, read_jobs
 from mugv_ds.sampling.outputs import Outputs, read_latent_file, write_video
 from mugv_ds.sampling.run import Conditions, Denoiser, Workers, run, write_contact_sheet
 from mugv_ds.sampling.settings import LENGTHS, SIZES, SamplingSettings
 from mugv_ds.sampling.stages import Codec, TextEncoder, video_parts
-from mugv_ds.weights.codec import load_codec
+from mugv_ds.weights.codec import load_codec, read_codec_sizes
 from mugv_ds.weights.published import PublishedWeights, load_dit, read_dit_config
 from mugv_ds.weights.start import load_into
 
@@ -158,12 +161,9 @@ def sample(args: argparse.Namespace) -> int:
     device = process.device if process else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     workers = workers_of(process, args.guidance_parallel)
+    layout = process.layout if process else Layout()
     if workers.leads:
-        print(
-            f"{len(jobs)} videos of {settings.frames} frames, {settings.height} high × {settings.width} wide "
-            f"({settings.orientation})",
-            flush=True,
-        )
+        print("\n".join(plan(args, settings, jobs, layout, dtype)), flush=True)
     made = provenance(args, settings, dtype)
     outputs = Outputs(args.out, {job.name: made | of_job(job) for job in jobs}, overwrite=args.overwrite)
     conditions = Conditions(args.out, text_encoder=made["text_encoder"], codec=made["codec"])
@@ -175,6 +175,29 @@ def sample(args: argparse.Namespace) -> int:
     if process:
         torch.distributed.destroy_process_group()
     return 0
+
+
+def plan(
+    args: argparse.Namespace, settings: SamplingSettings, jobs: Sequence[Job], layout: Layout, dtype: torch.dtype
+) -> Iterator[str]:
+    """Says what is to be sampled, and what memory each stage will take."""
+    yield (
+        f"{len(jobs)} videos of {settings.frames} frames, {settings.height} high × {settings.width} wide "
+        f"({settings.orientation})"
+    )
+    yield "predicted peak of a device, beside what PyTorch and its libraries take:"
+    if Path(args.text_encoder).is_dir():
+        yield describe_text_encoder(Path(args.text_encoder), DTYPES[args.text_dtype].itemsize)
+    yield from describe_stages(
+        read_dit_config(args.weights),
+        read_codec_sizes(args.codec),
+        latent=settings.latent_shape[1:],
+        layout=layout,
+        text_tokens=args.max_text_tokens,
+        videos=args.batch * (1 if args.guidance_parallel else 2),
+        itemsize=dtype.itemsize,
+        has_image=any(job.image is not None for job in jobs),
+    )
 
 
 def join(args: argparse.Namespace) -> "Process | None":
@@ -229,16 +252,17 @@ class Loaders:
         self._device, self._dtype, self._config = device, dtype, read_dit_config(args.weights)
 
     def text_encoder(self) -> TextEncoder:
-        args, channels = self._args, self._config.caption_channels
-        if args.text_encoder == "hash":
-            return HashTextEncoder(channels, args.max_text_tokens)
+        args = self._args
         spread = {"device_map": "auto"} if args.text_device == "auto" else {"device": args.text_device or self._device}
-        dtype = DTYPES[args.text_dtype]
-        encoder = T5TextEncoder(
-            args.text_encoder, args.text_revision, dtype=dtype, max_tokens=args.max_text_tokens, **spread
+        encoder = load_text_encoder(
+            args.text_encoder,
+            channels=self._config.caption_channels,
+            max_tokens=args.max_text_tokens,
+            revision=args.text_revision,
+            dtype=DTYPES[args.text_dtype],
+            **spread,
         )
-        if encoder.channels != channels:
-            raise InputError(f"{args.text_encoder}: features {encoder.channels} wide, the DiT takes {channels}")
+        check_text_encoder(args.weights, encoder.info)
         return encoder
 
     def image_codec(self) -> Codec:

@@ -157,12 +157,13 @@ def _preview_lines(
     sampling = resident + predict_sampling(dit, tokens_held=-(-tokens // layout.sequence))
     line += f", about {sampling / GIB:.1f} GiB a device while they are sampled"
     if vae is not None:
-        decoding = resident + predict_decoding(vae, parameters=_vae_parameters(vae), latent=shape, window=WINDOW)
+        decoding = resident + predict_decoding(vae, parameters=vae_parameters(vae), latent=shape, window=WINDOW)
         line += f" and {decoding / GIB:.1f} while the VideoVAE decodes them"
     yield line
 
 
-def _vae_parameters(config: VideoVAEConfig) -> int:
+def vae_parameters(config: VideoVAEConfig) -> int:
+    """Parameters of a VideoVAE."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in VideoVAE(config).parameters())
 

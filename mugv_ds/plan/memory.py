@@ -1,4 +1,4 @@
-"""Device memory of training and of its previews by closed form.
+"""Device memory of training, of its previews and of sampling by closed form.
 
 docs/performance.md compares it with measured peaks.
 """
@@ -73,31 +73,51 @@ def predict_memory(
     return Memory(resident, resident + activations + BUCKET_BYTES, step)
 
 
-def predict_sampling(config: DiTConfig, *, tokens_held: int) -> float:
-    """Bytes that sampling a preview in bf16 takes beside what is always there: those of one evaluation.
+def predict_sampling(config: DiTConfig, *, tokens_held: int, videos: int = 2, itemsize: int = 2) -> float:
+    """Bytes that sampling takes beside what is always there: those of one evaluation.
 
     Args:
-        tokens_held: tokens of the video on one rank. Guidance evaluates two of it at once.
+        tokens_held: tokens of a video on one rank.
+        videos: that are evaluated at once; guidance evaluates two for one.
+        itemsize: bytes of an element, 2 in bf16.
     """
-    return SAMPLING * 2.0 * (2 * tokens_held) * config.hidden_size
+    return SAMPLING * itemsize * videos * tokens_held * config.hidden_size
 
 
-def predict_decoding(config: VideoVAEConfig, *, parameters: int, latent: tuple[int, int, int], window: int) -> float:
-    """Bytes that decoding a preview with a VideoVAE in bf16 takes beside what is always there.
+def predict_encoding(config: VideoVAEConfig, *, parameters: int, height: int, width: int, itemsize: int = 2) -> float:
+    """Bytes that encoding one frame with a VideoVAE takes: weights, and five tensors of full size in the spatial half.
+
+    Args:
+        parameters: of the VideoVAE. height, width: in pixels. itemsize: bytes of an element, 2 in bf16.
+    """
+    return itemsize * (parameters + 5.0 * config.block_out_channels[0] * height * width)
+
+
+def predict_decoding(
+    config: VideoVAEConfig,
+    *,
+    parameters: int,
+    latent: tuple[int, int, int],
+    window: int,
+    frames_at_once: int = 1,
+    itemsize: int = 2,
+) -> float:
+    """Bytes that decoding with a VideoVAE takes beside what is always there.
 
     They are its weights; the features of a window (the width of the spatial half's last level, at 1/8 of the video's
-    sides) and its pixels in fp32, which all ranks hold; and the larger of two: one frame at work in the spatial half,
+    sides) and its pixels in fp32, which all ranks hold; and the larger of two: the frames at work in the spatial half,
     three tensors of full size and of the second level's width, or two more copies of the pixels, which are put
     together. The temporal half, before there are any, takes less at the published size. Counted from the code, and by a
     test of what is live while it runs; cuDNN's workspace comes on top.
 
     Args:
         parameters: of the VideoVAE. latent: (T, h, w). window: latent frames that are decoded together.
+        frames_at_once: in the spatial half. itemsize: bytes of an element, 2 in bf16.
     """
     frames, height, width = latent
     shown = LATENT_STRIDE * min(frames, window)
     pixels = LATENT_STRIDE**2 * height * width
-    features = 2.0 * config.block_out_channels[-1] * shown * height * width
+    features = itemsize * config.block_out_channels[-1] * shown * height * width
     video = 4.0 * 3 * shown * pixels
-    frame = 2.0 * 3 * config.block_out_channels[1] * pixels
-    return 2.0 * parameters + features + video + max(frame, 2 * video)
+    working = itemsize * frames_at_once * 3 * config.block_out_channels[1] * pixels
+    return itemsize * parameters + features + video + max(working, 2 * video)

@@ -61,9 +61,14 @@ def read_first_frame(path: Path, settings: SamplingSettings) -> Tensor:
 @torch.no_grad()
 def encode_first_frame(codec: Codec, pixels: Tensor, device: torch.device) -> FirstFrame:
     """Encodes an image [3, H, W] in [−1, 1] as the eight frames that a latent frame stands for."""
-    still_13FHW = pixels[None, :, None].expand(-1, -1, LATENT_STRIDE, -1, -1).to(device)
-    options = {"allow_nonnegative": True} if isinstance(codec, VideoVAE) else {}  # a picture may be bright all over
-    return FirstFrame(pixels, codec.encode(still_13FHW, **options)[0].float().cpu())
+    still_131HW = pixels[None, :, None].to(device)
+    if isinstance(
+        codec, VideoVAE
+    ):  # repeats a lone frame by itself, after its spatial half; one may be bright all over
+        latent_1C1hw = codec.encode(still_131HW, allow_nonnegative=True)
+    else:
+        latent_1C1hw = codec.encode(still_131HW.expand(-1, -1, LATENT_STRIDE, -1, -1))
+    return FirstFrame(pixels, latent_1C1hw[0].float().cpu())
 
 
 def denoise(

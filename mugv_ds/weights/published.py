@@ -136,6 +136,8 @@ def read_dit_config(path: str | Path) -> DiTConfig:
         CheckpointError: it is missing, or does not hold the sizes of a DiT.
     """
     path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no such file or folder of weights")
     file = (path if path.is_dir() else path.parent) / CONFIG_NAME
     try:
         return DiTConfig(**json.loads(read_text_file(file, _MAX_CONFIG_BYTES)))
