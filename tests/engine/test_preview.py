@@ -198,7 +198,7 @@ def run_cases(cases: list[tuple[TrainConfig, Path]], command: TrainConfig | None
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, data) -> Path:
-    """A folder with a run with previews and one without for each case, and one of the whole command, of averages and with a codec."""
+    """A folder with a run with previews and one without for each case, and one of the whole command."""
     folder = tmp_path_factory.mktemp("runs")
     worlds: dict[int, list] = {}
     for name, layout in CASES.items():
