@@ -163,10 +163,13 @@ def test_the_info_names_the_encoder(t5):
     assert (half.dtype, half.max_tokens, half.fingerprint) == ("bfloat16", 20, info.fingerprint)
 
 
-def test_a_snapshot_of_the_hub_is_called_as_there(tmp_path, t5):
-    folder = shutil.copytree(TINY, tmp_path / "models--someone--t5-tiny/snapshots/0123abc")
-    info = T5TextEncoder(folder).info
-    assert (info.name, info.revision) == ("someone/t5-tiny", "0123abc") and info.makes_same(t5.info)
+def test_an_encoder_of_the_hubs_cache_is_called_as_there(tmp_path, t5, monkeypatch):
+    commit = "0123456789abcdef" * 2 + "01234567"
+    folder = shutil.copytree(TINY, tmp_path / f"models--someone--t5-tiny/snapshots/{commit}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for source in ((folder,), ("someone/t5-tiny", commit)):
+        info = T5TextEncoder(*source).info
+        assert (info.name, info.revision) == ("someone/t5-tiny", commit) and info.makes_same(t5.info)
 
 
 def test_the_fingerprint_is_that_of_what_is_computed(folder, t5):

@@ -21,7 +21,8 @@ class Memory:
     """A checkpoint in memory."""
 
     def __init__(self, step: int, kinds: dict[str, dict[str, torch.Tensor]]) -> None:
-        self.folder, self.manifest = Path(f"run/step-{step:08d}"), SimpleNamespace(step=step, kinds=list(kinds))
+        self.folder = Path(f"run/step-{step:08d}")
+        self.manifest = SimpleNamespace(step=step, kinds=list(kinds), text_encoder=None)
         self._tensors = kinds
 
     def names(self):
