@@ -75,7 +75,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--text-dtype", choices=DTYPES, default="fp32", help="of T5; take that of the training features"
     )
     models.add_argument("--text-device", help="where T5 runs; auto spreads it over GPU, memory and disk (accelerate)")
-    models.add_argument("--max-text-tokens", type=int, default=MAX_TOKENS)
+    models.add_argument(
+        "--max-text-tokens", type=int, help="default: as the weights' text_encoder.json says, else 300, as published"
+    )
     models.add_argument("--dtype", choices=DTYPES, help="of DiT and VAE; default: bf16 on a GPU, fp32 on a CPU")
     models.add_argument("--attention", choices=["auto", *BACKENDS], default="auto", help="as model.attention")
     models.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
@@ -157,6 +159,9 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
 def sample(args: argparse.Namespace) -> int:
     """Samples what the command line asks for, as one of the processes of a launch or alone."""
     settings, jobs = settings_of(args), jobs_of(args)
+    if args.max_text_tokens is None:
+        trained = PublishedWeights(args.weights).text_encoder
+        args.max_text_tokens = trained.max_tokens if trained else MAX_TOKENS
     process = join(args)
     device = process.device if process else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]

@@ -11,9 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mugv_ds.config.errors import InputError
+from mugv_ds.config.text_encoder import write_text_encoder
 from mugv_ds.data.video import read_mp4, to_frames
 from mugv_ds.models import DiTConfig
 from mugv_ds.models.codec import LinearCodec
+from mugv_ds.models.text import HashTextEncoder
 from mugv_ds.sampling import outputs, stages
 from mugv_ds.sampling.jobs import read_jobs
 from mugv_ds.sampling.settings import SIZES, SamplingSettings
@@ -269,3 +271,18 @@ def test_faster_options_say_what_they_change(toy, tmp_path, capsys):
         load_file(tmp_path / f"{name}/00-a-circle.latent.safetensors")["latent"] for name in ("exact", "fast")
     )
     assert not torch.equal(exact, fast)
+
+
+def test_prompts_are_encoded_as_the_captions_of_the_training_were(toy, tmp_path, capsys):
+    """Weights that say what made their text features: its length is the default, and another encoder is refused."""
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    write_dit(weights, toy_dit(TOY).state_dict(), TOY)
+    write_text_encoder(weights, HashTextEncoder(TOY.caption_channels, 7).info)
+    models = ["--weights", str(weights), "--codec", str(toy / "codec.safetensors"), "--text-encoder", "hash"]
+    arguments = [*models, "--out", str(tmp_path / "out"), *SMALL, "--prompt", "a circle"]
+    assert main(arguments) == 0
+    assert json.loads((tmp_path / "out/00-a-circle.json").read_text())["text_encoder"]["max_tokens"] == 7
+    assert main([*arguments, "--overwrite", "--max-text-tokens", "40"]) == 2
+    error = capsys.readouterr().err
+    assert "7 tokens" in error and "40 tokens" in error and "encode prompts as the captions" in error
