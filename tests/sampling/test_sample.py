@@ -278,11 +278,11 @@ def test_prompts_are_encoded_as_the_captions_of_the_training_were(toy, tmp_path,
     weights = tmp_path / "weights"
     weights.mkdir()
     write_dit(weights, toy_dit(TOY).state_dict(), TOY)
-    write_text_encoder(weights, HashTextEncoder(TOY.caption_channels, 7).info)
+    write_text_encoder(weights, HashTextEncoder(TOY.caption_channels, 30).info)
     models = ["--weights", str(weights), "--codec", str(toy / "codec.safetensors"), "--text-encoder", "hash"]
     arguments = [*models, "--out", str(tmp_path / "out"), *SMALL, "--prompt", "a circle"]
     assert main(arguments) == 0
-    assert json.loads((tmp_path / "out/00-a-circle.json").read_text())["text_encoder"]["max_tokens"] == 7
+    assert json.loads((tmp_path / "out/00-a-circle.json").read_text())["text_encoder"]["max_tokens"] == 30
     assert main([*arguments, "--overwrite", "--max-text-tokens", "40"]) == 2
     error = capsys.readouterr().err
-    assert "7 tokens" in error and "40 tokens" in error and "encode prompts as the captions" in error
+    assert "30 tokens" in error and "40 tokens" in error and "encode prompts as the captions" in error
