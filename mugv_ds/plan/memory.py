@@ -23,6 +23,10 @@ WORKING = 15  # such tensors in use at once while one block runs backward; fitte
 # The same without gradients, and nothing is kept: measured through the whole 10B model of 2 and of 4 blocks, in bf16 on
 # an H200 (PyTorch 2.11), with 13,802 to 54,002 tokens.
 SAMPLING = 16.4
+# Tensors of a frame's full size and the second level's width while the VideoVAE's spatial half decodes it: those that
+# are live, and as much as cuDNN works in. The latter was measured on an H200 (PyTorch 2.11) at 720p: 9.5 GiB in all
+# with four frames at once, and 3.2 without the weights with one.
+DECODING, DECODING_WORKSPACE = 3, 1.5
 BUCKET_BYTES = 2 * 500_000_000  # DeepSpeed's gradient reduction, 5e8 bf16 elements
 
 
@@ -105,10 +109,9 @@ def predict_decoding(
     """Bytes that decoding with a VideoVAE takes beside what is always there.
 
     They are its weights; the features of a window (the width of the spatial half's last level, at 1/8 of the video's
-    sides) and its pixels in fp32, which all ranks hold; and the larger of two: the frames at work in the spatial half,
-    three tensors of full size and of the second level's width, or two more copies of the pixels, which are put
-    together. The temporal half, before there are any, takes less at the published size. Counted from the code, and by a
-    test of what is live while it runs; cuDNN's workspace comes on top.
+    sides) and its pixels in fp32, which all ranks hold; and the larger of two: the frames at work in the spatial half
+    (`DECODING`), or two more copies of the pixels, which are put together. The temporal half, before there are any,
+    takes less at the published size. Counted from the code, and by a test of what is live while it runs.
 
     Args:
         parameters: of the VideoVAE. latent: (T, h, w). window: latent frames that are decoded together.
@@ -119,5 +122,6 @@ def predict_decoding(
     pixels = LATENT_STRIDE**2 * height * width
     features = itemsize * config.block_out_channels[-1] * shown * height * width
     video = 4.0 * 3 * shown * pixels
-    working = itemsize * frames_at_once * 3 * config.block_out_channels[1] * pixels
+    full = itemsize * config.block_out_channels[1] * pixels
+    working = frames_at_once * (DECODING + DECODING_WORKSPACE) * full
     return itemsize * parameters + features + video + max(working, 2 * video)

@@ -1,7 +1,8 @@
 """The files of sampled videos: latents, mp4 and a JSON of what made them; and what of them is there already."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,20 +113,29 @@ class Outputs:
 
 
 def write_video(path: Path, parts: Iterable[np.ndarray], fps: float) -> None:
-    """Writes an mp4 file that appears when it is whole.
+    """Writes an mp4 file that appears when it is whole; the next part is made while one is written.
 
     All parts are taken even where the file cannot be written: other ranks may have a share in making them.
 
     Raises:
         OSError: the file system failed.
     """
-    parts = iter(parts)
+    parts = _one_ahead(iter(parts))
     try:
         with write_atomically(path) as stream:
             write_mp4_parts(stream.name, parts, fps)
     finally:
         for _ in parts:
             pass
+
+
+def _one_ahead(parts: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yields the parts, of which a thread makes the next while one is used."""
+    with ThreadPoolExecutor(1, "decode") as thread:
+        following = thread.submit(next, parts, None)
+        while (part := following.result()) is not None:
+            following = thread.submit(next, parts, None)
+            yield part
 
 
 def read_latent_file(path: Path) -> SavedLatent:

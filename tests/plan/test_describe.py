@@ -89,4 +89,4 @@ def test_the_published_video_vae_decodes_720p_in_a_few_gib():
         predict_decoding(VideoVAEConfig(), parameters=411_752_900, latent=(frames, 90, 160), window=6)
         for frames in (6, 14, 60)
     ]
-    assert len(set(by_length)) == 1 and by_length[0] / GIB == pytest.approx(0.77 + 0.66 + 0.49 + 1.32, abs=0.01)
+    assert len(set(by_length)) == 1 and by_length[0] / GIB == pytest.approx(0.77 + 0.66 + 0.49 + 1.98, abs=0.01)

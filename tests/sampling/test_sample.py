@@ -286,3 +286,25 @@ def test_prompts_are_encoded_as_the_captions_of_the_training_were(toy, tmp_path,
     assert main([*arguments, "--overwrite", "--max-text-tokens", "40"]) == 2
     error = capsys.readouterr().err
     assert "30 tokens" in error and "40 tokens" in error and "encode prompts as the captions" in error
+
+
+def test_all_parts_are_taken_of_a_video_that_cannot_be_written(tmp_path):
+    """Other ranks have a share in making them, and would wait."""
+    taken = []
+
+    def parts():
+        for number in range(4):
+            taken.append(number)
+            yield np.zeros((2, 16, 16 if number else 15, 3), np.uint8)  # an odd side, in the first part
+
+    with pytest.raises(ValueError, match="must be even"):
+        outputs.write_video(tmp_path / "x.mp4", parts(), 8)
+    assert taken == [0, 1, 2, 3] and list(tmp_path.iterdir()) == []
+
+    def failing():
+        yield np.zeros((2, 16, 16, 3), np.uint8)
+        raise InputError("the codec failed")
+
+    with pytest.raises(InputError, match="the codec failed"):
+        outputs.write_video(tmp_path / "x.mp4", failing(), 8)
+    assert list(tmp_path.iterdir()) == []
