@@ -33,7 +33,7 @@ from mugv_ds.plan.sampling import describe_stages, describe_text_encoder
 from mugv_ds.prepare.demo.sets import demo_prompts
 from mugv_ds.sampling.jobs import Job, make_jobs, read_jobs
 from mugv_ds.sampling.outputs import Outputs, read_latent_file, write_video
-from mugv_ds.sampling.run import Conditions, Denoiser, Workers, run, write_contact_sheet
+from mugv_ds.sampling.run import Conditions, Denoiser, Sampling, Workers, write_contact_sheet
 from mugv_ds.sampling.settings import LENGTHS, SIZES, SamplingSettings
 from mugv_ds.sampling.stages import Codec, TextEncoder, video_parts
 from mugv_ds.weights.codec import load_codec, read_codec_sizes
@@ -173,7 +173,7 @@ def sample(args: argparse.Namespace) -> int:
     outputs = Outputs(args.out, {job.name: made | of_job(job) for job in jobs}, overwrite=args.overwrite)
     conditions = Conditions(args.out, text_encoder=made["text_encoder"], codec=made["codec"])
     loaders = Loaders(args, settings, process, workers, device, dtype)
-    timer = run(jobs, settings, outputs, conditions, loaders, workers, device=device, batch=args.batch)
+    timer = Sampling(settings, outputs, conditions, loaders, workers, device).run(jobs, args.batch)
     if workers.leads:
         sheet = write_contact_sheet(jobs, outputs)
         print("\n".join([*timer.lines(), f"{len(jobs)} videos and {sheet.name} are in {args.out}"]), flush=True)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,12 +21,12 @@ from torch import Tensor
 
 from mugv_ds.config.errors import InputError
 from mugv_ds.config.regular_file import read_bytes_file
-from mugv_ds.data.video import contact_sheet, read_mp4, to_frames
+from mugv_ds.data.video import contact_sheet, read_mp4
 from mugv_ds.files.atomic import write_atomically
 from mugv_ds.models import reuse
 from mugv_ds.parallel.guidance import GuidancePair
 from mugv_ds.sampling.jobs import Job
-from mugv_ds.sampling.outputs import Outputs, read_latent_file
+from mugv_ds.sampling.outputs import LATENT_SUFFIX, Outputs, read_latent_file
 from mugv_ds.sampling.sampler import Model
 from mugv_ds.sampling.settings import SamplingSettings
 from mugv_ds.sampling.stages import (
@@ -178,143 +179,132 @@ class Conditions:
         return self._folder / f"first-frame-{_key(digest, list(pixels.shape), self._codec)}.safetensors"
 
 
-def run(
-    jobs: Sequence[Job],
-    settings: SamplingSettings,
-    outputs: Outputs,
-    conditions: Conditions,
-    loaders: Loaders,
-    workers: Workers,
-    *,
-    device: torch.device,
-    batch: int = 1,
-) -> Timer:
-    """Samples the videos that are not there yet; all processes call it together. Returns what each stage took.
+class Sampling:
+    """Samples lists of videos, as one of all processes that do.
 
     Args:
-        batch: videos that a replica samples at once.
-
-    Raises:
-        InputError: something that was given cannot be used.
+        settings: of all videos. outputs, conditions: their files. loaders: of the models. workers: the processes.
+        device: of this process.
     """
-    timer = Timer(device)
-    finished, sampled = workers.first(lambda: _there(jobs, outputs))
-    pending = [job for job in jobs if job.number not in finished]
-    unsampled = [job for job in pending if job.number not in sampled]
-    if unsampled:
-        with timer.stage("conditions"):
-            workers.attempt(lambda: conditions.encode(unsampled, settings, loaders, device) if workers.leads else None)
-        with timer.stage("latents"):
-            own = unsampled[workers.replica :: workers.replicas]
-            batches = [own[start : start + batch] for start in range(0, len(own), batch)]
-            _sample_latents(batches, settings, outputs, conditions, loaders, workers, device)
-    workers.attempt(lambda: None)  # latents that another replica has made are there
-    if pending:
-        with timer.stage("pixels"):
-            _decode(pending[workers.replica :: workers.replicas], settings, outputs, loaders, workers, device)
-    workers.attempt(lambda: None)
-    return timer
+
+    def __init__(
+        self,
+        settings: SamplingSettings,
+        outputs: Outputs,
+        conditions: Conditions,
+        loaders: Loaders,
+        workers: Workers,
+        device: torch.device,
+    ) -> None:
+        self._settings, self._outputs, self._conditions = settings, outputs, conditions
+        self._loaders, self._workers, self._device = loaders, workers, device
+
+    def run(self, jobs: Sequence[Job], batch: int = 1) -> Timer:
+        """Samples the videos that are not there yet; all processes call it together. Returns what each stage took.
+
+        Args:
+            batch: videos that a replica samples at once.
+
+        Raises:
+            InputError: something that was given cannot be used.
+        """
+        workers, timer = self._workers, Timer(self._device)
+        finished, sampled = workers.first(lambda: self._there(jobs))
+        pending = [job for job in jobs if job.number not in finished]
+        unsampled = [job for job in pending if job.number not in sampled]
+        if unsampled:
+            with timer.stage("conditions"):
+                workers.attempt(lambda: self._encode(unsampled) if workers.leads else None)
+            with timer.stage("latents"):
+                own = unsampled[workers.replica :: workers.replicas]
+                self._sample([own[start : start + batch] for start in range(0, len(own), batch)])
+        workers.attempt(lambda: None)  # latents that another replica has made are there
+        if pending:
+            with timer.stage("pixels"):
+                self._decode(pending[workers.replica :: workers.replicas])
+        workers.attempt(lambda: None)
+        return timer
+
+    def _there(self, jobs: Sequence[Job]) -> tuple[list[int], list[int]]:
+        """Returns the numbers of the videos that are finished, and of those others whose latents are there."""
+        finished = [job.number for job in jobs if self._outputs.finished(job)]
+        return finished, [job.number for job in jobs if job.number not in finished and self._outputs.has_latent(job)]
+
+    def _encode(self, jobs: Sequence[Job]) -> None:
+        self._conditions.encode(jobs, self._settings, self._loaders, self._device)
+
+    def _sample(self, batches: Sequence[Sequence[Job]]) -> None:
+        """Samples and saves the latents of this replica's videos."""
+        denoiser = self._loaders.denoiser() if batches else None
+        for number, jobs in enumerate(batches):
+            texts = self._conditions.texts(jobs, self._settings)
+            frames = self._conditions.first_frames(jobs, self._settings)
+            latents = partial(self._denoise, denoiser, jobs, texts, frames)
+            if number == 0:
+                self._measure_options(latents)
+            begin = time.perf_counter()
+            made = latents(self._settings)
+            if self._workers.writes:
+                seconds = time.perf_counter() - begin
+                print(f"{', '.join(job.name for job in jobs)}: sampled in {seconds:.1f} s", flush=True)
+                for job, latent in zip(jobs, made, strict=True):
+                    self._outputs.save_latent(job, latent, frames[job.image].image if job.image else None)
+
+    def _denoise(
+        self,
+        denoiser: Denoiser,
+        jobs: Sequence[Job],
+        texts: Mapping[str, Tensor],
+        frames: Mapping[Path, FirstFrame],
+        settings: SamplingSettings,
+    ) -> list[Tensor]:
+        """Samples one batch with what the settings reuse."""
+        with ExitStack() as stack:
+            stack.enter_context(reuse.hold_text(denoiser.module))
+            if settings.first_block_cache is not None:
+                cache = reuse.FirstBlockCache(settings.first_block_cache, denoiser.total)
+                stack.enter_context(reuse.reuse_blocks(denoiser.module, cache))
+            return denoise(denoiser.call, jobs, settings, texts, frames, device=self._device, pair=self._workers.pair)
+
+    def _measure_options(self, latents: Callable[[SamplingSettings], list[Tensor]]) -> None:
+        """Prints what each option that is not exact changes and saves, on the first batch of this replica."""
+        exact_settings = replace(self._settings, guidance_interval=None, first_block_cache=None)
+        options = {
+            "--guidance-interval": replace(exact_settings, guidance_interval=self._settings.guidance_interval),
+            "--first-block-cache": replace(exact_settings, first_block_cache=self._settings.first_block_cache),
+        }
+        options = {name: chosen for name, chosen in options.items() if chosen != exact_settings}
+        if not options:
+            return
+        latents(replace(exact_settings, steps=1))  # compiles, where that is asked for
+        exact, exact_seconds = _timed(lambda: latents(exact_settings))
+        for name, chosen in options.items():
+            made, seconds = _timed(partial(latents, chosen))
+            error = sum(float((a - b).norm() / b.norm()) for a, b in zip(made, exact, strict=True)) / len(exact)
+            if self._workers.writes:
+                print(
+                    f"{name} on the first prompt: latents off by {error:.2%} of their norm, {seconds:.1f} s instead of "
+                    f"{exact_seconds:.1f} s",
+                    flush=True,
+                )
+
+    def _decode(self, jobs: Sequence[Job]) -> None:
+        """Decodes and writes this replica's videos, all of its processes together."""
+        decode = self._loaders.decode() if jobs else None
+        for job in jobs:
+            saved = read_latent_file(self._outputs.path(job, LATENT_SUFFIX))
+            still_first = self._settings.still_first
+            parts = video_parts(decode, saved.latent.to(self._device), still_first=still_first, image=saved.image)
+            if self._workers.writes:
+                self._outputs.save_video(job, parts, self._settings.output_fps)
+            else:
+                for _ in parts:
+                    pass
 
 
-def _there(jobs: Sequence[Job], outputs: Outputs) -> tuple[list[int], list[int]]:
-    """Returns the numbers of the videos that are finished, and of those others whose latents are there."""
-    finished = [job.number for job in jobs if outputs.finished(job)]
-    return finished, [job.number for job in jobs if job.number not in finished and outputs.has_latent(job)]
-
-
-def _sample_latents(
-    batches: Sequence[Sequence[Job]],
-    settings: SamplingSettings,
-    outputs: Outputs,
-    conditions: Conditions,
-    loaders: Loaders,
-    workers: Workers,
-    device: torch.device,
-) -> None:
-    """Samples and saves the latents of this replica's videos."""
-    denoiser = loaders.denoiser() if batches else None
-    for number, jobs in enumerate(batches):
-        texts, frames = conditions.texts(jobs, settings), conditions.first_frames(jobs, settings)
-
-        def latents(chosen: SamplingSettings, jobs=jobs, texts=texts, frames=frames) -> list[Tensor]:
-            return _denoise(denoiser, jobs, chosen, texts, frames, device, workers)
-
-        if number == 0:
-            _measure_options(latents, settings, workers)
-        begin = time.perf_counter()
-        made = latents(settings)
-        if workers.writes:
-            seconds = time.perf_counter() - begin
-            print(f"{', '.join(job.name for job in jobs)}: sampled in {seconds:.1f} s", flush=True)
-            for job, latent in zip(jobs, made, strict=True):
-                image = None if job.image is None else to_frames(frames[job.image].pixels[None, :, None])[0, 0].numpy()
-                outputs.save_latent(job, latent, image)
-
-
-def _denoise(
-    denoiser: Denoiser,
-    jobs: Sequence[Job],
-    settings: SamplingSettings,
-    texts: Mapping[str, Tensor],
-    frames: Mapping[Path, FirstFrame],
-    device: torch.device,
-    workers: Workers,
-) -> list[Tensor]:
-    """Samples one batch with what the settings reuse."""
-    with ExitStack() as stack:
-        stack.enter_context(reuse.hold_text(denoiser.module))
-        if settings.first_block_cache is not None:
-            cache = reuse.FirstBlockCache(settings.first_block_cache, denoiser.total)
-            stack.enter_context(reuse.reuse_blocks(denoiser.module, cache))
-        return denoise(denoiser.call, jobs, settings, texts, frames, device=device, pair=workers.pair)
-
-
-def _measure_options(
-    latents: Callable[[SamplingSettings], list[Tensor]], settings: SamplingSettings, workers: Workers
-) -> None:
-    """Prints what each option that is not exact changes and saves, on the first batch of this replica."""
-    exact_settings = replace(settings, guidance_interval=None, first_block_cache=None)
-    options = {
-        "--guidance-interval": replace(exact_settings, guidance_interval=settings.guidance_interval),
-        "--first-block-cache": replace(exact_settings, first_block_cache=settings.first_block_cache),
-    }
-    options = {name: chosen for name, chosen in options.items() if chosen != exact_settings}
-    if not options:
-        return
+def _timed(function: Callable[[], list[Tensor]]) -> tuple[list[Tensor], float]:
     begin = time.perf_counter()
-    exact = latents(exact_settings)
-    exact_seconds = time.perf_counter() - begin
-    for name, chosen in options.items():
-        begin = time.perf_counter()
-        made = latents(chosen)
-        seconds = time.perf_counter() - begin
-        error = sum(float((a - b).norm() / b.norm()) for a, b in zip(made, exact, strict=True)) / len(exact)
-        if workers.writes:
-            print(
-                f"{name} on the first prompt: latents off by {error:.2%} of their norm, {seconds:.1f} s instead of "
-                f"{exact_seconds:.1f} s",
-                flush=True,
-            )
-
-
-def _decode(
-    jobs: Sequence[Job],
-    settings: SamplingSettings,
-    outputs: Outputs,
-    loaders: Loaders,
-    workers: Workers,
-    device: torch.device,
-) -> None:
-    """Decodes and writes this replica's videos, all of its processes together."""
-    decode = loaders.decode() if jobs else None
-    for job in jobs:
-        saved = read_latent_file(outputs.path(job, ".latent.safetensors"))
-        parts = video_parts(decode, saved.latent.to(device), still_first=settings.still_first, image=saved.image)
-        if workers.writes:
-            outputs.save_video(job, parts, settings.output_fps)
-        else:
-            for _ in parts:
-                pass
+    return function(), time.perf_counter() - begin
 
 
 def write_contact_sheet(jobs: Sequence[Job], outputs: Outputs) -> Path:

@@ -45,6 +45,11 @@ class FirstFrame:
     pixels: Tensor
     latent: Tensor
 
+    @property
+    def image(self) -> np.ndarray:
+        """Returns the pixels as uint8 RGB [H, W, 3]."""
+        return to_frames(self.pixels[None, :, None])[0, 0].numpy()
+
 
 def read_first_frame(path: Path, settings: SamplingSettings) -> Tensor:
     """Returns the pixels [3, H, W] in [−1, 1] of an image, scaled and cropped to the videos' size.
