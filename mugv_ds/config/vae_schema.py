@@ -289,7 +289,7 @@ class VaeTrainConfig(Section):
         if "every" not in self.preview.model_fields_set:
             yield from changed("preview", self.preview, set(VaePreviewSection.model_fields), "without preview.every")
         if loss.target == "features":
-            names = {"perceptual", "perceptual_frames", "adaptive_after"}
+            names = {"perceptual_frames", "adaptive_after", *(["perceptual"] if loss.perceptual else [])}
             yield from changed("loss", loss, names, 'with loss.target = "features"')
             yield from changed("model", self.model, {"activation_checkpointing"}, 'with loss.target = "features"')
         else:

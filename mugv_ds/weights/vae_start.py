@@ -60,18 +60,17 @@ def put_in(config: VaeTrainConfig, start: StartWeights, vae: VideoVAE) -> None:
     if config.checkpoint.init_from is None:
         load_image_vae(vae, start.path)
         return
-    weights = open_vae_weights(Path(start.path), vae)
-    vae.load_state_dict({name: weights[name] for name, _ in vae.named_parameters()}, strict=False)
+    load_vae_parameters(Path(start.path), vae)
 
 
-def open_vae_weights(path: Path, vae: VideoVAE) -> Weights:
-    """Opens the weights of a file or of a checkpoint and checks that they hold the parameters of a VideoVAE.
+def load_vae_parameters(path: Path, vae: VideoVAE) -> None:
+    """Copies the parameters in a file or a checkpoint into a VideoVAE, whose shift and scale stay.
 
     Args:
         path: see `weights.start.find_start`.
 
     Raises:
-        CheckpointError: they do not.
+        CheckpointError: they cannot be read, or are those of other sizes.
     """
     wanted = dict(vae.named_parameters())
     if (path / files.MANIFEST_NAME).exists():
@@ -80,7 +79,7 @@ def open_vae_weights(path: Path, vae: VideoVAE) -> Weights:
     else:
         weights = PublishedWeights(path)
         check_state(weights, wanted, "VideoVAE of these sizes", extra=BUFFERS)
-    return weights
+    vae.load_state_dict({name: weights[name] for name in wanted}, strict=False)
 
 
 class _Parameters(TrainedWeights):

@@ -11,6 +11,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 from mugv_ds.config.deepspeed import engine_config, micro_batches
+from mugv_ds.config.errors import ConfigError
 from mugv_ds.config.schema import OptimizerSection, ScheduleSection
 from mugv_ds.config.vae_schema import VaeTrainConfig
 from mugv_ds.data.noise import generator
@@ -18,6 +19,7 @@ from mugv_ds.engine.build import DTYPES, adamw
 from mugv_ds.engine.process import Process
 from mugv_ds.engine.schedule import rate_factor
 from mugv_ds.engine.vae.objective import DiscriminatorObjective, VaeObjective
+from mugv_ds.models.videovae.device import check_conv3d
 from mugv_ds.models.videovae.discriminator import PatchDiscriminator
 from mugv_ds.models.videovae.perceptual import Lpips
 from mugv_ds.models.videovae.training import freeze, initial_video_vae
@@ -65,10 +67,13 @@ def build_vae_engines(
         weights: called to put others in than the initial ones.
 
     Raises:
-        InputError: LPIPS's weights or those that `weights` reads cannot be used, or the batch does not split.
+        InputError: LPIPS's weights or those that `weights` reads cannot be used, the batch does not split, or the
+            device computes bf16 wrong.
         PeerError: or on another rank.
     """
     host, ranks = process.host, process.layout.data
+    if config.model.precision == "bf16":
+        host.attempt(lambda: check_bf16(config, process.device))
     accumulation = micro_batches(config.data.global_batch_size, config.data.micro_batch_size, ranks)
     vae = initial_video_vae(config.model.videovae(), config.data.seed)
     if weights is not None:
@@ -93,6 +98,21 @@ def build_vae_engines(
         return VaeEngines(vae_engine, None, perceptual)
     optimizer = config.optimizer.model_copy(update={"lr": config.gan.lr})
     return VaeEngines(vae_engine, start(DiscriminatorObjective(discriminator), optimizer, frozen_steps=0), perceptual)
+
+
+def check_bf16(config: VaeTrainConfig, device: torch.device) -> None:
+    """Checks that a device computes the VideoVAE's convolutions in bf16 right; see `check_conv3d`.
+
+    Raises:
+        InputError: it does not. On a CPU oneDNN leaves garbage in some of their gradients (seen with torch 2.13).
+    """
+    if device.type != "cpu":
+        height, width = config.data.size
+        check_conv3d(device, height=height, width=width, config=config.model.videovae())
+    elif torch.backends.mkldnn.enabled:
+        raise ConfigError(
+            "model.precision = bf16: on a CPU gradients of 3D convolutions in bf16 are wrong; set it to fp32"
+        )
 
 
 def _engine(
