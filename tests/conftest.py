@@ -17,6 +17,10 @@ _IMPORTED = (
     "tests.faults.observe",
     "tests.helpers.trainer",
     "mugv_ds.parallel.codec",
+    "mugv_ds.train_vae",
+    "mugv_ds.engine.vae.loop",
+    "mugv_ds.weights.vae_start",
+    "torchmetrics.functional.image",
     "diffusers.models.autoencoders.vae",
 )
 

@@ -94,7 +94,7 @@ def test_without_the_launcher_nothing_starts(config):
 
 @pytest.mark.parametrize(
     "config",
-    sorted(path for path in (ROOT / "ds_configs").rglob("*.json") if path.stem != "common"),
+    sorted(p for p in (ROOT / "ds_configs").rglob("*.json") if p.stem != "common" and "vae" not in p.parts),
     ids=lambda path: path.stem,
 )
 def test_the_configs_that_ship_are_valid(config):

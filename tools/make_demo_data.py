@@ -22,7 +22,8 @@ def main() -> None:
         make_demo_data(out, Sizes(**arguments), seed=seed)
     except ValueError as error:
         sys.exit(f"make_demo_data: {error}")
-    print(f"{out}: {', '.join(f'{name}.csv' for name in arguments)} and codec.safetensors are ready")
+    tables = [*arguments, "vae_train", "vae_val"]
+    print(f"{out}: {', '.join(f'{name}.csv' for name in tables)} and codec.safetensors are ready")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ DeepSpeed links the slice and the parameters (`_hp_mapping`).
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
 from mugv_ds.checkpoint.manifest import WEIGHT, Counters
@@ -32,12 +32,30 @@ class Fragment:
     tensors: dict[str, Tensor]
 
 
-def fragments(engine: PipelineEngine) -> list[Fragment]:
-    """All fragments of this rank, in the order of the model. Moments that do not exist yet are made, as zeros."""
-    return list(_fragments(engine))
+class Engine(Protocol):
+    """A DeepSpeed engine with ZeRO-1 around a module that names its layers, as `parallel.pipeline.DiTPipeline` does."""
+
+    module: Any
+    optimizer: Any
+    basic_optimizer: torch.optim.AdamW
+    lr_scheduler: Any
+    global_steps: int
+    skipped_steps: int
+    global_samples: int
+
+    def train_batch_size(self) -> int: ...
 
 
-def _fragments(engine: PipelineEngine) -> Iterator[Fragment]:
+def fragments(engine: Engine, prefix: str = "") -> list[Fragment]:
+    """All fragments of this rank, in the order of the model. Moments that do not exist yet are made, as zeros.
+
+    Args:
+        prefix: put before the names of all its parameters.
+    """
+    return list(_fragments(engine, prefix))
+
+
+def _fragments(engine: Engine, of_engine: str) -> Iterator[Fragment]:
     optimizer = engine.basic_optimizer
     for prefix, layer in engine.module.named_layers():
         for name, parameter in layer.named_parameters():
@@ -50,7 +68,7 @@ def _fragments(engine: PipelineEngine) -> Iterator[Fragment]:
             numel = linked.hp_fragment_address.numel
             whole = {WEIGHT: held} | _moments(optimizer, group, held)
             tensors = {kind: t.detach().view(-1).narrow(0, offset, numel) for kind, t in whole.items()}
-            yield Fragment(prefix + name, start, numel, tensors)
+            yield Fragment(of_engine + prefix + name, start, numel, tensors)
 
 
 def _moments(optimizer: torch.optim.AdamW, group: dict, parameter: Tensor) -> dict[str, Tensor]:
@@ -62,7 +80,7 @@ def _moments(optimizer: torch.optim.AdamW, group: dict, parameter: Tensor) -> di
     return {kind: state[kind] for kind in _MOMENTS}
 
 
-def read_counters(engine: PipelineEngine) -> Counters:
+def read_counters(engine: Engine) -> Counters:
     """What the engine, its schedule and its optimizer have counted."""
     states = engine.basic_optimizer.state.values()
     return Counters(
@@ -73,7 +91,7 @@ def read_counters(engine: PipelineEngine) -> Counters:
     )
 
 
-def set_counters(engine: PipelineEngine, counters: Counters) -> None:
+def set_counters(engine: Engine, counters: Counters) -> None:
     """Sets what `read_counters` reads, and the learning rate that follows from the config's schedule.
 
     DeepSpeed counts a sample once for each of the ranks that share its sequence, so its number of samples is that of
@@ -92,6 +110,6 @@ def set_counters(engine: PipelineEngine, counters: Counters) -> None:
         group["lr"] = rate
 
 
-def refresh_weights(engine: PipelineEngine) -> None:
+def refresh_weights(engine: Engine) -> None:
     """Rounds the masters to the weights that the model computes with, on all ranks. All ranks call it."""
     engine.optimizer.update_lp_params()

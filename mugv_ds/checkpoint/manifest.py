@@ -100,6 +100,7 @@ class Manifest(_Part):
         step: optimizer steps taken, which is also the position in the data.
         kinds: of tensors that each parameter has: weight, exp_avg, exp_avg_sq and those that were registered; each
             rank has a file for each kind, so that who wants the weights reads and verifies nothing else.
+        counters: of the model's engine. other_counters: of further engines, by the prefix of their parameters' names.
         began: kinds of averages that were switched on during the run, and after which step.
         start: the weights that the run started from.
         data: what the order of the samples is a function of beside the step, part by part (`RunData.order`).
@@ -115,6 +116,7 @@ class Manifest(_Part):
     files: dict[FileName, FileEntry]
     parameters: dict[str, Parameter]
     counters: Counters
+    other_counters: dict[str, Counters] = {}
     began: dict[str, Count]
     start: StartWeights
     data: dict[str, str]

@@ -16,6 +16,7 @@ from torch import Tensor
 from mugv_ds.checkpoint import files
 from mugv_ds.checkpoint.manifest import WEIGHT, BrokenCheckpointError, Manifest, file_name
 from mugv_ds.config.errors import CheckpointError
+from mugv_ds.config.load import Schema
 from mugv_ds.config.schema import TrainConfig
 
 
@@ -38,14 +39,17 @@ class CheckpointReader:
         self._open.close()
         self._files.clear()
 
-    def run_config(self) -> TrainConfig:
+    def run_config(self, schema: type[Schema] = TrainConfig) -> Schema:
         """The config of the run that saved it.
 
+        Args:
+            schema: what it must be.
+
         Raises:
-            CheckpointError: this version does not know a key, or takes another value.
+            CheckpointError: it is of another kind of run, or this version does not know a key or takes another value.
         """
         try:
-            return TrainConfig.model_validate_json(json.dumps(self.manifest.config))
+            return schema.model_validate_json(json.dumps(self.manifest.config))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             key = ".".join(map(str, first["loc"]))

@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
 import mugv_ds
 from mugv_ds.checkpoint import files
-from mugv_ds.checkpoint.fragments import Fragment, fragments, read_counters, refresh_weights, set_counters
+from mugv_ds.checkpoint.fragments import Engine, Fragment, fragments, read_counters, refresh_weights, set_counters
 from mugv_ds.checkpoint.manifest import (
     WEIGHT,
     BrokenCheckpointError,
@@ -39,6 +38,7 @@ from mugv_ds.checkpoint.reader import CheckpointReader
 from mugv_ds.checkpoint.snapshot import HostMemory, first_non_finite
 from mugv_ds.config.errors import CheckpointError, PeerError
 from mugv_ds.config.load import leaves
+from mugv_ds.config.run import RunConfig
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.config.text_encoder import TextEncoderInfo, agree
 from mugv_ds.models.dit import DiT
@@ -80,6 +80,8 @@ class Store:
         config: the run. process: this process. engine: holds what is saved.
         data: what the order of its samples is a function of, part by part; see `data.run_data.RunData.order`.
         start: the weights that the run started from. text_encoder: what made its text features, if the data say.
+        shapes: of all parameters that all ranks hold, by name; by default those of the config's DiT.
+        others: further engines that are saved too, by the prefix of their parameters' names.
 
     Attributes:
         fragments: what this rank owns.
@@ -93,18 +95,24 @@ class Store:
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: RunConfig,
         process: Process,
-        engine: PipelineEngine,
+        engine: Engine,
         data: Mapping[str, str],
         start: StartWeights = StartWeights(path=None, digest=None),  # noqa: B008, it is frozen
         text_encoder: TextEncoderInfo | None = None,
+        *,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        others: Mapping[str, Engine] | None = None,
     ) -> None:
         self.dir = Path(config.checkpoint.dir)
-        self.fragments: list[Fragment] = fragments(engine)
+        self._engine, self._others = engine, dict(others or {})
+        self.fragments: list[Fragment] = [
+            piece for prefix, of in [("", engine), *self._others.items()] for piece in fragments(of, prefix)
+        ]
         self.extra_kinds: Mapping[str, Sequence[Tensor]] = {}
         self.state: dict[str, Any] = {}
-        self._config, self._engine = config.checkpoint, engine
+        self._config = config.checkpoint
         self._host, self._background, self._rank = process.host, process.background, process.host.rank
         self._memory = HostMemory()
         self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_yield_to_training)
@@ -113,8 +121,7 @@ class Store:
         self._lock: files.Lock | None = None
         self._run, self._data = config, dict(data)
         self._began: dict[str, int] = {}  # averages that were switched on during the run → after which step
-        with torch.device("meta"):
-            self._shapes = {name: tuple(value.shape) for name, value in DiT(config.model.dit()).named_parameters()}
+        self._shapes = dict(_dit_shapes(config) if shapes is None else shapes)
         run_config = config.model_dump(mode="json")
         self._constant = {
             "data": self._data,
@@ -153,7 +160,13 @@ class Store:
             return
         kept = json.loads(json.dumps(dict(state or {}), allow_nan=False))  # the caller may go on to change it
         copies, problem = self._copy()
-        about = {"counters": read_counters(self._engine), "state": kept, "began": self._began, **self._constant}
+        about = {
+            "counters": read_counters(self._engine),
+            "other_counters": {prefix: read_counters(engine) for prefix, engine in self._others.items()},
+            "state": kept,
+            "began": self._began,
+            **self._constant,
+        }
         if self._config.background:
             self._pending = self._thread.submit(self._write, step, copies, problem, about)
         else:
@@ -317,8 +330,10 @@ class Store:
             why = f"{what}; remove them to start afresh, or use another dir" if wanted else f"{what}, and {limit}"
             raise self._refusal(f"{self.dir}: {why}")
         self._agree(lambda: self._load(manifest, resuming=before is None))
-        refresh_weights(self._engine)
-        set_counters(self._engine, manifest.counters)
+        counted = {"": manifest.counters, **manifest.other_counters}
+        for prefix, engine in (("", self._engine), *self._others.items()):
+            refresh_weights(engine)
+            set_counters(engine, counted[prefix])
         self.state, self._newest = manifest.state, manifest.step
         if before is not None:
             self._first(lambda: self._give_up([step for step in steps if step >= before]))
@@ -437,6 +452,11 @@ class Store:
     def _refusal(self, text: str) -> Exception:
         """The error of what all ranks know: it is printed once."""
         return CheckpointError(text) if self._rank == 0 else PeerError(text, CheckpointError.status)
+
+
+def _dit_shapes(config: TrainConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(value.shape) for name, value in DiT(config.model.dit()).named_parameters()}
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:

@@ -196,19 +196,40 @@ def deepspeed_config(config: TrainConfig, data_parallel: int) -> dict[str, Any]:
     Raises:
         ConfigError: the section cannot be used, or the global batch does not split; the message names the key.
     """
-    check_deepspeed_section(config)
-    micro = config.data.micro_batch_size
-    accumulation = gradient_accumulation(config, data_parallel)
-    derived = copy.deepcopy(config.deepspeed)
+    return engine_config(
+        config.deepspeed,
+        dtype=config.model.dtype,
+        micro=config.data.micro_batch_size,
+        accumulation=gradient_accumulation(config, data_parallel),
+        replicas=data_parallel * config.parallel.sequence,
+        clipping=config.optimizer.gradient_clipping,
+    )
+
+
+def engine_config(
+    section: dict[str, Any], *, dtype: str, micro: int, accumulation: int, replicas: int, clipping: float
+) -> dict[str, Any]:
+    """Makes the config of an engine of the checked "deepspeed" section and the keys that we derive.
+
+    Args:
+        section: as the user gave it. dtype: "bf16" or "fp32", of weights and activations.
+        micro, accumulation: samples of a micro-batch of a rank, and micro-batches of a step.
+        replicas: ranks of DeepSpeed's data axis. clipping: largest global gradient norm; 0: none.
+
+    Raises:
+        ConfigError: the section cannot be used; the message names the key.
+    """
+    check_deepspeed_section(section)
+    derived = copy.deepcopy(section)
     derived.setdefault("zero_optimization", {}).setdefault("stage", 1)
-    if config.model.dtype == "bf16":
+    if dtype == "bf16":
         derived["bf16"] = {"enabled": True}
         derived.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     derived.update(
         train_micro_batch_size_per_gpu=micro,
         gradient_accumulation_steps=accumulation,
-        train_batch_size=micro * accumulation * data_parallel * config.parallel.sequence,
-        gradient_clipping=config.optimizer.gradient_clipping,
+        train_batch_size=micro * accumulation * replicas,
+        gradient_clipping=clipping,
         steps_per_print=None,  # the one value with which DeepSpeed never prints
         zero_allow_untested_optimizer=False,
     )
@@ -225,7 +246,15 @@ def gradient_accumulation(config: TrainConfig, data_parallel: int) -> int:
     """
     if config.data.budget is not None or config.preference is not None:
         return 1
-    batch, micro = config.data.global_batch_size, config.data.micro_batch_size
+    return micro_batches(config.data.global_batch_size, config.data.micro_batch_size, data_parallel)
+
+
+def micro_batches(batch: int, micro: int, data_parallel: int) -> int:
+    """Returns how many micro-batches of a rank make up a step of `batch` samples.
+
+    Raises:
+        ConfigError: the batch is not a multiple of what all data ranks hold at once.
+    """
     at_once = micro * data_parallel
     if batch % at_once:
         below = batch // at_once * at_once
@@ -237,13 +266,12 @@ def gradient_accumulation(config: TrainConfig, data_parallel: int) -> int:
     return batch // at_once
 
 
-def check_deepspeed_section(config: TrainConfig) -> None:
-    """Checks the "deepspeed" section key by key.
+def check_deepspeed_section(section: dict[str, Any]) -> None:
+    """Checks the "deepspeed" section of a config key by key.
 
     Raises:
         ConfigError: a key is unknown, refused or of the wrong type; the message says what to do instead.
     """
-    section = config.deepspeed
     _refuse_auto(section, "deepspeed")
     _check_keys(section, "deepspeed", ALLOWED, REFUSED)
     stage = section.get("zero_optimization", {}).get("stage", 1)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -17,6 +17,7 @@ from mugv_ds.config.regular_file import read_text_file
 from mugv_ds.config.schema import Section, TrainConfig
 
 Json = dict[str, Any]
+Schema = TypeVar("Schema", bound=Section)
 _MAX_FILES = 100  # that make up a config
 _MAX_FILE_BYTES = 1 << 20
 _SHOWN = 60  # characters of a wrong value that an error message repeats
@@ -30,7 +31,7 @@ class _Layer:
     values: Json
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = (), schema: type[Schema] = TrainConfig) -> Schema:
     """Reads the config at `path`, puts `overrides` on top and checks the result.
 
     A file may name another one, relative to itself, as `"extends"`, or a list of them; their values come first, in that
@@ -39,6 +40,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     Args:
         path: JSON file.
         overrides: `section.key=value`, the value as JSON, or else taken as a string. Later ones win.
+        schema: what the config must be.
 
     Raises:
         ConfigError: anything is wrong with a file, a key or a value; one line that names file (or override) and key.
@@ -51,10 +53,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         merged = _merge(merged, layer.values)
     try:
         # As JSON text, not as Python objects, so that strict mode takes a list for a tuple.
-        config = TrainConfig.model_validate_json(json.dumps(merged))
-        check_deepspeed_section(config)
+        config = schema.model_validate_json(json.dumps(merged))
+        check_deepspeed_section(config.deepspeed)
     except ValidationError as error:
-        raise ConfigError(_explain(error, layers, path)) from None
+        raise ConfigError(_explain(error, layers, path, schema)) from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return config
@@ -174,26 +176,26 @@ def _merge(base: Json, top: Json) -> Json:
     return merged
 
 
-def _explain(error: ValidationError, layers: list[_Layer], path: Path) -> str:
+def _explain(error: ValidationError, layers: list[_Layer], path: Path, schema: type[Section]) -> str:
     """One line about the first wrong key, which may have broken several rules, and how many others there are."""
     by_key: dict[tuple, list[ErrorDetails]] = {}
     for details in error.errors(include_url=False):
-        key, _ = _resolve(details["loc"])
+        key, _ = _resolve(details["loc"], schema)
         by_key.setdefault(key, []).append(details)
     # A misspelt key first: it may be why another is missing.
     key = next((key for key, broken in by_key.items() if broken[0]["type"] == "extra_forbidden"), next(iter(by_key)))
     broken = by_key[key]
     more = f" (and {len(by_key) - 1} more)" if len(by_key) > 1 else ""
     origin = next((layer.origin for layer in reversed(layers) if _holds(layer.values, key)), str(path))
-    return f"{origin}: {_describe(key, broken)}{more}"
+    return f"{origin}: {_describe(key, broken, schema)}{more}"
 
 
-def _resolve(loc: tuple) -> tuple[tuple, type[Section] | None]:
+def _resolve(loc: tuple, schema: type[Section]) -> tuple[tuple, type[Section] | None]:
     """The key that pydantic's `loc` is about, and the section that its last name is looked up in.
 
     Below a key that is no section pydantic goes on with names of the types in a union, which are left out.
     """
-    key, inside, section = [], None, TrainConfig
+    key, inside, section = [], None, schema
     for part in loc:
         if isinstance(part, int):
             key.append(part)
@@ -220,7 +222,7 @@ def _holds(values: Any, key: tuple) -> bool:
     return bool(key)
 
 
-def _describe(key: tuple, broken: list[ErrorDetails]) -> str:
+def _describe(key: tuple, broken: list[ErrorDetails], schema: type[Section]) -> str:
     name = ".".join(map(str, key))
     first = broken[0]
     if first["type"] == "value_error":  # raised by the schema's own checks, whose messages name the key
@@ -228,13 +230,13 @@ def _describe(key: tuple, broken: list[ErrorDetails]) -> str:
     if first["type"] == "missing":
         return f"{name}: required, and not given"
     if first["type"] == "extra_forbidden":
-        return f"{name}: unknown key; {_suggest(key)}"
+        return f"{name}: unknown key; {_suggest(key, schema)}"
     problems = " or ".join(details["msg"].removeprefix("Input should be ") for details in broken)
     return f"{name} = {_show(first['input'])}: must be {problems}"
 
 
-def _suggest(key: tuple) -> str:
-    _, section = _resolve(key)
+def _suggest(key: tuple, schema: type[Section]) -> str:
+    _, section = _resolve(key, schema)
     known = list(section.model_fields)
     prefix = "".join(f"{part}." for part in key[:-1])
     near = difflib.get_close_matches(key[-1], known, n=1)

@@ -517,26 +517,26 @@ class TrainConfig(Section):
         """
         schedule, preference = self.schedule, self.preference
         if schedule.kind == "constant":
-            yield from _changed("schedule", schedule, {"final_lr_ratio"}, 'with schedule.kind = "constant"')
+            yield from changed("schedule", schedule, {"final_lr_ratio"}, 'with schedule.kind = "constant"')
         if self.logging.profile_step > schedule.steps:
             yield "logging.profile_step", f"after the last step, schedule.steps = {schedule.steps}"
         sources = preference.sources if preference else ()
         held_out = [self.data.val_manifest, *(source.val_manifest for source in sources)]
         if not any(held_out):
-            yield from _changed("logging", self.logging, {"eval_every"}, "without data.val_manifest")
+            yield from changed("logging", self.logging, {"eval_every"}, "without data.val_manifest")
         if self.checkpoint.resume == "never" and self.checkpoint.init_from is None:
             why = 'with checkpoint.resume = "never" and without checkpoint.init_from'
-            yield from _changed("checkpoint", self.checkpoint, {"accept_changed_data"}, why)
+            yield from changed("checkpoint", self.checkpoint, {"accept_changed_data"}, why)
         if "every" not in self.preview.model_fields_set:
-            yield from _changed("preview", self.preview, set(PreviewSection.model_fields), "without preview.every")
+            yield from changed("preview", self.preview, set(PreviewSection.model_fields), "without preview.every")
         if preference is not None and preference.objective == "dpo":
             why = 'with preference.objective = "dpo"'
-            yield from _changed("preference", preference, {"good_weight", "bad_weight"}, why)
+            yield from changed("preference", preference, {"good_weight", "bad_weight"}, why)
         if len(sources) == 1:
-            yield from _changed("preference.sources.0", sources[0], {"weight"}, "on a single source")
+            yield from changed("preference.sources.0", sources[0], {"weight"}, "on a single source")
 
 
-def _changed(prefix: str, section: Section, names: set[str], why: str) -> Iterator[tuple[str, str]]:
+def changed(prefix: str, section: Section, names: set[str], why: str) -> Iterator[tuple[str, str]]:
     """Names those keys of a section whose values are not the defaults, with the same reason for all."""
     for name, field in type(section).model_fields.items():
         if name in names and getattr(section, name) != field.default:

@@ -14,7 +14,7 @@ import shutil
 import stat
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -106,7 +106,7 @@ def build_index(csv_path: str | Path, index_dir: str | Path | None = None) -> Pa
         TrainingError: the file system failed, or a process that reads headers was killed.
     """
     csv_path = Path(csv_path)
-    digest = _hash(csv_path)
+    digest = hash_csv(csv_path)
     folder = csv_path.parent / ".index" if index_dir is None else Path(index_dir)
     path = folder / f"{digest}.v{VERSION}.arrow"
     with _writing(folder):
@@ -142,7 +142,7 @@ def _build(csv_path: Path, path: Path) -> None:
         raise ManifestError(f"{csv_path}: no row has a readable latent; the first: {unreadable[0]}")
     for message in unreadable:
         logger.warning("left out: %s", message)
-    if _hash(csv_path) != digest_of(path):
+    if hash_csv(csv_path) != digest_of(path):
         raise ManifestError(f"{csv_path}: changed while it was being read; start again when it is complete")
     complete(path, shapes, csv_path, csv_bytes)
     shutil.rmtree(parts, ignore_errors=True)  # another builder may be removing it too
@@ -190,7 +190,7 @@ def _write_columns(csv_path: Path, stream: BinaryIO) -> tuple[np.ndarray, np.nda
     """
     hashes, lines, sizes, progress = bytearray(), array("q"), array("i"), Progress(str(csv_path))
     with ArrowWriter(stream=stream, features=FEATURES, writer_batch_size=_CHUNK_ROWS) as writer:
-        records = _records(csv_path)
+        records = read_records(csv_path)
         while chunk := list(itertools.islice(records, _CHUNK_ROWS)):
             for line, record in chunk:
                 hashes += hashlib.blake2b(record["sample_id"].encode(), digest_size=16).digest()
@@ -219,7 +219,7 @@ def _check_unique(csv_path: Path, keys: np.ndarray, lines: array) -> None:
         raise ManifestError(f"{csv_path}:{lines[second]}: duplicate sample_id, first used in line {lines[first]}")
 
 
-def _hash(csv_path: Path) -> str:
+def hash_csv(csv_path: Path) -> str:
     """Hex SHA-256 of the CSV.
 
     Raises:
@@ -255,8 +255,17 @@ def _writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _records(csv_path: Path) -> Iterator[tuple[int, Record]]:
+def read_records(
+    csv_path: Path,
+    required: Sequence[str] = REQUIRED_COLUMNS,
+    optional: Sequence[str] = _OPTIONAL_COLUMNS,
+    convert: Callable[[Record], None] | None = None,
+) -> Iterator[tuple[int, Record]]:
     """(line where the row starts, its columns) for each row; absent columns and empty values are None.
+
+    Args:
+        required, optional: names of the columns. convert: checks a row and turns numbers from text, in place, with
+            messages that lack the line; by default as a manifest of latents asks.
 
     Raises:
         ManifestError, PathError: see `build_index`.
@@ -273,19 +282,19 @@ def _records(csv_path: Path) -> Iterator[tuple[int, Record]]:
         for name, count in Counter(header).items():
             if count > 1:
                 raise ManifestError(f"{where}: duplicate column {name[:100]!r}")
-        for name in REQUIRED_COLUMNS:
+        for name in required:
             if name not in header:
                 shown = ", ".join(header)
                 shown = shown if len(shown) <= 300 else f"{shown[:300]}…"
                 raise ManifestError(f"{where}: missing column {name!r}; the header has {shown}")
-        positions = [(name, header.index(name)) for name in (*REQUIRED_COLUMNS, *_OPTIONAL_COLUMNS) if name in header]
-        absent = dict.fromkeys(_OPTIONAL_COLUMNS)
+        positions = [(name, header.index(name)) for name in (*required, *optional) if name in header]
+        absent = dict.fromkeys(optional)
         for line, values in rows:
             if len(values) != len(header):
                 raise ManifestError(f"{csv_path}:{line}: {len(values)} values, the header has {len(header)}")
             record = absent | {name: values[position] or None for name, position in positions}
             try:
-                _convert(record)
+                (convert or _convert)(record)
             except (ManifestError, PathError) as error:
                 raise type(error)(f"{csv_path}:{line}: {error}") from None
             yield line, record
@@ -335,7 +344,7 @@ def _convert(record: Record) -> None:
         record["fps"] = _fps(record["fps"])
     for name in _INTEGER_COLUMNS:
         if record[name] is not None:
-            record[name] = _integer(name, record[name])
+            record[name] = whole_number(name, record[name])
     for name in ("height", "width"):
         if record[name] is not None and record[name] % STRIDE:
             raise ManifestError(f"{name} = {record[name]}: must be a multiple of {STRIDE} pixels")
@@ -354,7 +363,12 @@ def _fps(text: str) -> float:
 
 
 @lru_cache
-def _integer(name: str, text: str) -> int:
+def whole_number(name: str, text: str) -> int:
+    """Returns the number in a column of whole numbers.
+
+    Raises:
+        ManifestError: it is none, or out of the column's range.
+    """
     smallest, largest = _RANGES[name]
     if not _DIGITS.fullmatch(text) or not smallest <= int(text) <= largest:
         reach = ", as far as the model has positions" if largest == _MAX_SIDE else ""

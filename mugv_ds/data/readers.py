@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -45,9 +45,13 @@ class Batch(NamedTuple):
     content: Tensor  # int64 [B], `content_of` what was read; 0 where nobody asks
 
 
-def stack(samples: Iterable[Batch]) -> Batch:
+Sample = TypeVar("Sample", bound=tuple)  # a NamedTuple of tensors, such as `Batch`
+
+
+def stack(samples: Iterable[Sample]) -> Sample:
     """The batch of samples that were read one by one, without the first dimension."""
-    return Batch(*map(torch.stack, zip(*samples, strict=True)))
+    first, *others = samples
+    return type(first)(*map(torch.stack, zip(first, *others, strict=True)))
 
 
 class Reader(Protocol):

@@ -11,6 +11,7 @@ import struct
 import textwrap
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 
 import av
@@ -31,6 +32,7 @@ _GIF_SIDE, _GIF_FPS = 320, 16.0
 # Colours are converted in one thread: for every frame PyAV would start as many threads as there are cores, which takes
 # several times as long as converting a small frame.
 _THREADS = 1
+_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts"
 _SHEET_FRAME_WIDTH = 128  # frames of small videos are enlarged to about this many pixels
 _SHEET_GAP = 4
 _FONT_SIZE = 13
@@ -118,6 +120,50 @@ def read_mp4(path: str | Path) -> tuple[np.ndarray, float]:
     if not frames or not rate:
         raise ValueError(f"{path}: its video stream holds no frames")
     return np.stack(frames), float(rate)
+
+
+def read_clip(path: str | Path, start: int, count: int) -> np.ndarray:
+    """Reads `count` frames of a video file from frame `start` on; what comes before is decoded and not converted.
+
+    Only containers of common video files are opened: a playlist would lead to other files.
+
+    Returns:
+        uint8 RGB frames [count, H, W, 3].
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it cannot be decoded as video, or has fewer frames.
+    """
+    try:
+        with av.open(str(path), options={"format_whitelist": _CONTAINERS}) as container:
+            if not container.streams.video:
+                raise ValueError(f"{path}: holds no video stream")
+            wanted = islice(container.decode(container.streams.video[0]), start, start + count)
+            frames = [frame.to_ndarray(format="rgb24", threads=_THREADS) for frame in wanted]
+    except av.error.FFmpegError as error:
+        if isinstance(error, OSError) and not isinstance(error, ValueError):
+            raise
+        raise ValueError(f"{path}: not a readable video ({error.strerror})") from error
+    if len(frames) < count:
+        raise ValueError(f"{path}: has {start + len(frames)} frames, {start + count} are wanted")
+    return np.stack(frames)
+
+
+def read_still(path: str | Path) -> np.ndarray:
+    """Reads an image file as one frame, uint8 RGB [1, H, W, 3], upright.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read. ValueError: it is not an image, or a damaged or huge one.
+    """
+    try:
+        with Image.open(path) as image:
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))[None]
+    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
+        raise ValueError(f"{path}: not a readable image") from error
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise ValueError(f"{path}: not a readable image ({error})") from error  # how PIL says that a file is cut
 
 
 def to_frames(video: Tensor) -> Tensor:

@@ -1,19 +1,13 @@
-"""The training loop, one for every layout."""
+"""The training loop of the DiT, one for every layout."""
 
-import time
 from collections.abc import Iterator
-from contextlib import closing
 from functools import partial
-from typing import Any, Protocol
 
 import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from mugv_ds.config.errors import Stopped
 from mugv_ds.config.schema import TrainConfig
-from mugv_ds.data.loader import loader
 from mugv_ds.data.plan import PlannedStep
-from mugv_ds.data.quarantine import Reading, Replacing
 from mugv_ds.data.readers import Batch
 from mugv_ds.data.run_data import RunData
 from mugv_ds.engine.ema import PowerEma
@@ -21,33 +15,17 @@ from mugv_ds.engine.evaluate.evaluate import Evaluator
 from mugv_ds.engine.evaluate.reference import ReferenceModel
 from mugv_ds.engine.evaluate.validate import Validation
 from mugv_ds.engine.feed import Feed
-from mugv_ds.engine.guard.guard import Guard, Prefetched, Rollback, StepResult
-from mugv_ds.engine.metrics import OptimizerProbe, Recorder, peak_tflops
+from mugv_ds.engine.guard.guard import Guard, StepResult
+from mugv_ds.engine.metrics import OptimizerProbe, Recorder
 from mugv_ds.engine.preview import Previews
 from mugv_ds.engine.process import Process
-from mugv_ds.engine.profile import profiled
+from mugv_ds.engine.steps import Checkpoints, State, StepLoop
 from mugv_ds.models.flops import step_flops
 from mugv_ds.models.rope import patch_grid
 from mugv_ds.objectives.preference import kl_reference_point
 
-State = dict[str, Any]
 
-
-class Checkpoints(Protocol):
-    """Where the loop saves; see `checkpoint.store.Store`. All ranks call each method together."""
-
-    state: State  # what was saved with the checkpoint that was restored; empty after a fresh start
-
-    def save(self, step: int, state: State) -> None: ...
-
-    def poll(self) -> None: ...
-
-    def wait(self) -> None: ...
-
-    def restore(self, before: int) -> int: ...
-
-
-class Trainer:
+class Trainer(StepLoop):
     """Runs optimizer steps over the data of a run.
 
     Args:
@@ -71,136 +49,26 @@ class Trainer:
         store: Checkpoints,
         previews: Previews | None = None,
     ) -> None:
-        self.config, self.process, self.engine = config, process, engine
-        self.ema, self.store, self.previews = ema, store, previews
+        super().__init__(config, process, plan=data.plan, readers=data.readers, store=store, previews=previews)
+        self.engine, self.data, self.reference, self.ema = engine, data, reference, ema
         self.dit = config.model.dit()
-        self.data, self.plan, self.readers, self.reference = data, data.plan, data.readers, reference
         self.feed = Feed(engine.module, process, config.data, self.dit.caption_channels)
         self.evaluator = Evaluator(process, engine, self.feed, config.data.num_workers)
         held_out = reference.held_out() if reference else []
         self.validation = Validation(config.preference, data, held_out, self.evaluator)
         parameters = sum(p.numel() for p in engine.module.parameters())
         self.probe = OptimizerProbe(engine.basic_optimizer, parameters, process.layout.replicas)
-        self.guard = Guard(config, process, engine, self._explain, self._items)
-        self.waited = 0.0  # seconds spent waiting for data since the last record
-
-    def run(self, start: int) -> bool:
-        """Trains from step `start` to the config's last, with records, validations and checkpoints as it says.
-
-        Args:
-            start: steps taken.
-
-        Returns:
-            Whether the run was asked to stop, and saved, before its last step.
-
-        Raises:
-            InputError: a sample and all that would replace it cannot be used, or a checkpoint could not be saved.
-            TrainingError: the run cannot go on. PeerError: another rank says why.
-        """
-        self.guard.start(self.store.state)
-        if start == 0 and self.config.checkpoint.save_every:
-            self.store.save(0, self.guard.state())  # so that there is a step to go back to before the first is due
-        while True:
-            try:
-                stopped = self._run_from(start)
-            except Rollback as cause:
-                # One that is saved on schedule, so that a run that was stopped in between goes back as far.
-                every = max(self.config.checkpoint.save_every, 1)
-                start = self.store.restore(before=cause.before // every * every + 1)
-                self.guard.rolled_back(cause, start, self.store.state)
-            else:
-                self.store.wait()
-                self.guard.close()
-                return stopped
-
-    def _run_from(self, start: int) -> bool:
-        """Trains from step `start` until the last step, a stop or a Rollback; returns whether it was stopped."""
-        logging, steps = self.config.logging, self.config.schedule.steps
-        peak = peak_tflops(logging, self.process.device)
-        world = {"rank": self.process.rank, "world_size": self.process.layout.world_size}
-        recorder = Recorder(logging, **world, start=start, steps=steps, peak=peak)
-        position = self.guard.history.position(start)
-        if self.reference is not None:
-            tables = self.reference.complete(position, position + steps - start, partial(self.guard.alive, start))
-            self.readers = self.data.readers_with(tables)
-        self.waited = 0.0
-        with closing(recorder), closing(self._readings(position, position + steps - start)) as readings:
-            step, result = start, None
-            while True:
-                batches, prefetched = self._read(readings if step < steps else None)
-                stop = self.guard.boundary(step, result, prefetched)
-                self._save(step, recorder, result, stop)
-                if stop and step < steps:
-                    return True
-                try:
-                    self._look(step, recorder, result)
-                except Stopped:  # before all was measured or written, which is then done when the run goes on
-                    self._save(step, recorder, result, stop=True)
-                    return True
-                if step >= steps:
-                    return False
-                with profiled(logging, step + 1, self.process):
-                    result = self._train_step(step, batches, recorder)
-                step += 1
-
-    def _due(self, done: int, every: int) -> bool:
-        """Whether what happens every so many steps, and after the last, happens after `done`; 0 is never."""
-        return every > 0 and (done % every == 0 or done == self.config.schedule.steps)
-
-    def _save(self, step: int, recorder: Recorder, result: StepResult | None, stop: bool) -> None:
-        """Saves a checkpoint if one is due after `step` steps or the run stops; raises an earlier one's failure."""
-        self.store.poll()
-        every = self.config.checkpoint.save_every
-        if result and (self._due(step, every) or (stop and every)):
-            with recorder.excluded():
-                self.store.save(step, self.guard.state())
-
-    def _look(self, step: int, recorder: Recorder, result: StepResult | None) -> None:
-        """Validates and writes previews if they are due after `step` steps."""
-        steps = self.config.schedule.steps
-        if self._due(step, self.config.logging.eval_every or steps) if result else step < steps:
-            self._validate(recorder, step)
-        # Also where the run goes on from: it may have ended before they were written.
-        if self.previews is not None and step and self._due(step, self.config.preview.every):
-            with recorder.excluded():
-                self.previews.write(step, recorder, partial(self.guard.alive, step))
-
-    def _readings(self, first: int, stop: int) -> Iterator[list[Reading]]:
-        """What this rank reads for each data step of [first, stop): its micro-batches; none where it reads nothing."""
-        if not self.feed.reads:
-            return
-        rank, ranks = self.process.coordinates.data, self.process.layout.data
-        while first < stop:
-            aside = self.guard.history.aside()
-            steps = loader(
-                lambda position: self.plan.step(position).micro_batches(rank, ranks),
-                start_step=first,
-                stop_step=stop,
-                make=Replacing(self.readers, aside),
-                name=lambda ref: self.readers.readers[ref.source].name(ref.item),
-                num_workers=self.config.data.num_workers,
-                pin=self.process.device.type == "cuda",
-            )
-            with closing(steps):
-                for reading in steps:
-                    yield reading
-                    first += 1
-                    if self.guard.history.aside() != aside:  # what was read ahead may hold one of them
-                        break
-
-    def _read(self, readings: Iterator[list[Reading]] | None) -> tuple[list[Batch] | None, Prefetched]:
-        """The next step's micro-batches, as far as this rank reads, and what the guard has to know of them."""
-        if readings is None or not self.feed.reads:
-            return None, Prefetched()
-        begin = time.perf_counter()
-        try:
-            read = next(readings)
-        except Exception as failure:
-            return None, Prefetched(failure=failure)
-        self.waited += time.perf_counter() - begin
+        self.guard = Guard(
+            config, process, engine.module.blocks[0].mlp, engine.module.parameters, self._explain, self._items
+        )
         # The last stage reads the same samples as the first.
-        reports = self.feed.module.is_first
-        return [batch for batch, _ in read], Prefetched([bad for _, found in read if reports for bad in found])
+        self.reads, self.reports = self.feed.reads, self.feed.module.is_first
+
+    def _complete(self, start: int, position: int, stop: int) -> None:
+        """Has the reference measured on the preference samples that are to come."""
+        if self.reference is not None:
+            tables = self.reference.complete(position, stop, partial(self.guard.alive, start))
+            self.readers = self.data.readers_with(tables)
 
     def _train_step(self, step: int, batches: list[Batch] | None, recorder: Recorder) -> StepResult:
         """Takes the optimizer step after `step` steps.
@@ -289,11 +157,6 @@ class Trainer:
                     f"preference.max_better_ratio = {limit:g} × the reference's {means['better_reference']:.4g}; go on "
                     "from an earlier checkpoint with a smaller learning rate or a larger preference.sft_weight"
                 )
-
-    def _items(self, position: int) -> list[tuple[int, int]]:
-        """The (source, item)s of a data step."""
-        step = self.plan.step(position)
-        return [(ref.source, ref.item) for ref in (*step.refs, *step.companions)]
 
     def _explain(self, position: int) -> State:
         """The samples of a data step and their timesteps, for the record of what went wrong."""

@@ -52,6 +52,16 @@ def preference_means(sums: Mapping[str, Tensor]) -> dict[str, float]:
     }
 
 
+def quartile_means(sums: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+    """Means of the flow loss in each quarter of the timesteps, of sums by stream; see `objectives.flow`."""
+    means = {}
+    for q in range(4):
+        loss, count = (sum(float(of[f"{kind}_q{q}"]) for of in sums.values()) for kind in ("loss", "count"))
+        if count > 0:
+            means[f"train/loss_t{250 * q}-{250 * (q + 1)}"] = loss / count
+    return means
+
+
 class OptimizerProbe:
     """Sums over the optimizer's fp32 partitions, taken right before a step, when gradients are reduced and clipped.
 
@@ -97,6 +107,11 @@ class OptimizerProbe:
         return {"param_norm": squares**0.5, "grad_zero_share": (zeros - padding) / parameters}
 
 
+def _add(sums: dict[str, float], more: Mapping[str, float]) -> None:
+    for name, value in more.items():
+        sums[name] = sums.get(name, 0.0) + value
+
+
 class Recorder:
     """Writes the scalars of every `logging.every`-th step; on rank 0, all ranks take part.
 
@@ -105,12 +120,22 @@ class Recorder:
     Args:
         section: the config. rank: global rank. world_size: processes. steps: of the run, start: first step of this
         process's part. peak: dense bf16 TFLOP/s of one device, or None.
+        means: makes scalars of the sums of the steps' terms, by stream.
     """
 
     def __init__(
-        self, section: LoggingSection, *, rank: int, world_size: int, start: int, steps: int, peak: float | None
+        self,
+        section: LoggingSection,
+        *,
+        rank: int,
+        world_size: int,
+        start: int,
+        steps: int,
+        peak: float | None,
+        means: Callable[[Mapping[str, Mapping[str, Tensor]]], dict[str, float]] = quartile_means,
     ) -> None:
         self._every, self._world_size, self._peak, self._steps = section.every, world_size, peak, steps
+        self._means = means
         # What an earlier process wrote up to the step that this one goes on from holds.
         purge = start + 1 if start else 0
         self._says, self._writer = rank == 0, None
@@ -131,7 +156,7 @@ class Recorder:
 
     def _begin_window(self) -> None:
         self._begin = time.perf_counter()
-        self._window = dict.fromkeys(("steps", "samples", "tokens", "model_flops", "hardware_flops"), 0.0)
+        self._steps_taken, self._counted, self._flops = 0, {}, {}
         self._losses: list[Tensor] = []
         self._samples: dict[str, int] = {}  # by stream
         self._sums: dict[str, dict[str, Tensor]] = {}  # of every term, by stream
@@ -147,9 +172,9 @@ class Recorder:
         *,
         stream: str,
         samples: int,
-        tokens: int,
-        model_flops: float,
-        hardware_flops: float,
+        model_flops: float | None = None,
+        hardware_flops: float | None = None,
+        **counted: int,
     ) -> None:
         """Notes a finished step: loss and sums of terms as tensors; the rest of all ranks together.
 
@@ -157,16 +182,18 @@ class Recorder:
 
         Args:
             terms: see `engine.objective.Objective`. stream: that the step was of.
-            model_flops, hardware_flops: see `models.flops.StepFlops`.
+            model_flops, hardware_flops: see `models.flops.StepFlops`; None where they are not known.
+            counted: what else is reported by the second, such as tokens.
         """
         self._losses.append(loss.detach())
         sums = self._sums.setdefault(stream, {})
         for name, value in terms.items():
             sums[name] = sums.get(name, 0) + torch.where(loss.isfinite(), value, 0.0)
         self._samples[stream] = self._samples.get(stream, 0) + samples
-        done = {"samples": samples, "tokens": tokens, "model_flops": model_flops, "hardware_flops": hardware_flops}
-        for name, value in {"steps": 1, **done}.items():
-            self._window[name] += value
+        self._steps_taken += 1
+        _add(self._counted, {"samples": samples, **counted})
+        if model_flops is not None:
+            _add(self._flops, {"model_flops": model_flops, "hardware_flops": hardware_flops})
         self._bar.update()
 
     def record(
@@ -187,8 +214,8 @@ class Recorder:
         preferences = self._preference_means()
         scalars = {
             "train/loss": loss,
-            **self._quartile_means(),
-            **{f"data/share_{stream}": count / self._window["samples"] for stream, count in self._samples.items()},
+            **self._means(self._sums),
+            **{f"data/share_{stream}": count / self._counted["samples"] for stream, count in self._samples.items()},
             **{f"preference/{stream}/{name}": m for stream, of in preferences.items() for name, m in of.items()},
             "train/lr": rate,
             "train/grad_norm": norm,
@@ -210,19 +237,18 @@ class Recorder:
         worst = torch.tensor([waited, take_peak_gib(device)], dtype=torch.float64, device=device)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         waited, memory = worst.tolist()
-        model_tflops, hardware_tflops = (
-            self._window[name] / seconds / self._world_size / 1e12 for name in ("model_flops", "hardware_flops")
-        )
         speeds = {
-            "speed/seconds_per_step": seconds / self._window["steps"],
-            "speed/samples_per_second": self._window["samples"] / seconds,
-            "speed/tokens_per_second": self._window["tokens"] / seconds,
-            "speed/model_tflops_per_device": model_tflops,
+            "speed/seconds_per_step": seconds / self._steps_taken,
+            **{f"speed/{name}_per_second": count / seconds for name, count in self._counted.items()},
             "speed/data_wait_seconds": waited,
             "speed/data_wait_share": waited / seconds,
         }
-        if self._peak is not None:
-            speeds |= {"speed/mfu": model_tflops / self._peak, "speed/hfu": hardware_tflops / self._peak}
+        if self._flops:
+            tflops = {name: count / seconds / self._world_size / 1e12 for name, count in self._flops.items()}
+            speeds["speed/model_tflops_per_device"] = tflops["model_flops"]
+            if self._peak is not None:
+                speeds["speed/mfu"] = tflops["model_flops"] / self._peak
+                speeds["speed/hfu"] = tflops["hardware_flops"] / self._peak
         if device.type == "cuda":
             speeds["memory/peak_gib"] = memory
         return speeds
@@ -235,16 +261,6 @@ class Recorder:
         begin = time.perf_counter()
         yield
         self._begin += time.perf_counter() - begin
-
-    def _quartile_means(self) -> dict[str, float]:
-        means = {}
-        for q in range(4):
-            loss, count = (
-                sum(float(sums[f"{kind}_q{q}"]) for sums in self._sums.values()) for kind in ("loss", "count")
-            )
-            if count > 0:
-                means[f"train/loss_t{250 * q}-{250 * (q + 1)}"] = loss / count
-        return means
 
     def _preference_means(self) -> dict[str, dict[str, float]]:
         return {stream: preference_means(sums) for stream, sums in self._sums.items() if "correct" in sums}

@@ -21,7 +21,8 @@ from torch.distributed import distributed_c10d
 from mugv_ds.config.environment import LaunchEnvironment, read_environment
 from mugv_ds.config.errors import ConfigError, PeerError, status_of
 from mugv_ds.config.load import leaves
-from mugv_ds.config.schema import ParallelSection, TrainConfig
+from mugv_ds.config.run import RunConfig
+from mugv_ds.config.schema import ParallelSection
 from mugv_ds.parallel.layout import Layout, RankCoordinates, sequence_group
 
 _PATIENCE_SECONDS = 1.0  # between two looks at whether rank 0 is done
@@ -217,7 +218,7 @@ class Process:
         return self.rank - self.coordinates.sequence
 
 
-def start_process(config: TrainConfig) -> Process:
+def start_process(config: RunConfig) -> Process:
     """Joins the process group that the launcher describes in the environment, for a training run.
 
     Raises:

@@ -7,18 +7,18 @@ was, how long each computed. Every decision is made there, from what all ranks k
 import json
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
 from typing import Any, NoReturn
 
 import torch
-from deepspeed.runtime.pipe.engine import PipelineEngine
 from pydantic import ValidationError
+from torch import Tensor, nn
 
 from mugv_ds.config.errors import InputError, PeerError, Stopped, TrainingError, status_of
-from mugv_ds.config.schema import TrainConfig
+from mugv_ds.config.run import RunConfig
 from mugv_ds.data.quarantine import Quarantined
 from mugv_ds.engine.guard import signals
 from mugv_ds.engine.guard.history import History
@@ -59,26 +59,29 @@ class Guard:
     """The guard of one rank; see `config.schema.GuardSection` for its bounds.
 
     Args:
-        config: the run. process: this process. engine: see `build_engine`.
+        config: the run. process: this process.
+        timed: a layer that all ranks run alike and in which none waits for another, see `Stopwatch`.
+        weights: gives the tensors that must be equal on all ranks of a pipeline stage.
         explain: what is to be recorded of a data step that went wrong; called on rank 0.
         items: the (source, item)s of a data step.
     """
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: RunConfig,
         process: Process,
-        engine: PipelineEngine,
+        timed: nn.Module,
+        weights: Callable[[], Iterable[Tensor]],
         explain: Callable[[int], dict[str, Any]],
         items: Callable[[int], list[tuple[int, int]]],
     ) -> None:
         self.history = History()
-        self._section, self._process, self._engine, self._explain = config.guard, process, engine, explain
-        self._items = items
+        self._section, self._process, self._weights = config.guard, process, weights
+        self._explain, self._items = explain, items
         self._replaced = 0  # samples of the coming step
         name = f"rank {process.rank} (host {socket.gethostname()}, pid {os.getpid()})"
         self._watchdog = Watchdog(process.host, name, config.guard.timeout_s)
-        self._stopwatch = Stopwatch(engine.module.blocks[0].mlp, process.device)
+        self._stopwatch = Stopwatch(timed, process.device)
         self._stragglers = Stragglers(config.guard.straggler_factor, config.guard.straggler_window)
         self._incidents = Incidents(Path(config.checkpoint.dir), process.rank)
 
@@ -225,7 +228,7 @@ class Guard:
         every, layout = self._section.check_replicas_every, self._process.layout
         if not every or step % every or layout.replicas == 1:
             return
-        own = torch.tensor([fingerprint(self._engine.module.parameters())])
+        own = torch.tensor([fingerprint(self._weights())])
         prints = self._process.host.rows(own).flatten().tolist()
         odd = odd_ones(prints, [layout.coordinates(rank).stage for rank in range(layout.world_size)])
         if odd:

@@ -6,7 +6,9 @@ specification, §1.1.
 Shape suffixes: N frames, H and W video height and width, D feature channels, h = H/8 and w = W/8.
 """
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mugv_ds.config.videovae import VideoVAEConfig
 
@@ -19,7 +21,14 @@ class SpatialVAE(nn.Module):
     """Wraps diffusers' encoder and decoder, whose parameter names and blocks are those of the published weights.
 
     Their norms have eps 1e-6. Building one imports diffusers, which takes seconds and reaches no hub.
+
+    Attributes:
+        recompute: whether only the inputs of the blocks are saved for the backward pass, which computes the rest again.
+        memory_format: that features are computed in.
     """
+
+    recompute = False
+    memory_format = torch.contiguous_format
 
     def __init__(self, config: VideoVAEConfig) -> None:
         super().__init__()
@@ -40,15 +49,20 @@ class SpatialVAE(nn.Module):
     def encode(self, frame_N3HW: Tensor) -> Tensor:
         """Returns the features [N, D, h, w] of frames; a side that is no multiple of 8 is floored."""
         encoder = self.module["encoder"]
-        x = encoder.conv_in(frame_N3HW)
-        for block in encoder.down_blocks:
-            x = block(x)
-        return encoder.mid_block(x) * FEATURE_SCALE
+        x = encoder.conv_in(frame_N3HW.contiguous(memory_format=self.memory_format))
+        for block in (*encoder.down_blocks, encoder.mid_block):
+            x = self._run(block, x)
+        return x * FEATURE_SCALE
 
     def decode(self, feature_NDhw: Tensor) -> Tensor:
         """Returns the frames [N, 3, 8h, 8w] of features, not clamped."""
         decoder = self.module["decoder"]
-        x = decoder.mid_block(feature_NDhw / FEATURE_SCALE)
-        for block in decoder.up_blocks:
-            x = block(x)
+        x = (feature_NDhw / FEATURE_SCALE).contiguous(memory_format=self.memory_format)
+        for block in (decoder.mid_block, *decoder.up_blocks):
+            x = self._run(block, x)
         return decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(x)))
+
+    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)  # nothing in it is drawn
+        return block(x)

@@ -31,7 +31,8 @@ _LOGVAR_LIMITS = (-30.0, 20.0)
 # Computes all units of a list, wherever it likes, and returns their results in the list's order.
 Run = Callable[[list[Callable[[], Tensor]]], list[Tensor]]
 
-# They are in the published weights and take no part in anything: they never get a gradient, nor may they decay.
+# They are in the published weights and take no part in encoding or decoding, so they get no gradient from it and may
+# not decay. In training `logvar` is the learned scale of the loss.
 UNUSED_PARAMETERS = (
     "logvar",
     "spatial_vae.module.encoder.conv_norm_out.weight",
@@ -104,6 +105,15 @@ class VideoVAE(nn.Module):
         self.logvar = nn.Parameter(torch.tensor(4.0))
         self.register_buffer("shift", torch.zeros(1, LATENT_CHANNELS, 1, 1, 1))
         self.register_buffer("scale", torch.ones(1, LATENT_CHANNELS, 1, 1, 1))
+
+    def use_channels_last(self) -> None:
+        """Computes with the channels last in memory from now on; parameters are laid out so too."""
+        for half, memory_format in (
+            (self.spatial_vae, torch.channels_last),
+            (self.temporal_vae, torch.channels_last_3d),
+        ):
+            half.to(memory_format=memory_format)
+            half.memory_format = memory_format
 
     def posterior(
         self,
@@ -280,7 +290,11 @@ class VideoVAE(nn.Module):
 
     def _join(self, moments: list[Tensor], batch: int) -> tuple[Tensor, Tensor]:
         """Returns mean and clamped log-variance, each [B, C, T, h, w] in fp32, of the moments of all `chunk_units`."""
-        moment_BCThw = rearrange(torch.stack(moments).float(), "(b t) c h w -> b c t h w", b=batch)
+        return self.split_moments(rearrange(torch.stack(moments).float(), "(b t) c h w -> b c t h w", b=batch))
+
+    @staticmethod
+    def split_moments(moment_BCThw: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns mean and clamped log-variance, each [B, C, T, h, w], of moments [B, 2·C, T, h, w]."""
         mean, logvar = moment_BCThw.chunk(2, dim=1)
         return mean, logvar.clamp(*_LOGVAR_LIMITS)
 

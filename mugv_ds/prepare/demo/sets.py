@@ -43,8 +43,9 @@ from mugv_ds.prepare.demo.scenes import (
 TEXT_CHANNELS = 64
 MAX_TEXT_TOKENS = 40
 
-_VERSION = 4  # of what is drawn and written; a change must raise it, so that older sets are made anew
+_VERSION = 5  # of what is drawn and written; a change must raise it, so that older sets are made anew
 _FIT_CLIPS = 200  # clips that the codec is fitted on; more do not change it visibly
+_VAE_HELD_OUT = 8  # clips; LPIPS of one takes a second on a CPU
 _MARKER = "demo.json"
 _FOLDERS = ("videos", "latents", "text_features")
 
@@ -98,8 +99,9 @@ def make_demo_data(out_dir: str | Path, sizes: Sizes | None = None, *, seed: int
     """Writes the data set.
 
     It consists of a CSV for each of `Sizes`, videos/, latents/, text_features/, text_encoder.json, codec.safetensors,
-    and prompts_sideways.txt with one of `sideways_prompts` a line. A finished data set of the same arguments is left as
-    it is; one that is unfinished or of other arguments is made anew.
+    and prompts_sideways.txt with one of `sideways_prompts` a line. vae_train.csv lists the videos of train for the
+    VideoVAE, and vae_val.csv the first ones of val. A finished data set of the same arguments is left as it is; one
+    that is unfinished or of other arguments is made anew.
 
     Args:
         out_dir: folder to write; it is made if it is missing.
@@ -130,6 +132,8 @@ def make_demo_data(out_dir: str | Path, sizes: Sizes | None = None, *, seed: int
     (out_dir / "prompts_sideways.txt").write_text("".join(f"{prompt}\n" for prompt in sideways_prompts()))
     for name, rows in sets.items():
         _write_manifest(out_dir / f"{name}.csv", rows)
+    for name, clips in {"vae_train": train, "vae_val": val[:_VAE_HELD_OUT]}.items():
+        _write_video_list(out_dir / f"{name}.csv", clips)
     _write_marker(out_dir, arguments, finished=True)
 
 
@@ -212,9 +216,14 @@ def _labelled(split: str, count: int, seed: int) -> Iterator[Row]:
 
 def _film(clip: Clip, out_dir: Path) -> np.ndarray:
     """Writes a clip's video and reads it back, as uint8 [F, H, W, 3]."""
-    path = out_dir / "videos" / f"{clip.name}.mp4"
+    path = out_dir / _video_path(clip)
     write_mp4(path, render(clip), clip.format.fps)
     return read_mp4(path)[0]
+
+
+def _video_path(clip: Clip) -> str:
+    """The path of a clip's video, relative to the data set's folder."""
+    return f"videos/{clip.name}.mp4"
 
 
 def _pixels(frames: np.ndarray) -> Tensor:
@@ -257,6 +266,17 @@ def _write_manifest(path: Path, rows: list[Row]) -> None:
         }
         for clip, preference in rows
     ]
+    _write_csv(path, records)
+
+
+def _write_video_list(path: Path, clips: Sequence[Clip]) -> None:
+    """Writes the CSV of clips that are there as videos."""
+    columns = ("sample_id", "video_path", "num_frames")
+    rows = ((clip.name, _video_path(clip), clip.format.frames) for clip in clips)
+    _write_csv(path, [dict(zip(columns, row, strict=True)) for row in rows])
+
+
+def _write_csv(path: Path, records: Sequence[dict]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=records[0])
         writer.writeheader()

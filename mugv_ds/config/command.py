@@ -1,0 +1,58 @@
+"""The command line of the training scripts."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from mugv_ds.config.environment import given_world_size, read_environment
+from mugv_ds.config.errors import ConfigError, exit_status
+from mugv_ds.config.hostfile import check_launcher
+from mugv_ds.config.load import Schema, load_config
+
+
+def training_command(
+    argv: Sequence[str] | None,
+    description: str,
+    schema: type[Schema],
+    train: Callable[[Schema], int],
+    dry_run: Callable[[Schema, int | None], str],
+) -> int:
+    """Parses the command line of a process of a launch and trains; returns the exit status, see `config.errors.Status`.
+
+    Args:
+        argv: the arguments, by default those of this process. description: what `--help` begins with.
+        schema: of the config. train: runs it, and returns the exit status.
+        dry_run: describes it; also given the number of processes, None outside of a launch.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="JSON file of ds_configs/")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a value")
+    parser.add_argument("--dry-run", action="store_true", help="print layout, sizes and merged config; start nothing")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher gives it; it is in the environment too
+    arguments = parser.parse_args(argv)
+
+    def run() -> int:
+        world_size = given_world_size()
+        config = load_config(arguments.config, arguments.set, schema)
+        if arguments.dry_run:
+            print(dry_run(config, world_size))
+            return 0
+        if world_size is None:
+            raise ConfigError("started without the deepspeed launcher; see the command in --help, or use --dry-run")
+        check_launcher(read_environment().world_size)
+        return train(config)
+
+    return exit_status(run)
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process at once with this status.
+
+    After an error, threads of the process groups outlive the interpreter, whose end would abort the process and with it
+    the status that says what happened.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,1 @@
+"""Training of the VideoVAE: its engines, its loss, its loop, and what it shows."""
