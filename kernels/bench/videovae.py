@@ -129,7 +129,7 @@ def inference(sizes: argparse.Namespace) -> None:
                         "work": f"{work.name} {work.frames} frames",
                         "seconds": milliseconds / 1e3,
                         "frames/s": work.frames / milliseconds * 1e3,
-                        "of the floor": milliseconds / least,
+                        "× floor": milliseconds / least,
                         "TFLOP/s": flops / milliseconds * 1e3,
                         "peak GiB": peak_gib(lambda work=work: drain(work.run)),
                         "error": error,
@@ -186,8 +186,9 @@ def main() -> None:
     parser.add_argument("--train-window", type=int, default=8)
     parser.add_argument("--only", choices=["inference", "training"], help="leave the other out")
     sizes = parser.parse_args()
-    error = check_conv3d(DEVICE, height=sizes.height, width=sizes.width)
-    print(f"bf16 conv3d against fp32: {error:.2g} off; cuDNN {torch.backends.cudnn.version()}")
+    for height, width in ((sizes.height, sizes.width), (sizes.train_side, sizes.train_side)):
+        error = check_conv3d(DEVICE, height=height, width=width)
+        print(f"bf16 conv3d at {height} × {width}: {error:.2g} off fp32; cuDNN {torch.backends.cudnn.version()}")
     print(f"fp32 convolutions in TF32: {torch.backends.cudnn.allow_tf32}")
     if sizes.only != "training":
         inference(sizes)

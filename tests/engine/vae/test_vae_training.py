@@ -67,7 +67,9 @@ def test_the_discriminator_learns_first_and_what_takes_no_part_never_moves(strai
     start, warm, end = (weights_of(straight, step) for step in (0, 2, 6))
     critics = {name for name in start if name.startswith("discriminator.")}
     balanced = {"discriminator.layers.11.bias"}  # the hinges' gradients cancel while all logits are within the margins
-    assert critics - balanced <= moved(start, warm) <= critics, "the VideoVAE is frozen while the discriminator warms up"
+    assert critics - balanced <= moved(start, warm) <= critics, (
+        "the VideoVAE is frozen while the discriminator warms up"
+    )
     assert start.keys() - moved(warm, end) - balanced == UNUSED, "six parameters have no place in the computation"
     moments = state_of(straight, 6)
     assert not any(moments[f"{name}/{kind}"].any() for name in UNUSED for kind in ("exp_avg", "exp_avg_sq"))
