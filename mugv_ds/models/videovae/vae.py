@@ -261,18 +261,18 @@ class VideoVAE(nn.Module):
 
         The features of a lone frame are repeated eight times.
         """
-        frame_f3HW = video[unit.clip, :, unit.start : unit.stop].transpose(0, 1).to(self.logvar)
+        frame_f3HW = video[unit.clip, :, unit.start : unit.stop].transpose(0, 1).to(self.logvar).contiguous()
         feature_fDhw = torch.cat([self.spatial_vae.encode(part) for part in frame_f3HW.split(frames_at_once)])
         if len(feature_fDhw) == 1:
             feature_fDhw = feature_fDhw.expand(LATENT_STRIDE, -1, -1, -1)
-        moment_1C1hw = self.temporal_vae.encode(feature_fDhw.transpose(0, 1)[None])
+        moment_1C1hw = self.temporal_vae.encode(feature_fDhw.transpose(0, 1)[None].contiguous())
         return moment_1C1hw[0, :, 0]
 
     def decode_unit(self, latent: Tensor, unit: Unit) -> Tensor:
         """Returns the features [8n, D, h, w] of a window; normalised latent [B, C, T, h, w] as checked."""
         latent_1Cnhw = latent[unit.clip, None, :, unit.start : unit.stop].to(self.scale.device, torch.float32)
         z_1Cnhw = latent_1Cnhw * self.scale.float() + self.shift.float()
-        return self.temporal_vae.decode(z_1Cnhw.to(self.logvar.dtype))[0].transpose(0, 1)
+        return self.temporal_vae.decode(z_1Cnhw.to(self.logvar.dtype).contiguous())[0].transpose(0, 1).contiguous()
 
     def decode_features(self, feature_fDhw: Tensor) -> Tensor:
         """Returns the frames [f, 3, H, W] in fp32 of a few features, which are independent of one another."""

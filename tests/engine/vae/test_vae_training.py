@@ -14,6 +14,7 @@ from mugv_ds.config.vae_schema import VaeTrainConfig
 from mugv_ds.data.clips import ClipData
 from mugv_ds.models.videovae import UNUSED_PARAMETERS
 from mugv_ds.weights.videovae import load_video_vae
+from tests.helpers.saved import write_checkpoint
 from tests.helpers.vae import TINY, VaeRun, train_vae, without_onednn, write_vae_config, write_videos
 from tools.convert_vae import main as convert
 
@@ -184,6 +185,12 @@ def test_an_export_is_a_vae_pt_whose_latents_are_normalised(tmp_path, straight, 
     drawn = torch.cat([vae.encode(video, sample=True) for _ in range(10)]).transpose(0, 1).flatten(1)
     torch.testing.assert_close(drawn.mean(dim=1), torch.zeros(24), atol=0.1, rtol=0)
     torch.testing.assert_close(drawn.std(dim=1), torch.ones(24), atol=0.1, rtol=0)
+
+
+def test_a_checkpoint_of_the_dit_is_no_videovae(tmp_path, capsys):
+    write_checkpoint(tmp_path / "dit", 1, [("start_token", torch.zeros(4))])
+    assert convert(["--ckpt", str(tmp_path / "dit"), "--out", str(tmp_path / "out")]) == 2
+    assert "it is of another kind of run" in capsys.readouterr().err
 
 
 def test_an_export_can_keep_the_shift_and_scale_of_another(tmp_path, straight):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mugv_ds.config.text_encoder import read_text_encoder
+from mugv_ds.data.clips import ClipIndex
 from mugv_ds.data.manifest import Index, open_index
 from mugv_ds.data.sample import Sample, read_row, read_text
 from mugv_ds.data.video import read_mp4
@@ -169,6 +170,13 @@ def test_the_clips_of_train_and_val_are_there_as_videos(folder, samples):
     assert sorted(path.stem for path in (folder / "videos").iterdir()) == sorted(names)
     frames, fps = read_mp4(folder / "videos" / f"{names[-1]}.mp4")
     assert frames.shape == (16, 48, 48, 3) and fps == 8
+
+
+def test_the_videos_are_listed_for_the_videovae(folder):
+    for name, rows in (("vae_train", SIZES.train), ("vae_val", SIZES.val)):
+        index = ClipIndex.read(folder / f"{name}.csv")
+        assert len(index) == rows and set(index.frames.tolist()) == {16}
+        assert index.read_frames(rows - 1, 0, 16).shape == (16, 48, 48, 3)
 
 
 def directions(samples: list[Sample], codec: LinearCodec) -> list[str | None]:
