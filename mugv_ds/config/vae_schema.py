@@ -60,7 +60,9 @@ class VaeModelSection(Section):
         "again.",
     )
     channels_last: bool = Field(
-        False, description="Lay activations out with the channels last, which some convolutions are faster with."
+        False,
+        description="Lay activations out with the channels last. Measured slower on an H200 in fp32 "
+        "(docs/performance.md); other devices and versions may differ.",
     )
 
     @property
