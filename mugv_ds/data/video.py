@@ -9,7 +9,8 @@ import math
 import re
 import struct
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -32,6 +33,9 @@ _GIF_SIDE, _GIF_FPS = 320, 16.0
 # several times as long as converting a small frame.
 _THREADS = 1
 _SHEET_FRAME_WIDTH = 128  # frames of small videos are enlarged to about this many pixels
+_SHEET_LARGEST = 320  # and those of large ones made smaller to this many, on their longer side
+_SHEET_FRAMES = 6
+_SHEET_CAPTION = 500  # characters
 _SHEET_GAP = 4
 _FONT_SIZE = 13
 _SMALLEST_IMAGE = 8  # pixels a side
@@ -106,18 +110,50 @@ def read_mp4(path: str | Path) -> tuple[np.ndarray, float]:
         FileNotFoundError: there is no such file.
         ValueError: the file cannot be decoded as video.
     """
+    with _opened(path) as (container, stream):
+        frames = [frame.to_ndarray(format="rgb24", threads=_THREADS) for frame in container.decode(stream)]
+        rate = stream.average_rate
+    if not frames or not rate:
+        raise ValueError(f"{path}: its video stream holds no frames")
+    return np.stack(frames), float(rate)
+
+
+def read_some_frames(path: str | Path, count: int = _SHEET_FRAMES) -> np.ndarray:
+    """Reads frames of a video file, evenly spaced from the first to the last; no others are held.
+
+    Returns:
+        uint8 RGB [count, H, W, 3]; a video with fewer frames repeats some.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: the file cannot be decoded as video.
+    """
+    with _opened(path) as (container, stream):
+        wanted = spaced(stream.frames, count) if stream.frames else [0]
+        kept = {
+            number: frame.to_ndarray(format="rgb24", threads=_THREADS)
+            for number, frame in enumerate(container.decode(stream))
+            if number in wanted
+        }
+    if not kept.keys() >= {*wanted}:
+        raise ValueError(f"{path}: its video stream does not hold the {stream.frames} frames that it claims")
+    return np.stack([kept[number] for number in wanted])
+
+
+def spaced(frames: int, count: int) -> list[int]:
+    """Returns `count` of the numbers from 0 to frames − 1, evenly spaced from the first to the last."""
+    return np.linspace(0, frames - 1, count).round().astype(int).tolist()
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[tuple]:
+    """Opens a video file: the container, and its first video stream. What cannot be decoded is a ValueError."""
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise ValueError(f"{path}: holds no video stream")
-            stream = container.streams.video[0]
-            frames = [frame.to_ndarray(format="rgb24", threads=_THREADS) for frame in container.decode(stream)]
-            rate = stream.average_rate
-    except av.error.InvalidDataError as error:
+            yield container, container.streams.video[0]
+    except (av.error.InvalidDataError, av.error.EOFError) as error:
         raise ValueError(f"{path}: not a readable video ({error.strerror})") from error
-    if not frames or not rate:
-        raise ValueError(f"{path}: its video stream holds no frames")
-    return np.stack(frames), float(rate)
 
 
 def to_frames(video: Tensor) -> Tensor:
@@ -148,21 +184,23 @@ def encode_gif(frames: np.ndarray, fps: float) -> bytes:
     return file.getvalue()
 
 
-def contact_sheet(path: str | Path, videos: Sequence[tuple[str, np.ndarray]], frames_per_video: int = 6) -> None:
+def contact_sheet(
+    path: str | Path, videos: Iterable[tuple[str, np.ndarray]], frames_per_video: int = _SHEET_FRAMES
+) -> None:
     """Writes a PNG with one row a video: the caption, and below it frames evenly spaced from the first to the last.
 
     Args:
         path: file to write.
-        videos: (caption, uint8 RGB frames [F, H, W, 3]) pairs; sizes may differ. Small frames are enlarged by a whole
-            factor without smoothing.
+        videos: (caption, uint8 RGB frames [F, H, W, 3]) pairs, of which one is held at a time; sizes may differ. Small
+            frames are enlarged by a whole factor without smoothing, large ones are made smaller.
         frames_per_video: frames in a row; a video with fewer frames repeats some.
 
     Raises:
         ValueError: there are no videos.
     """
-    if not videos:
-        raise ValueError(f"{path}: a contact sheet needs at least one video")
     rows = [_sheet_row(caption, frames, frames_per_video) for caption, frames in videos]
+    if not rows:
+        raise ValueError(f"{path}: a contact sheet needs at least one video")
     sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
     top = 0
     for row in rows:
@@ -173,19 +211,21 @@ def contact_sheet(path: str | Path, videos: Sequence[tuple[str, np.ndarray]], fr
 
 def _sheet_row(caption: str, frames: np.ndarray, count: int) -> Image.Image:
     """Draws one row of a contact sheet."""
-    picked = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
+    picked = frames[spaced(len(frames), count)]
     zoom = max(1, _SHEET_FRAME_WIDTH // frames.shape[2])
-    height, width = frames.shape[1] * zoom, frames.shape[2] * zoom
+    smaller = max(1.0, max(frames.shape[1:3]) / _SHEET_LARGEST)
+    height, width = (max(round(side * zoom / smaller), 1) for side in frames.shape[1:3])
+    resampling = Image.Resampling.BOX if smaller > 1 else Image.Resampling.NEAREST
     row_width = count * (width + _SHEET_GAP) + _SHEET_GAP
     # The default font is about half as wide as it is high.
-    text = "\n".join(textwrap.wrap(caption, max(8, 2 * (row_width - 2 * _SHEET_GAP) // _FONT_SIZE)))
+    text = "\n".join(textwrap.wrap(caption[:_SHEET_CAPTION], max(8, 2 * (row_width - 2 * _SHEET_GAP) // _FONT_SIZE)))
     text_height = (text.count("\n") + 1) * (_FONT_SIZE + 5) + _SHEET_GAP
 
     row = Image.new("RGB", (row_width, text_height + height + _SHEET_GAP), "white")
     font = ImageFont.load_default(size=_FONT_SIZE)
     ImageDraw.Draw(row).multiline_text((_SHEET_GAP, _SHEET_GAP), text, fill="black", font=font)
     for index, frame in enumerate(picked):
-        image = Image.fromarray(frame).resize((width, height), Image.Resampling.NEAREST)
+        image = Image.fromarray(frame).resize((width, height), resampling)
         row.paste(image, (_SHEET_GAP + index * (width + _SHEET_GAP), text_height))
     return row
 

@@ -205,7 +205,7 @@ class HashTextEncoder:
         for row, text in enumerate(texts):
             words = re.findall(r"\w+", text.lower())
             if not 1 <= len(words) <= self.max_tokens:
-                raise InputError(f"text must have 1 to {self.max_tokens} words, got {len(words)}: {text!r}")
+                raise InputError(f"text must have 1 to {self.max_tokens} words, got {len(words)}: {text[:80]!r}")
             vectors = torch.stack([_word_vector(word, self.channels) for word in words])
             features_BLC[row, : len(words)] = vectors + self._positions[: len(words)]
             mask_BL[row, : len(words)] = True
@@ -247,6 +247,21 @@ def load_text_encoder(
         device_map=device_map,
         offload_folder=offload_folder,
     )
+
+
+def encoder_files(source: str | Path, revision: str | None = None) -> list[Path]:
+    """Returns the files that a T5 encoder is read from, by name, without reading them.
+
+    Args:
+        source, revision: see `T5TextEncoder`.
+
+    Raises:
+        InputError: there is no such folder, and the hub's cache has no such name.
+    """
+    name = _checked_source(source, revision)
+    with _named(name):
+        folder = _folder_of(name, revision)
+    return sorted(path for path in folder.iterdir() if path.suffix in (".json", ".model", ".safetensors"))
 
 
 def save_features(path: str | Path, y: Tensor, mask: Tensor) -> None:
