@@ -9,7 +9,7 @@ LATENT_CHANNELS = 24
 LATENT_STRIDE = 8  # pixels along height and width, and frames along time, that one latent element covers
 MAX_LATENT_SIDE = 768  # latent elements along height or width that the published position tables reach to
 
-_MAX_DEPTH, _MAX_WIDTH = 1 << 12, 1 << 20
+_MAX_DEPTH, _MAX_WIDTH = 1 << 10, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class DiTConfig:
         for field in fields(self):
             size, most = getattr(self, field.name), _MAX_DEPTH if field.name == "depth" else _MAX_WIDTH
             if type(size) is not int or size < 1:
-                raise ConfigError(f"model.{field.name} = {size!r}: must be at least 1")
+                raise ConfigError(f"model.{field.name} = {size!r}: must be at least 1, and whole")
             if size > most:
                 raise ConfigError(f"model.{field.name} = {size}: must be at most {most:,}")
         if self.hidden_size != self.num_heads * HEAD_DIM:

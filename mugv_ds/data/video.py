@@ -9,6 +9,7 @@ import math
 import re
 import struct
 import textwrap
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -39,6 +40,7 @@ _SHEET_CAPTION = 500  # characters
 _SHEET_GAP = 4
 _FONT_SIZE = 13
 _SMALLEST_IMAGE = 8  # pixels a side
+_MOST_PIXELS = 1 << 26  # of an image; it is read in a second and 400 MB
 _MOST_CROPPED = 64  # times the area of a video's frame, to which an image may have to be scaled
 
 
@@ -240,13 +242,19 @@ def read_image(path: str | Path, height: int, width: int) -> Tensor:
         float32 [3, height, width] in [−1, 1].
 
     Raises:
-        InputError: the file is not an image, has fewer than 8 pixels a side, or is so narrow that scaled it would be
+        InputError: the file is not an image, has fewer than 8 pixels a side or more than 2**26, or is so narrow that scaled it would be
             more than 64 times as large as the video's frames. OSError: it is missing, or the file system failed.
     """
     try:
-        with open_regular(path) as file, Image.open(file) as image:
+        with open_regular(path) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged EXIF data, and of sizes that are refused here
+            image = Image.open(file)
+            if image.width * image.height > _MOST_PIXELS:
+                raise ValueError(f"{image.width}×{image.height} pixels are more than {_MOST_PIXELS:,}; make it smaller")
             rgb = _over_white(ImageOps.exif_transpose(image))
-    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError, struct.error) as error:
+    except UnidentifiedImageError:
+        raise InputError(f"{path}: not a readable image: of no format that Pillow knows") from None
+    except (Image.DecompressionBombError, SyntaxError, ValueError, struct.error) as error:
         raise InputError(f"{path}: not a readable image: {error}") from error
     if min(rgb.size) < _SMALLEST_IMAGE:
         raise InputError(f"{path}: an image of {rgb.width}×{rgb.height} pixels; give one of at least 8×8")
@@ -262,7 +270,15 @@ def read_image(path: str | Path, height: int, width: int) -> Tensor:
 
 
 def _over_white(image: Image.Image) -> Image.Image:
-    """Returns the image in RGB, what is transparent in white."""
+    """Returns the image in RGB, what is transparent in white; 16 bits become 8, which Pillow would clip them to.
+
+    Raises:
+        ValueError: its numbers have no agreed range.
+    """
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("it has 32 bits a pixel in one channel; give 8 or 16")
     if not image.has_transparency_data:
         return image.convert("RGB")
     rgba = image.convert("RGBA")

@@ -33,6 +33,7 @@ PROMPT_SUFFIX = " aesthetic score: 6.0."
 PUBLISHED_T5 = ("DeepFloyd/t5-v1_1-xxl", "23ed28cddf2348992461bcda9922f53e8c8d4d59")
 MAX_TOKENS = 300  # of the published features
 
+_MAX_LAYERS, _MAX_WIDTH = 1 << 10, 1 << 20  # beyond any use
 _T5_FAMILY = ("t5", "mt5", "umt5")
 _POSITION_SCALE = 0.1  # positions tell word orders apart and must not drown the words
 
@@ -304,11 +305,9 @@ def _folder_of(name: str, revision: str | None) -> Path:
 @contextmanager
 def _named(name: str) -> Iterator[None]:
     """Turns what transformers raises of a bad folder into one line."""
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # tokenizers raises nothing narrower
         reason = " ".join(str(error).split())[:300]
         raise InputError(
             f"{name}: is not a T5 encoder with safetensors that is here whole, and nothing is downloaded (`hf download "
@@ -324,6 +323,10 @@ def _read_config(name: str, revision: str | None):
         config = AutoConfig.from_pretrained(name, **_local(revision))
     if config.model_type not in _T5_FAMILY:
         raise InputError(f"{name}: a {config.model_type} model, expected one of {', '.join(_T5_FAMILY)}")
+    for size in ("num_layers", "num_heads", "d_model", "d_kv", "d_ff", "vocab_size"):
+        value, most = getattr(config, size), _MAX_LAYERS if size == "num_layers" else _MAX_WIDTH
+        if type(value) is not int or not 1 <= value <= most:
+            raise InputError(f"{name}: config.json: {size} = {value!r}: must be whole, from 1 to {most:,}")
     return config
 
 

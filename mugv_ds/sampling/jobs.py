@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,10 +86,10 @@ def _csv_rows(path: Path, text: str, seed: int, image: Path | None) -> list[tupl
         prompt, own_image, own_seed = (row.get(name, "").strip() for name in _COLUMNS)
         if len(cells) > len(columns) or not prompt:
             raise InputError(f"{path}, row {number}: must have a prompt, and no more cells than the header")
-        if own_seed and not (
-            own_seed.isascii() and own_seed.isdigit() and len(own_seed) < 20 and int(own_seed) < _MAX_SEED
-        ):
-            raise InputError(f"{path}, row {number}: seed {own_seed[:80]!r} must be a whole number from 0, below 2**63")
+        if own_seed and not re.fullmatch("[0-9]{1,18}", own_seed):
+            raise InputError(
+                f"{path}, row {number}: seed {own_seed[:80]!r} must be a whole number from 0, of at most 18 digits"
+            )
         found.append((prompt, path.parent / own_image if own_image else image, int(own_seed) if own_seed else seed))
     return found
 

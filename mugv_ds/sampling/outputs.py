@@ -201,10 +201,6 @@ def _check_latent(path: Path, latent: Tensor | None, image: Tensor | None, made:
     if not isinstance(settings, dict):
         raise InputError(f"{path}: what made it must be a JSON object, and so must its settings")
     frames, fps = settings.get("frames", LATENT_STRIDE * shape[1]), settings.get("output_fps", 1.0)
-    if (
-        type(frames) is not int
-        or -(-frames // LATENT_STRIDE) != shape[1]
-        or type(fps) not in (int, float)
-        or not fps > 0
-    ):
+    fits = type(frames) is int and -(-frames // LATENT_STRIDE) == shape[1]
+    if not fits or type(fps) not in (int, float) or not fps > 0:
         raise InputError(f"{path}: {shape[1]} latent frames, and settings of {frames} frames at {fps} a second")
