@@ -34,7 +34,7 @@ from mugv_ds.prepare.demo.sets import demo_prompts
 from mugv_ds.sampling.jobs import Job, make_jobs, read_jobs
 from mugv_ds.sampling.outputs import Outputs, read_latent_file, write_video
 from mugv_ds.sampling.run import Conditions, Denoiser, Sampling, Workers, write_contact_sheet
-from mugv_ds.sampling.settings import LENGTHS, SIZES, SamplingSettings
+from mugv_ds.sampling.settings import FPS_LIMITS, LENGTHS, SIZES, SamplingSettings
 from mugv_ds.sampling.stages import Codec, TextEncoder, video_parts
 from mugv_ds.weights.base import check_weights
 from mugv_ds.weights.codec import load_codec, read_codec_sizes
@@ -127,6 +127,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
     if args.max_text_tokens is not None and not 2 <= args.max_text_tokens <= _MAX_TEXT_TOKENS:
         parser.error(f"--max-text-tokens {args.max_text_tokens}: must be 2 to {_MAX_TEXT_TOKENS}")
+    if args.text_device not in (None, "auto") and not _is_device(args.text_device):
+        parser.error(f"--text-device {args.text_device}: must be auto, cpu, or a GPU that is here, such as cuda:0")
     if not args.decode_only and not (args.weights and args.text_encoder):
         parser.error("--weights and --text-encoder are needed to sample")
     sides = [side is not None for side in (args.height, args.width)]
@@ -137,6 +139,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.first_block_cache is not None and args.pipeline > 1:
         parser.error("--first-block-cache takes all blocks on one device; leave out --pipeline")
     return args
+
+
+def _is_device(name: str) -> bool:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):  # torch knows no such name, or is built without it
+        return False
+    return torch.device(name).type != "meta"
 
 
 def settings_of(args: argparse.Namespace) -> SamplingSettings:
@@ -395,8 +405,8 @@ def decode_only(args: argparse.Namespace) -> int:
     """Makes videos of saved latents."""
     if (given_world_size() or 1) > 1:
         raise InputError("--decode-only: runs in one process; start it without torchrun or deepspeed")
-    if args.output_fps is not None and not args.output_fps > 0:
-        raise InputError(f"output_fps {args.output_fps:g}: must be positive")
+    if args.output_fps is not None and not FPS_LIMITS[0] <= args.output_fps <= FPS_LIMITS[1]:
+        raise InputError(f"output_fps {args.output_fps:g}: must be {FPS_LIMITS[0]:g} to {FPS_LIMITS[1]:g}")
     names = [path.name.removesuffix(".safetensors").removesuffix(".latent") for path in args.decode_only]
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"--decode-only: several files would become {twice[0]}.mp4; decode them to different folders")

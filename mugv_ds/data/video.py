@@ -242,8 +242,9 @@ def read_image(path: str | Path, height: int, width: int) -> Tensor:
         float32 [3, height, width] in [−1, 1].
 
     Raises:
-        InputError: the file is not an image, has fewer than 8 pixels a side or more than 2**26, or is so narrow that scaled it would be
-            more than 64 times as large as the video's frames. OSError: it is missing, or the file system failed.
+        InputError: the file is not an image, has fewer than 8 pixels a side or more than 2**26, or is so narrow that
+            scaled it would be more than 64 times as large as the video's frames. OSError: it is missing, or the file
+            system failed.
     """
     try:
         with open_regular(path) as file, warnings.catch_warnings():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mugv_ds.config.errors import InputError
+from mugv_ds.config.regular_file import open_regular
 from mugv_ds.config.text_encoder import TextEncoderInfo
 from mugv_ds.models.t5_fingerprint import t5_fingerprint
 
@@ -251,18 +252,21 @@ def load_text_encoder(
 
 
 def encoder_files(source: str | Path, revision: str | None = None) -> list[Path]:
-    """Returns the files that a T5 encoder is read from, by name, without reading them.
+    """Returns the files that a T5 encoder is read from, by name; none is read, but each can be opened.
 
     Args:
         source, revision: see `T5TextEncoder`.
 
     Raises:
-        InputError: there is no such folder, and the hub's cache has no such name.
+        InputError: there is no such folder, and the hub's cache has no such name, or one of the files is no file.
     """
     name = _checked_source(source, revision)
     with _named(name):
         folder = _folder_of(name, revision)
-    return sorted(path for path in folder.iterdir() if path.suffix in (".json", ".model", ".safetensors"))
+        files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".model", ".safetensors"))
+        for path in files:
+            open_regular(path).close()
+    return files
 
 
 def save_features(path: str | Path, y: Tensor, mask: Tensor) -> None:

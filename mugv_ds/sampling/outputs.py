@@ -19,6 +19,7 @@ from mugv_ds.config.regular_file import open_regular, read_text_file
 from mugv_ds.data.video import write_mp4_parts
 from mugv_ds.files.atomic import write_atomically
 from mugv_ds.sampling.jobs import Job
+from mugv_ds.sampling.settings import FPS_LIMITS
 
 LATENT_SUFFIX = ".latent.safetensors"
 _MAX_JSON_BYTES = 1 << 22
@@ -202,5 +203,5 @@ def _check_latent(path: Path, latent: Tensor | None, image: Tensor | None, made:
         raise InputError(f"{path}: what made it must be a JSON object, and so must its settings")
     frames, fps = settings.get("frames", LATENT_STRIDE * shape[1]), settings.get("output_fps", 1.0)
     fits = type(frames) is int and -(-frames // LATENT_STRIDE) == shape[1]
-    if not fits or type(fps) not in (int, float) or not fps > 0:
+    if not fits or type(fps) not in (int, float) or not FPS_LIMITS[0] <= fps <= FPS_LIMITS[1]:
         raise InputError(f"{path}: {shape[1]} latent frames, and settings of {frames} frames at {fps} a second")
