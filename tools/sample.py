@@ -32,7 +32,7 @@ from mugv_ds.parallel.layout import Layout
 from mugv_ds.plan.sampling import describe_stages, describe_text_encoder
 from mugv_ds.prepare.demo.sets import demo_prompts
 from mugv_ds.sampling.jobs import Job, make_jobs, read_jobs
-from mugv_ds.sampling.outputs import Outputs, read_latent_file, write_video
+from mugv_ds.sampling.outputs import Outputs, files_named, read_latent_file, write_video
 from mugv_ds.sampling.run import Conditions, Denoiser, Sampling, Workers, write_contact_sheet
 from mugv_ds.sampling.settings import FPS_LIMITS, LENGTHS, SIZES, SamplingSettings
 from mugv_ds.sampling.stages import Codec, TextEncoder, video_parts
@@ -54,10 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
 
     def command() -> int:
-        try:
+        with files_named(args.out):
             return decode_only(args) if args.decode_only else sample(args)
-        except OSError as error:
-            raise InputError(f"{error.filename or args.out}: {error.strerror or error}") from error
 
     return exit_status(command)
 
@@ -194,7 +192,8 @@ def sample(args: argparse.Namespace) -> int:
     def prepare() -> dict[str, Any]:
         print("\n".join(plan(args, settings, jobs, layout, dtype)), flush=True)
         check_weights(PublishedWeights(args.weights), read_dit_config(args.weights))
-        return {"models": provenance(args, settings, dtype), "images": images_of(jobs)}
+        with files_named(args.out):
+            return {"models": provenance(args, settings, dtype), "images": images_of(jobs)}
 
     prepared = workers.first(prepare)
     made, images = prepared["models"], prepared["images"]

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,19 @@ LATENT_SUFFIX = ".latent.safetensors"
 _MAX_JSON_BYTES = 1 << 22
 _MAX_LATENT_BYTES = 1 << 33
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@contextmanager
+def files_named(folder: Path) -> Iterator[None]:
+    """Turns what the file system says into one line: it names the file, or the folder where it names none.
+
+    Raises:
+        InputError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{error.filename or folder}: {error.strerror or error}") from error
 
 
 @dataclass(frozen=True)

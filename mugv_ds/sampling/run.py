@@ -27,7 +27,7 @@ from mugv_ds.files.atomic import write_atomically
 from mugv_ds.models import reuse
 from mugv_ds.parallel.guidance import GuidancePair
 from mugv_ds.sampling.jobs import Job
-from mugv_ds.sampling.outputs import LATENT_SUFFIX, Outputs, read_latent_file
+from mugv_ds.sampling.outputs import LATENT_SUFFIX, Outputs, files_named, read_latent_file
 from mugv_ds.sampling.sampler import Model
 from mugv_ds.sampling.settings import SamplingSettings
 from mugv_ds.sampling.stages import (
@@ -216,7 +216,7 @@ class Sampling:
             InputError: something that was given cannot be used.
         """
         workers, timer = self._workers, Timer(self._device)
-        finished, sampled = workers.first(lambda: self._there(jobs))
+        finished, sampled = map(set, workers.first(lambda: self._there(jobs)))
         pending = [job for job in jobs if job.number not in finished]
         unsampled = [job for job in pending if job.number not in sampled]
         if unsampled:
@@ -234,11 +234,13 @@ class Sampling:
 
     def _there(self, jobs: Sequence[Job]) -> tuple[list[int], list[int]]:
         """Returns the numbers of the videos that are finished, and of those others whose latents are there."""
-        finished = [job.number for job in jobs if self._outputs.finished(job)]
-        return finished, [job.number for job in jobs if job.number not in finished and self._outputs.has_latent(job)]
+        finished = {job.number for job in jobs if self._outputs.finished(job)}
+        sampled = [job.number for job in jobs if job.number not in finished and self._outputs.has_latent(job)]
+        return sorted(finished), sampled
 
     def _encode(self, jobs: Sequence[Job]) -> None:
-        self._conditions.encode(jobs, self._settings, self._loaders, self._device)
+        with files_named(self._outputs.folder):
+            self._conditions.encode(jobs, self._settings, self._loaders, self._device)
 
     def _sample(self, batches: Sequence[Sequence[Job]]) -> None:
         """Samples and saves the latents of this replica's videos."""
