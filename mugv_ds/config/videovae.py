@@ -39,7 +39,7 @@ class VideoVAEConfig:
             most = _MAX_BLOCKS if name in ("layers_per_block", "temporal_res_blocks") else _MAX_WIDTH
             sizes = value if name == "block_out_channels" else (value,)
             if not all(type(size) is int and 1 <= size <= most for size in sizes):
-                raise ConfigError(f"{name} = {value}: must be whole, from 1 to {most:,}")
+                raise ConfigError(f"{name} = {value}: must be at least 1, whole, and at most {most:,}")
         if any(width % self.norm_num_groups for width in self.block_out_channels):
             raise ConfigError(
                 f"block_out_channels = {self.block_out_channels}: must be multiples of norm_num_groups = "
