@@ -26,16 +26,17 @@ from mugv_ds.models.attention import BACKENDS
 from mugv_ds.models.choose_attention import fastest_masked_attention, named_attention
 from mugv_ds.models.compile import compile_blocks
 from mugv_ds.models.rope import patch_grid
-from mugv_ds.models.text import MAX_TOKENS, load_text_encoder
+from mugv_ds.models.text import MAX_TOKENS, HashTextEncoder, encoder_files, load_text_encoder
 from mugv_ds.models.videovae import VideoVAE, check_conv3d
 from mugv_ds.parallel.layout import Layout
 from mugv_ds.plan.sampling import describe_stages, describe_text_encoder
 from mugv_ds.prepare.demo.sets import demo_prompts
 from mugv_ds.sampling.jobs import Job, make_jobs, read_jobs
-from mugv_ds.sampling.outputs import Outputs, read_latent_file, write_video
+from mugv_ds.sampling.outputs import Outputs, files_named, read_latent_file, write_video
 from mugv_ds.sampling.run import Conditions, Denoiser, Sampling, Workers, write_contact_sheet
-from mugv_ds.sampling.settings import LENGTHS, SIZES, SamplingSettings
+from mugv_ds.sampling.settings import FPS_LIMITS, LENGTHS, SIZES, SamplingSettings
 from mugv_ds.sampling.stages import Codec, TextEncoder, video_parts
+from mugv_ds.weights.base import check_weights
 from mugv_ds.weights.codec import load_codec, read_codec_sizes
 from mugv_ds.weights.published import PublishedWeights, load_dit, read_dit_config
 from mugv_ds.weights.start import load_into
@@ -44,13 +45,19 @@ if TYPE_CHECKING:  # DeepSpeed is imported where several processes sample
     from mugv_ds.engine.process import Process
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_TIMEOUT_S = 1800.0
+_MAX_TEXT_TOKENS = 10_000
+_TIMEOUT_S = 4 * 3600.0  # for which replicas wait for one that has a video more, or a slower device
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status, 2 where an input cannot be used."""
     args = parse(argv)
-    return exit_status(lambda: decode_only(args) if args.decode_only else sample(args))
+
+    def command() -> int:
+        with files_named(args.out):
+            return decode_only(args) if args.decode_only else sample(args)
+
+    return exit_status(command)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -113,22 +120,36 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parallel.add_argument("--guidance-parallel", action="store_true", help="guidance's two branches side by side")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher gives it; it is in the environment too
     args = parser.parse_args(argv)
-    if args.batch < 1:
-        parser.error(f"--batch {args.batch}: must be at least 1")
+    for name in ("batch", "sequence", "pipeline"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
+    if args.max_text_tokens is not None and not 2 <= args.max_text_tokens <= _MAX_TEXT_TOKENS:
+        parser.error(f"--max-text-tokens {args.max_text_tokens}: must be 2 to {_MAX_TEXT_TOKENS}")
+    if args.text_device not in (None, "auto") and not _is_device(args.text_device):
+        parser.error(f"--text-device {args.text_device}: must be auto, cpu, or a GPU that is here, such as cuda:0")
     if not args.decode_only and not (args.weights and args.text_encoder):
         parser.error("--weights and --text-encoder are needed to sample")
-    if (args.size and (args.height or args.width)) or bool(args.height) != bool(args.width):
+    sides = [side is not None for side in (args.height, args.width)]
+    if (args.size and any(sides)) or any(sides) != all(sides):
         parser.error("give --size, or both --height and --width")
-    if args.length and args.frames:
+    if args.length and args.frames is not None:
         parser.error("give --length or --frames")
     if args.first_block_cache is not None and args.pipeline > 1:
         parser.error("--first-block-cache takes all blocks on one device; leave out --pipeline")
     return args
 
 
+def _is_device(name: str) -> bool:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):  # torch knows no such name, or is built without it
+        return False
+    return torch.device(name).type != "meta"
+
+
 def settings_of(args: argparse.Namespace) -> SamplingSettings:
     """Returns what the command line says of the videos; what it does not say is as published."""
-    height, width = (args.height, args.width) if args.height else SIZES[args.size or "16:9"]
+    height, width = SIZES[args.size or "16:9"] if args.height is None else (args.height, args.width)
     given = {
         "output_fps": args.output_fps,
         "prompt_suffix": args.prompt_suffix,
@@ -138,7 +159,7 @@ def settings_of(args: argparse.Namespace) -> SamplingSettings:
     return SamplingSettings(
         height=height,
         width=width,
-        frames=args.frames or LENGTHS[args.length or "5s"],
+        frames=LENGTHS[args.length or "5s"] if args.frames is None else args.frames,
         fps=args.fps,
         steps=args.steps,
         guidance=args.guidance,
@@ -167,10 +188,16 @@ def sample(args: argparse.Namespace) -> int:
     dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     workers = workers_of(process, args.guidance_parallel)
     layout = process.layout if process else Layout()
-    if workers.leads:
+
+    def prepare() -> dict[str, Any]:
         print("\n".join(plan(args, settings, jobs, layout, dtype)), flush=True)
-    made = provenance(args, settings, dtype)
-    outputs = Outputs(args.out, {job.name: made | of_job(job) for job in jobs}, overwrite=args.overwrite)
+        check_weights(PublishedWeights(args.weights), read_dit_config(args.weights))
+        with files_named(args.out):
+            return {"models": provenance(args, settings, dtype), "images": images_of(jobs)}
+
+    prepared = workers.first(prepare)
+    made, images = prepared["models"], prepared["images"]
+    outputs = Outputs(args.out, {job.name: made | of_job(job, images) for job in jobs}, overwrite=args.overwrite)
     conditions = Conditions(args.out, text_encoder=made["text_encoder"], codec=made["codec"])
     loaders = Loaders(args, settings, process, workers, device, dtype)
     timer = Sampling(settings, outputs, conditions, loaders, workers, device).run(jobs, args.batch)
@@ -191,8 +218,9 @@ def plan(
         f"({settings.orientation})"
     )
     yield "predicted peak of a device, beside what PyTorch and its libraries take:"
-    if Path(args.text_encoder).is_dir():
-        yield describe_text_encoder(Path(args.text_encoder), DTYPES[args.text_dtype].itemsize)
+    if args.text_encoder != "hash":
+        files = encoder_files(args.text_encoder, args.text_revision)
+        yield describe_text_encoder(files, DTYPES[args.text_dtype].itemsize)
     yield from describe_stages(
         read_dit_config(args.weights),
         read_codec_sizes(args.codec),
@@ -236,6 +264,7 @@ def workers_of(process: "Process | None", guidance_parallel: bool) -> Workers:
         leads=process.rank == 0,
         writes=stage == sequence == data % branches == 0,
         attempt=process.host.attempt,
+        first_then_all=process.host.first_then_all,
         first=process.host.first,
         pair=pair,
     )
@@ -317,7 +346,8 @@ class Loaders:
         return stage
 
     def decode(self) -> Callable[[Tensor], Iterator[Tensor]]:
-        codec = load_decoder(self._args.codec, self._dtype, self._device, self._settings.height, self._settings.width)
+        codec = load_codec(self._args.codec, dtype=self._dtype, device=self._device)
+        check_decoder(codec, self._dtype, self._device, *self._settings.latent_shape[2:])
         if not self._process or not isinstance(codec, VideoVAE):
             return codec.decode_windows
         from mugv_ds.parallel.codec import decode_windows_parallel
@@ -328,26 +358,29 @@ class Loaders:
         return partial(decode_windows_parallel, codec, group=group)
 
 
-def load_decoder(path: Path, dtype: torch.dtype, device: torch.device, height: int, width: int) -> Codec:
-    """Loads the codec to decode with; in bf16 the device is checked first."""
-    codec = load_codec(path, dtype=dtype, device=device)
+def check_decoder(codec: Codec, dtype: torch.dtype, device: torch.device, height: int, width: int) -> None:
+    """Checks, where it is a GPU, that the device computes a VideoVAE's bf16 right; for latents of these sides."""
     if isinstance(codec, VideoVAE) and dtype == torch.bfloat16 and device.type == "cuda":
-        check_conv3d(device, height=height, width=width, config=codec.config)
-    return codec
+        check_conv3d(device, height=8 * height, width=8 * width, config=codec.config)
 
 
 def provenance(args: argparse.Namespace, settings: SamplingSettings, dtype: torch.dtype) -> dict[str, Any]:
     """Returns what makes every video of the list, of JSON types."""
 
     def weights(path: Path) -> dict[str, str]:
-        return {"name": path.name, "fingerprint": fingerprint(PublishedWeights(path).files)}
+        return {"name": path.resolve().name, "fingerprint": fingerprint(PublishedWeights(path).files)}
 
+    if args.text_encoder == "hash":
+        text = HashTextEncoder(read_dit_config(args.weights).caption_channels, args.max_text_tokens).info.fingerprint
+    else:
+        text = fingerprint(encoder_files(args.text_encoder, args.text_revision))
     return {
         "settings": asdict(settings),
         "weights": weights(args.weights),
         "codec": weights(args.codec),
         "text_encoder": {
             "name": Path(args.text_encoder).name,
+            "fingerprint": text,
             "revision": args.text_revision,
             "dtype": args.text_dtype,
             "max_tokens": args.max_text_tokens,
@@ -356,31 +389,41 @@ def provenance(args: argparse.Namespace, settings: SamplingSettings, dtype: torc
     }
 
 
-def of_job(job: Job) -> dict[str, Any]:
-    """Returns what makes one video of the list, of JSON types."""
-    image = None
-    if job.image is not None:
-        try:
-            image = {"name": job.image.name, "fingerprint": fingerprint([job.image])}
-        except OSError as error:
-            raise InputError(f"{job.image}: {error.strerror}") from error
-    return {"prompt": job.prompt, "seed": job.seed, "draw": job.draw, "image": image}
+def images_of(jobs: Sequence[Job]) -> dict[str, dict[str, str]]:
+    """Returns by its path what each image of the list is, of JSON types."""
+    paths = dict.fromkeys(job.image for job in jobs if job.image is not None)
+    return {str(path): {"name": path.name, "fingerprint": fingerprint([path])} for path in paths}
+
+
+def of_job(job: Job, images: dict[str, dict[str, str]]) -> dict[str, Any]:
+    """Returns what makes one video of the list, of JSON types; `images` are those of `images_of`."""
+    return {"prompt": job.prompt, "seed": job.seed, "draw": job.draw, "image": images.get(str(job.image))}
 
 
 def decode_only(args: argparse.Namespace) -> int:
     """Makes videos of saved latents."""
+    if (given_world_size() or 1) > 1:
+        raise InputError("--decode-only: runs in one process; start it without torchrun or deepspeed")
+    if args.output_fps is not None and not FPS_LIMITS[0] <= args.output_fps <= FPS_LIMITS[1]:
+        raise InputError(f"output_fps {args.output_fps:g}: must be {FPS_LIMITS[0]:g} to {FPS_LIMITS[1]:g}")
+    names = [path.name.removesuffix(".safetensors").removesuffix(".latent") for path in args.decode_only]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"--decode-only: several files would become {twice[0]}.mp4; decode them to different folders")
+    for path in args.decode_only:
+        read_latent_file(path)  # so that a wrong one is found before any is decoded
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     args.out.mkdir(parents=True, exist_ok=True)
-    for path in args.decode_only:
+    codec = load_codec(args.codec, dtype=dtype, device=device)
+    checked = set()
+    for path, name in zip(args.decode_only, names, strict=True):
         saved = read_latent_file(path)
-        settings = saved.made.get("settings", {})
-        height, width = (8 * side for side in saved.latent.shape[2:])
-        decode = load_decoder(args.codec, dtype, device, height, width).decode_windows
-        still_first = int(settings.get("frames", 0)) % 8 == 1
-        parts = video_parts(decode, saved.latent.to(device), still_first=still_first, image=saved.image)
-        name = path.name.removesuffix(".safetensors").removesuffix(".latent")
-        fps = args.output_fps or float(settings.get("output_fps", SamplingSettings.output_fps))
+        if (size := tuple(saved.latent.shape[2:])) not in checked:
+            check_decoder(codec, dtype, device, *size)
+            checked.add(size)
+        latent = saved.latent.to(device)
+        parts = video_parts(codec.decode_windows, latent, still_first=saved.still_first, image=saved.image)
+        fps = args.output_fps or saved.output_fps or SamplingSettings.output_fps
         write_video(args.out / f"{name}.mp4", parts, fps)
         print(args.out / f"{name}.mp4", flush=True)
     return 0

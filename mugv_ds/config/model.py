@@ -9,6 +9,8 @@ LATENT_CHANNELS = 24
 LATENT_STRIDE = 8  # pixels along height and width, and frames along time, that one latent element covers
 MAX_LATENT_SIDE = 768  # latent elements along height or width that the published position tables reach to
 
+_MAX_DEPTH, _MAX_WIDTH = 1 << 10, 1 << 20
+
 
 @dataclass(frozen=True)
 class DiTConfig:
@@ -23,7 +25,7 @@ class DiTConfig:
         mlp_ratio: inner width of the feed-forward layer over `hidden_size`.
 
     Raises:
-        ConfigError: a size is not positive, or `hidden_size` is not `num_heads` × 72.
+        ConfigError: a size is not positive or beyond any use, or `hidden_size` is not `num_heads` × 72.
     """
 
     hidden_size: int
@@ -35,8 +37,11 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if getattr(self, field.name) < 1:
-                raise ConfigError(f"model.{field.name} = {getattr(self, field.name)}: must be at least 1")
+            size, most = getattr(self, field.name), _MAX_DEPTH if field.name == "depth" else _MAX_WIDTH
+            if type(size) is not int or size < 1:
+                raise ConfigError(f"model.{field.name} = {size!r}: must be at least 1, and whole")
+            if size > most:
+                raise ConfigError(f"model.{field.name} = {size}: must be at most {most:,}")
         if self.hidden_size != self.num_heads * HEAD_DIM:
             raise ConfigError(
                 f"model.hidden_size = {self.hidden_size}: must be num_heads × {HEAD_DIM} = {self.num_heads * HEAD_DIM}"

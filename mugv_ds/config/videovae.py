@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass
 
 from mugv_ds.config.errors import ConfigError
 
+_MAX_BLOCKS, _MAX_WIDTH = 64, 1 << 16
+
 
 @dataclass(frozen=True)
 class VideoVAEConfig:
@@ -18,7 +20,8 @@ class VideoVAEConfig:
         temporal_norm_groups: groups of the temporal half's norms.
 
     Raises:
-        ConfigError: a size is not positive, there are not four levels, or a width is no multiple of its groups.
+        ConfigError: a size is not positive or beyond any use, there are not four levels, or a width is no multiple of
+            its groups.
     """
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -29,11 +32,14 @@ class VideoVAEConfig:
     temporal_norm_groups: int = 32
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))  # which JSON has as a list
         if len(self.block_out_channels) != 4:
             raise ConfigError(f"block_out_channels = {self.block_out_channels}: must be four widths")
         for name, value in asdict(self).items():
-            if min(value if name == "block_out_channels" else (value,)) < 1:
-                raise ConfigError(f"{name} = {value}: must be at least 1")
+            most = _MAX_BLOCKS if name in ("layers_per_block", "temporal_res_blocks") else _MAX_WIDTH
+            sizes = value if name == "block_out_channels" else (value,)
+            if not all(type(size) is int and 1 <= size <= most for size in sizes):
+                raise ConfigError(f"{name} = {value}: must be at least 1, whole, and at most {most:,}")
         if any(width % self.norm_num_groups for width in self.block_out_channels):
             raise ConfigError(
                 f"block_out_channels = {self.block_out_channels}: must be multiples of norm_num_groups = "

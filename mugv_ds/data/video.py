@@ -9,7 +9,9 @@ import math
 import re
 import struct
 import textwrap
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -34,9 +36,13 @@ _GIF_SIDE, _GIF_FPS = 320, 16.0
 _THREADS = 1
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts"
 _SHEET_FRAME_WIDTH = 128  # frames of small videos are enlarged to about this many pixels
+_SHEET_LARGEST = 320  # and those of large ones made smaller to this many, on their longer side
+_SHEET_FRAMES = 6
+_SHEET_CAPTION = 500  # characters
 _SHEET_GAP = 4
 _FONT_SIZE = 13
 _SMALLEST_IMAGE = 8  # pixels a side
+_MOST_PIXELS = 1 << 26  # of an image; it is read in a second and 400 MB
 _MOST_CROPPED = 64  # times the area of a video's frame, to which an image may have to be scaled
 
 
@@ -108,18 +114,50 @@ def read_mp4(path: str | Path) -> tuple[np.ndarray, float]:
         FileNotFoundError: there is no such file.
         ValueError: the file cannot be decoded as video.
     """
+    with _opened(path) as (container, stream):
+        frames = [frame.to_ndarray(format="rgb24", threads=_THREADS) for frame in container.decode(stream)]
+        rate = stream.average_rate
+    if not frames or not rate:
+        raise ValueError(f"{path}: its video stream holds no frames")
+    return np.stack(frames), float(rate)
+
+
+def read_some_frames(path: str | Path, count: int = _SHEET_FRAMES) -> np.ndarray:
+    """Reads frames of a video file, evenly spaced from the first to the last; no others are held.
+
+    Returns:
+        uint8 RGB [count, H, W, 3]; a video with fewer frames repeats some.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: the file cannot be decoded as video.
+    """
+    with _opened(path) as (container, stream):
+        wanted = spaced(stream.frames, count) if stream.frames else [0]
+        kept = {
+            number: frame.to_ndarray(format="rgb24", threads=_THREADS)
+            for number, frame in enumerate(container.decode(stream))
+            if number in wanted
+        }
+    if not kept.keys() >= {*wanted}:
+        raise ValueError(f"{path}: its video stream does not hold the {stream.frames} frames that it claims")
+    return np.stack([kept[number] for number in wanted])
+
+
+def spaced(frames: int, count: int) -> list[int]:
+    """Returns `count` of the numbers from 0 to frames − 1, evenly spaced from the first to the last."""
+    return np.linspace(0, frames - 1, count).round().astype(int).tolist()
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[tuple]:
+    """Opens a video file: the container, and its first video stream. What cannot be decoded is a ValueError."""
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise ValueError(f"{path}: holds no video stream")
-            stream = container.streams.video[0]
-            frames = [frame.to_ndarray(format="rgb24", threads=_THREADS) for frame in container.decode(stream)]
-            rate = stream.average_rate
-    except av.error.InvalidDataError as error:
+            yield container, container.streams.video[0]
+    except (av.error.InvalidDataError, av.error.EOFError) as error:
         raise ValueError(f"{path}: not a readable video ({error.strerror})") from error
-    if not frames or not rate:
-        raise ValueError(f"{path}: its video stream holds no frames")
-    return np.stack(frames), float(rate)
 
 
 def read_clip(path: str | Path, start: int, count: int) -> np.ndarray:
@@ -194,21 +232,23 @@ def encode_gif(frames: np.ndarray, fps: float) -> bytes:
     return file.getvalue()
 
 
-def contact_sheet(path: str | Path, videos: Sequence[tuple[str, np.ndarray]], frames_per_video: int = 6) -> None:
+def contact_sheet(
+    path: str | Path, videos: Iterable[tuple[str, np.ndarray]], frames_per_video: int = _SHEET_FRAMES
+) -> None:
     """Writes a PNG with one row a video: the caption, and below it frames evenly spaced from the first to the last.
 
     Args:
         path: file to write.
-        videos: (caption, uint8 RGB frames [F, H, W, 3]) pairs; sizes may differ. Small frames are enlarged by a whole
-            factor without smoothing.
+        videos: (caption, uint8 RGB frames [F, H, W, 3]) pairs, of which one is held at a time; sizes may differ. Small
+            frames are enlarged by a whole factor without smoothing, large ones are made smaller.
         frames_per_video: frames in a row; a video with fewer frames repeats some.
 
     Raises:
         ValueError: there are no videos.
     """
-    if not videos:
-        raise ValueError(f"{path}: a contact sheet needs at least one video")
     rows = [_sheet_row(caption, frames, frames_per_video) for caption, frames in videos]
+    if not rows:
+        raise ValueError(f"{path}: a contact sheet needs at least one video")
     sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
     top = 0
     for row in rows:
@@ -219,19 +259,21 @@ def contact_sheet(path: str | Path, videos: Sequence[tuple[str, np.ndarray]], fr
 
 def _sheet_row(caption: str, frames: np.ndarray, count: int) -> Image.Image:
     """Draws one row of a contact sheet."""
-    picked = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
+    picked = frames[spaced(len(frames), count)]
     zoom = max(1, _SHEET_FRAME_WIDTH // frames.shape[2])
-    height, width = frames.shape[1] * zoom, frames.shape[2] * zoom
+    smaller = max(1.0, max(frames.shape[1:3]) / _SHEET_LARGEST)
+    height, width = (max(round(side * zoom / smaller), 1) for side in frames.shape[1:3])
+    resampling = Image.Resampling.BOX if smaller > 1 else Image.Resampling.NEAREST
     row_width = count * (width + _SHEET_GAP) + _SHEET_GAP
     # The default font is about half as wide as it is high.
-    text = "\n".join(textwrap.wrap(caption, max(8, 2 * (row_width - 2 * _SHEET_GAP) // _FONT_SIZE)))
+    text = "\n".join(textwrap.wrap(caption[:_SHEET_CAPTION], max(8, 2 * (row_width - 2 * _SHEET_GAP) // _FONT_SIZE)))
     text_height = (text.count("\n") + 1) * (_FONT_SIZE + 5) + _SHEET_GAP
 
     row = Image.new("RGB", (row_width, text_height + height + _SHEET_GAP), "white")
     font = ImageFont.load_default(size=_FONT_SIZE)
     ImageDraw.Draw(row).multiline_text((_SHEET_GAP, _SHEET_GAP), text, fill="black", font=font)
     for index, frame in enumerate(picked):
-        image = Image.fromarray(frame).resize((width, height), Image.Resampling.NEAREST)
+        image = Image.fromarray(frame).resize((width, height), resampling)
         row.paste(image, (_SHEET_GAP + index * (width + _SHEET_GAP), text_height))
     return row
 
@@ -246,13 +288,20 @@ def read_image(path: str | Path, height: int, width: int) -> Tensor:
         float32 [3, height, width] in [−1, 1].
 
     Raises:
-        InputError: the file is not an image, has fewer than 8 pixels a side, or is so narrow that scaled it would be
-            more than 64 times as large as the video's frames. OSError: it is missing, or the file system failed.
+        InputError: the file is not an image, has fewer than 8 pixels a side or more than 2**26, or is so narrow that
+            scaled it would be more than 64 times as large as the video's frames. OSError: it is missing, or the file
+            system failed.
     """
     try:
-        with open_regular(path) as file, Image.open(file) as image:
+        with open_regular(path) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged EXIF data, and of sizes that are refused here
+            image = Image.open(file)
+            if image.width * image.height > _MOST_PIXELS:
+                raise ValueError(f"{image.width}×{image.height} pixels are more than {_MOST_PIXELS:,}; make it smaller")
             rgb = _over_white(ImageOps.exif_transpose(image))
-    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError, struct.error) as error:
+    except UnidentifiedImageError:
+        raise InputError(f"{path}: not a readable image: of no format that Pillow knows") from None
+    except (Image.DecompressionBombError, SyntaxError, ValueError, struct.error) as error:
         raise InputError(f"{path}: not a readable image: {error}") from error
     if min(rgb.size) < _SMALLEST_IMAGE:
         raise InputError(f"{path}: an image of {rgb.width}×{rgb.height} pixels; give one of at least 8×8")
@@ -268,7 +317,15 @@ def read_image(path: str | Path, height: int, width: int) -> Tensor:
 
 
 def _over_white(image: Image.Image) -> Image.Image:
-    """Returns the image in RGB, what is transparent in white."""
+    """Returns the image in RGB, what is transparent in white; 16 bits become 8, which Pillow would clip them to.
+
+    Raises:
+        ValueError: its numbers have no agreed range.
+    """
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("it has 32 bits a pixel in one channel; give 8 or 16")
     if not image.has_transparency_data:
         return image.convert("RGB")
     rgba = image.convert("RGBA")

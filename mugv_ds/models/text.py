@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mugv_ds.config.errors import InputError
+from mugv_ds.config.regular_file import open_regular
 from mugv_ds.config.text_encoder import TextEncoderInfo
 from mugv_ds.models.t5_fingerprint import t5_fingerprint
 
@@ -33,6 +34,7 @@ PROMPT_SUFFIX = " aesthetic score: 6.0."
 PUBLISHED_T5 = ("DeepFloyd/t5-v1_1-xxl", "23ed28cddf2348992461bcda9922f53e8c8d4d59")
 MAX_TOKENS = 300  # of the published features
 
+_MAX_LAYERS, _MAX_WIDTH = 1 << 10, 1 << 20  # beyond any use
 _T5_FAMILY = ("t5", "mt5", "umt5")
 _POSITION_SCALE = 0.1  # positions tell word orders apart and must not drown the words
 
@@ -205,7 +207,7 @@ class HashTextEncoder:
         for row, text in enumerate(texts):
             words = re.findall(r"\w+", text.lower())
             if not 1 <= len(words) <= self.max_tokens:
-                raise InputError(f"text must have 1 to {self.max_tokens} words, got {len(words)}: {text!r}")
+                raise InputError(f"text must have 1 to {self.max_tokens} words, got {len(words)}: {text[:80]!r}")
             vectors = torch.stack([_word_vector(word, self.channels) for word in words])
             features_BLC[row, : len(words)] = vectors + self._positions[: len(words)]
             mask_BL[row, : len(words)] = True
@@ -249,6 +251,24 @@ def load_text_encoder(
     )
 
 
+def encoder_files(source: str | Path, revision: str | None = None) -> list[Path]:
+    """Returns the files that a T5 encoder is read from, by name; none is read, but each can be opened.
+
+    Args:
+        source, revision: see `T5TextEncoder`.
+
+    Raises:
+        InputError: there is no such folder, and the hub's cache has no such name, or one of the files is no file.
+    """
+    name = _checked_source(source, revision)
+    with _named(name):
+        folder = _folder_of(name, revision)
+        files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".model", ".safetensors"))
+        for path in files:
+            open_regular(path).close()
+    return files
+
+
 def save_features(path: str | Path, y: Tensor, mask: Tensor) -> None:
     """Writes one text's features in the published format, without the padding.
 
@@ -289,11 +309,9 @@ def _folder_of(name: str, revision: str | None) -> Path:
 @contextmanager
 def _named(name: str) -> Iterator[None]:
     """Turns what transformers raises of a bad folder into one line."""
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # tokenizers raises nothing narrower
         reason = " ".join(str(error).split())[:300]
         raise InputError(
             f"{name}: is not a T5 encoder with safetensors that is here whole, and nothing is downloaded (`hf download "
@@ -309,6 +327,10 @@ def _read_config(name: str, revision: str | None):
         config = AutoConfig.from_pretrained(name, **_local(revision))
     if config.model_type not in _T5_FAMILY:
         raise InputError(f"{name}: a {config.model_type} model, expected one of {', '.join(_T5_FAMILY)}")
+    for size in ("num_layers", "num_heads", "d_model", "d_kv", "d_ff", "vocab_size"):
+        value, most = getattr(config, size), _MAX_LAYERS if size == "num_layers" else _MAX_WIDTH
+        if type(value) is not int or not 1 <= value <= most:
+            raise InputError(f"{name}: config.json: {size} = {value!r}: must be whole, from 1 to {most:,}")
     return config
 
 

@@ -16,17 +16,17 @@ from mugv_ds.plan.describe import layer_parameters, vae_parameters
 from mugv_ds.plan.memory import GIB, predict_decoding, predict_encoding, predict_sampling
 
 
-def describe_text_encoder(folder: Path, itemsize: int) -> str:
+def describe_text_encoder(files: Iterable[Path], itemsize: int) -> str:
     """Returns a line with the memory of a T5's weights, by the headers of its safetensors.
 
     Args:
-        itemsize: bytes of an element, once they are loaded.
+        files: of the T5, see `models.text.encoder_files`. itemsize: bytes of an element, once they are loaded.
 
     Raises:
         InputError: a file cannot be read.
     """
     elements = 0
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in (path for path in files if path.suffix == ".safetensors"):
         try:
             with safe_open(path, "pt") as tensors:
                 elements += sum(_elements(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118

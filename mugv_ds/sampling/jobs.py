@@ -1,6 +1,8 @@
 """The videos that are asked for: prompts from the command line, a text file or a CSV."""
 
 import csv
+import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,9 +58,11 @@ def read_jobs(path: Path, *, seed: int, repeat: int = 1, image: Path | None = No
     Raises:
         InputError: the file cannot be read, is larger than 16 MiB, or has no prompts, or a row cannot be used.
     """
-    text = read_text_file(path, _MAX_BYTES)
+    text = read_text_file(path, _MAX_BYTES).removeprefix("\ufeff")  # which spreadsheets write
+    if "\0" in text:
+        raise InputError(f"{path}: has NUL characters; is it a text file in UTF-8?")
     if path.suffix.lower() != ".csv":
-        rows = [(line.strip(), image, seed) for line in text.splitlines() if line.strip()]
+        rows = [(line.strip(), image, seed) for line in io.StringIO(text, newline=None) if line.strip()]
     else:
         rows = _csv_rows(path, text, seed, image)
     if not rows:
@@ -67,19 +71,25 @@ def read_jobs(path: Path, *, seed: int, repeat: int = 1, image: Path | None = No
 
 
 def _csv_rows(path: Path, text: str, seed: int, image: Path | None) -> list[tuple[str, Path | None, int]]:
-    rows = csv.DictReader(text.splitlines(keepends=True))
-    unknown = [name for name in rows.fieldnames or () if name not in _COLUMNS]
-    if unknown or "prompt" not in (rows.fieldnames or ()):
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        columns, *rows = [cells for cells in lines if cells] or [[]]
+    except csv.Error as error:
+        raise InputError(f"{path}, line {lines.line_num}: not a CSV: {error}") from None
+    if "prompt" not in columns or set(columns) - set(_COLUMNS) or len(set(columns)) < len(columns):
         raise InputError(
-            f"{path}: its columns must be prompt and, if wanted, image and seed, not {', '.join(rows.fieldnames or [])}"
+            f"{path}: its columns must be prompt and, if wanted, image and seed, not {', '.join(columns)[:200]}"
         )
     found = []
-    for number, row in enumerate(rows, 2):
-        prompt, own_image, own_seed = ((row.get(name) or "").strip() for name in _COLUMNS)
-        if None in row or not prompt:
+    for number, cells in enumerate(rows, 2):
+        row = dict(zip(columns, cells, strict=False))
+        prompt, own_image, own_seed = (row.get(name, "").strip() for name in _COLUMNS)
+        if len(cells) > len(columns) or not prompt:
             raise InputError(f"{path}, row {number}: must have a prompt, and no more cells than the header")
-        if own_seed and not (own_seed.isascii() and own_seed.isdigit()):
-            raise InputError(f"{path}, row {number}: seed {own_seed!r} must be a whole number from 0")
+        if own_seed and not re.fullmatch("[0-9]{1,18}", own_seed):
+            raise InputError(
+                f"{path}, row {number}: seed {own_seed[:80]!r} must be a whole number from 0, of at most 18 digits"
+            )
         found.append((prompt, path.parent / own_image if own_image else image, int(own_seed) if own_seed else seed))
     return found
 
@@ -90,7 +100,18 @@ def _numbered(rows: Sequence[tuple[str, Path | None, int]], repeat: int) -> list
     for prompt, _, seed in rows:
         if not prompt.strip():
             raise InputError("a prompt is empty: say what the video shows")
+        if not _is_text(prompt):
+            raise InputError(f"prompt {prompt[:80]!a}: is not UTF-8 text")
         if not 0 <= seed < _MAX_SEED:
             raise InputError(f"seed {seed}: must be a whole number from 0, below 2**63")
     draws = [(row, draw) for row in rows for draw in range(repeat)]
     return [Job(number, prompt, seed, draw, image) for number, ((prompt, image, seed), draw) in enumerate(draws)]
+
+
+def _is_text(prompt: str) -> bool:
+    """Tells whether a prompt is text: bytes of a command line that are none come as surrogates."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,8 +1,9 @@
 """The files of sampled videos: latents, mp4 and a JSON of what made them; and what of them is there already."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,30 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mugv_ds.config.errors import InputError
-from mugv_ds.config.model import LATENT_CHANNELS, MAX_LATENT_SIDE
+from mugv_ds.config.model import LATENT_CHANNELS, LATENT_STRIDE, MAX_LATENT_SIDE
 from mugv_ds.config.regular_file import open_regular, read_text_file
 from mugv_ds.data.video import write_mp4_parts
 from mugv_ds.files.atomic import write_atomically
 from mugv_ds.sampling.jobs import Job
+from mugv_ds.sampling.settings import FPS_LIMITS
 
 LATENT_SUFFIX = ".latent.safetensors"
 _MAX_JSON_BYTES = 1 << 22
 _MAX_LATENT_BYTES = 1 << 33
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@contextmanager
+def files_named(folder: Path) -> Iterator[None]:
+    """Turns what the file system says into one line: it names the file, or the folder where it names none.
+
+    Raises:
+        InputError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{error.filename or folder}: {error.strerror or error}") from error
 
 
 @dataclass(frozen=True)
@@ -38,6 +54,16 @@ class SavedLatent:
     latent: Tensor
     image: np.ndarray | None
     made: dict[str, Any]
+
+    @property
+    def still_first(self) -> bool:
+        """Tells whether the first frame has a latent of its own, see `SamplingSettings.still_first`."""
+        return self.made.get("settings", {}).get("frames", 0) % LATENT_STRIDE == 1
+
+    @property
+    def output_fps(self) -> float | None:
+        """Returns the frames a second that the video was to have; None where the file does not say."""
+        return self.made.get("settings", {}).get("output_fps")
 
 
 class Outputs:
@@ -69,13 +95,7 @@ class Outputs:
         path = self.path(job, ".json")
         if not path.exists() or not self.path(job, ".mp4").exists():
             return False
-        try:
-            there = json.loads(read_text_file(path, _MAX_JSON_BYTES))
-        except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"{path}: not what a video was made with: {error}; delete it or name another --out"
-            ) from None
-        return self._same(path, job, there)
+        return self._same(path, job, lambda: _read_json(path))
 
     def has_latent(self, job: Job) -> bool:
         """Tells whether a video's latents are there.
@@ -84,11 +104,17 @@ class Outputs:
             InputError: other settings made what is there, or the file cannot be read.
         """
         path = self.path(job, LATENT_SUFFIX)
-        return path.exists() and self._same(path, job, read_latent_file(path).made)
+        return path.exists() and self._same(path, job, lambda: read_latent_file(path).made)
 
-    def _same(self, path: Path, job: Job, there: Any) -> bool:
-        """Tells whether `there` is what makes the video."""
+    def _same(self, path: Path, job: Job, read: Callable[[], Any]) -> bool:
+        """Tells whether what a file says that it was made with is what makes the video."""
         wanted = self._made[job.name]
+        try:
+            there = read()
+        except InputError as error:
+            if self._overwrite:
+                return False
+            raise InputError(f"{error}; delete it, or give --overwrite to make it anew") from None
         if there == wanted:
             return True
         if self._overwrite:
@@ -107,9 +133,17 @@ class Outputs:
 
     def save_video(self, job: Job, parts: Iterable[np.ndarray], fps: float) -> None:
         """Writes a video's frames, uint8 RGB [F, H, W, 3] in parts, and then what made it."""
+        self.path(job, ".json").unlink(missing_ok=True)  # it may be of another video, which is no longer there then
         write_video(self.path(job, ".mp4"), parts, fps)
         with write_atomically(self.path(job, ".json")) as stream:
             stream.write((json.dumps(self._made[job.name], indent=2) + "\n").encode())
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(read_text_file(path, _MAX_JSON_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not what a video was made with: {error}") from None
 
 
 def write_video(path: Path, parts: Iterable[np.ndarray], fps: float) -> None:
@@ -173,10 +207,15 @@ def _check_latent(path: Path, latent: Tensor | None, image: Tensor | None, made:
         or max(shape[2:]) > MAX_LATENT_SIDE
     ):
         raise InputError(f"{path}: its latent is {shape}, and must be [24, T, h, w]")
-    if not latent.is_floating_point() or not latent.isfinite().all():
+    if latent.dtype not in _DTYPES or not latent.isfinite().all():
         raise InputError(f"{path}: its latent has values that are no finite numbers; sample it anew")
     frame = [8 * shape[2], 8 * shape[3], 3]
     if image is not None and (image.dtype != torch.uint8 or list(image.shape) != frame):
         raise InputError(f"{path}: its image is {image.dtype} {list(image.shape)}, and must be uint8 {frame}")
-    if not isinstance(made, dict):
-        raise InputError(f"{path}: what made it must be a JSON object")
+    settings = made.get("settings", {}) if isinstance(made, dict) else None
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: what made it must be a JSON object, and so must its settings")
+    frames, fps = settings.get("frames", LATENT_STRIDE * shape[1]), settings.get("output_fps", 1.0)
+    fits = type(frames) is int and -(-frames // LATENT_STRIDE) == shape[1]
+    if not fits or type(fps) not in (int, float) or not FPS_LIMITS[0] <= fps <= FPS_LIMITS[1]:
+        raise InputError(f"{path}: {shape[1]} latent frames, and settings of {frames} frames at {fps} a second")

@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from mugv_ds.config.errors import InputError
 from mugv_ds.config.regular_file import read_bytes_file
-from mugv_ds.data.video import contact_sheet, read_mp4
+from mugv_ds.data.video import contact_sheet, read_some_frames
 from mugv_ds.files.atomic import write_atomically
 from mugv_ds.models import reuse
 from mugv_ds.parallel.guidance import GuidancePair
 from mugv_ds.sampling.jobs import Job
-from mugv_ds.sampling.outputs import LATENT_SUFFIX, Outputs, read_latent_file
+from mugv_ds.sampling.outputs import LATENT_SUFFIX, Outputs, files_named, read_latent_file
 from mugv_ds.sampling.sampler import Model
 from mugv_ds.sampling.settings import SamplingSettings
 from mugv_ds.sampling.stages import (
@@ -57,6 +58,7 @@ class Workers:
         replica, replicas: videos are shared out over replicas, of which this process belongs to one.
         leads: whether it is the first of all. writes: whether it is the first of its replica.
         attempt: calls a function, and returns its result once it has succeeded on all processes.
+        first_then_all: calls a function on the process that leads, which may take long, and then on the others.
         first: calls a function on the process that leads, and returns its result, of JSON types, on all.
         pair: guidance's other branch is on another process; None if it is not.
     """
@@ -66,6 +68,7 @@ class Workers:
     leads: bool = True
     writes: bool = True
     attempt: Callable[[Callable[[], Any]], Any] = _call
+    first_then_all: Callable[[Callable[[], Any]], Any] = _call
     first: Callable[[Callable[[], Any]], Any] = _call
     pair: GuidancePair | None = None
 
@@ -85,7 +88,11 @@ class Denoiser:
 
 
 class Loaders(Protocol):
-    """Loads the parts of the sampler, each when its stage begins, onto the device."""
+    """Loads the parts of the sampler, each when its stage begins, onto the device.
+
+    The first two are called by the process that leads. All processes call the others together, also those of a replica
+    that has no video: they make groups of processes, and agree on how to compute.
+    """
 
     def text_encoder(self) -> TextEncoder: ...
 
@@ -164,12 +171,12 @@ class Conditions:
 
     def texts(self, jobs: Sequence[Job], settings: SamplingSettings) -> dict[str, Tensor]:
         """Returns the features [L, C] of the jobs' texts and of the negative prompt, on the CPU."""
-        return {text: _load(self._text_path(text))["features"] for text in _texts(jobs, settings)}
+        return {text: _load(self._text_path(text), "features") for text in _texts(jobs, settings)}
 
     def first_frames(self, jobs: Sequence[Job], settings: SamplingSettings) -> dict[Path, FirstFrame]:
         """Returns the first frames of the jobs that start with an image, by its path."""
         pixels = {path: read_first_frame(path, settings) for path in _images(jobs)}
-        return {path: FirstFrame(frame, _load(self._frame_path(frame))["latent"]) for path, frame in pixels.items()}
+        return {path: FirstFrame(frame, _load(self._frame_path(frame), "latent")) for path, frame in pixels.items()}
 
     def _text_path(self, text: str) -> Path:
         return self._folder / f"text-{_key(text, self._text_encoder)}.safetensors"
@@ -209,12 +216,12 @@ class Sampling:
             InputError: something that was given cannot be used.
         """
         workers, timer = self._workers, Timer(self._device)
-        finished, sampled = workers.first(lambda: self._there(jobs))
+        finished, sampled = map(set, workers.first(lambda: self._there(jobs)))
         pending = [job for job in jobs if job.number not in finished]
         unsampled = [job for job in pending if job.number not in sampled]
         if unsampled:
             with timer.stage("conditions"):
-                workers.attempt(lambda: self._encode(unsampled) if workers.leads else None)
+                workers.first_then_all(lambda: self._encode(unsampled) if workers.leads else None)
             with timer.stage("latents"):
                 own = unsampled[workers.replica :: workers.replicas]
                 self._sample([own[start : start + batch] for start in range(0, len(own), batch)])
@@ -227,15 +234,17 @@ class Sampling:
 
     def _there(self, jobs: Sequence[Job]) -> tuple[list[int], list[int]]:
         """Returns the numbers of the videos that are finished, and of those others whose latents are there."""
-        finished = [job.number for job in jobs if self._outputs.finished(job)]
-        return finished, [job.number for job in jobs if job.number not in finished and self._outputs.has_latent(job)]
+        finished = {job.number for job in jobs if self._outputs.finished(job)}
+        sampled = [job.number for job in jobs if job.number not in finished and self._outputs.has_latent(job)]
+        return sorted(finished), sampled
 
     def _encode(self, jobs: Sequence[Job]) -> None:
-        self._conditions.encode(jobs, self._settings, self._loaders, self._device)
+        with files_named(self._outputs.folder):
+            self._conditions.encode(jobs, self._settings, self._loaders, self._device)
 
     def _sample(self, batches: Sequence[Sequence[Job]]) -> None:
         """Samples and saves the latents of this replica's videos."""
-        denoiser = self._loaders.denoiser() if batches else None
+        denoiser = self._loaders.denoiser()
         for number, jobs in enumerate(batches):
             texts = self._conditions.texts(jobs, self._settings)
             frames = self._conditions.first_frames(jobs, self._settings)
@@ -244,6 +253,11 @@ class Sampling:
                 self._measure_options(latents)
             begin = time.perf_counter()
             made = latents(self._settings)
+            for job, latent in zip(jobs, made, strict=True):
+                if not latent.isfinite().all():
+                    raise InputError(
+                        f"{job.name}: the DiT made latents that are not finite: its weights are damaged, or overflow"
+                    )
             if self._workers.writes:
                 seconds = time.perf_counter() - begin
                 print(f"{', '.join(job.name for job in jobs)}: sampled in {seconds:.1f} s", flush=True)
@@ -290,7 +304,7 @@ class Sampling:
 
     def _decode(self, jobs: Sequence[Job]) -> None:
         """Decodes and writes this replica's videos, all of its processes together."""
-        decode = self._loaders.decode() if jobs else None
+        decode = self._loaders.decode()
         for job in jobs:
             saved = read_latent_file(self._outputs.path(job, LATENT_SUFFIX))
             still_first = self._settings.still_first
@@ -311,7 +325,10 @@ def write_contact_sheet(jobs: Sequence[Job], outputs: Outputs) -> Path:
     """Writes `contact_sheet.png` with the first video of each prompt, up to 32; returns its path."""
     shown = [job for job in jobs if job.draw == 0][:_SHOWN]
     path = outputs.folder / "contact_sheet.png"
-    contact_sheet(path, [(job.prompt, read_mp4(outputs.path(job, ".mp4"))[0]) for job in shown])
+    try:
+        contact_sheet(path, ((job.prompt, read_some_frames(outputs.path(job, ".mp4"))) for job in shown))
+    except ValueError as error:
+        raise InputError(f"{error}; delete it, and it is made anew of its latents") from error
     return path
 
 
@@ -333,8 +350,10 @@ def _save(path: Path, tensors: dict[str, Tensor]) -> None:
         stream.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def _load(path: Path, name: str) -> Tensor:
     try:
-        return load(read_bytes_file(path, _MAX_CONDITION_BYTES))
+        return load(read_bytes_file(path, _MAX_CONDITION_BYTES))[name]
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; --out must be a folder that all hosts share") from error
+    except (SafetensorError, KeyError):
+        raise InputError(f"{path}: is damaged; delete it, and it is made anew") from None

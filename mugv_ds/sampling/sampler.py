@@ -101,9 +101,9 @@ def guided_velocity(
 
     Args:
         interval: (from, to) in timesteps; outside of it the velocity is v_text alone (Kynkäänniemi et al. 2024), for
-            which the negative prompt is not computed.
-        pair: this rank's part of two that compute one branch each; None if it computes both. The model then gets no
-            more than one of the two texts.
+            which one rank does not compute the negative prompt.
+        pair: this rank's part of two that compute one branch each; None if it computes both. The model then gets
+            this rank's text alone at all times, so that what is kept of a text (`models.reuse`) is that text's.
         The other arguments are those of `sample_latents`; `frame_mask` is bool.
     """
     length = max(text.shape[1], negative_text.shape[1])
@@ -118,12 +118,12 @@ def guided_velocity(
         return out[:, : z.shape[1]].unflatten(0, (count, len(z)))
 
     def velocity(z: Tensor, t: Tensor) -> Tensor:
-        if not interval[0] <= t <= interval[1]:
-            guided = branches(z, t, slice(0, 1))[0]
-        elif pair is None:
-            guided = _guide(*branches(z, t, slice(0, 2)), guidance)
+        is_guided = bool(interval[0] <= t <= interval[1])
+        if pair is not None:
+            both = pair.exchange(branches(z, t, slice(pair.branch, pair.branch + 1))[0])
         else:
-            guided = _guide(*pair.exchange(branches(z, t, slice(pair.branch, pair.branch + 1))[0]), guidance)
+            both = branches(z, t, slice(0, 2 if is_guided else 1))
+        guided = _guide(*both, guidance) if is_guided else both[0]
         return (guided * frame_mask[:, None, :, None, None]).to(z.dtype)
 
     return velocity

@@ -12,6 +12,8 @@ SIZES = {"9:16": (720, 1280), "16:9": (1280, 720), "1:1": (960, 960), "3:4": (83
 # Frames by the published names: at 20 a second, 105 are 5.25 s and 73 are 3.65 s.
 LENGTHS = {"5s": 105, "3s": 73}
 
+FPS_LIMITS = (0.1, 1000.0)
+
 _MAX_FRAMES = 10_000
 _MAX_STEPS = 10_000
 
@@ -66,8 +68,8 @@ class SamplingSettings:
         if not 1 <= self.steps <= _MAX_STEPS:
             raise InputError(f"steps {self.steps}: must be 1 to {_MAX_STEPS}; the published sampler takes 25")
         for name, least, most in (
-            ("fps", 0.1, 1000),
-            ("output_fps", 0.1, 1000),
+            ("fps", *FPS_LIMITS),
+            ("output_fps", *FPS_LIMITS),
             ("guidance", 0, 1000),
             ("shift", 1e-3, 1000),
             ("first_block_cache", 0, 10),

@@ -67,9 +67,7 @@ def read_first_frame(path: Path, settings: SamplingSettings) -> Tensor:
 def encode_first_frame(codec: Codec, pixels: Tensor, device: torch.device) -> FirstFrame:
     """Encodes an image [3, H, W] in [−1, 1] as the eight frames that a latent frame stands for."""
     still_131HW = pixels[None, :, None].to(device)
-    if isinstance(
-        codec, VideoVAE
-    ):  # repeats a lone frame by itself, after its spatial half; one may be bright all over
+    if isinstance(codec, VideoVAE):  # repeats a lone frame by itself, which may be bright all over
         latent_1C1hw = codec.encode(still_131HW, allow_nonnegative=True)
     else:
         latent_1C1hw = codec.encode(still_131HW.expand(-1, -1, LATENT_STRIDE, -1, -1))
@@ -138,6 +136,9 @@ def video_parts(
         still_first: whether the first frame has a latent of its own, see `SamplingSettings.still_first`.
         image: uint8 RGB [H, W, 3], the first frame. With `still_first` the video begins with it, and its latent is not
             decoded, as in the published sampler.
+
+    Raises:
+        InputError: a pixel is not finite.
     """
     dropped = LATENT_STRIDE - 1 if still_first else 0  # that first latent frame stands for eight copies
     if still_first and image is not None:
@@ -146,6 +147,8 @@ def video_parts(
         if not latent.shape[1]:
             return
     for video_13FHW in decode(latent[None]):
+        if not video_13FHW.isfinite().all():
+            raise InputError("the codec made pixels that are not finite: its weights are damaged, or overflow in bf16")
         yield to_frames(video_13FHW)[0, dropped:].cpu().numpy()
         dropped = 0
 

@@ -9,7 +9,7 @@ from mugv_ds.config.videovae import VideoVAEConfig
 from mugv_ds.models.codec import LinearCodec
 from mugv_ds.models.videovae import VideoVAE
 from mugv_ds.weights.published import PublishedWeights
-from mugv_ds.weights.videovae import load_video_vae, read_sizes
+from mugv_ds.weights.videovae import check_video_vae, load_video_vae
 
 
 def load_codec(
@@ -35,12 +35,12 @@ def load_codec(
 
 
 def read_codec_sizes(path: str | Path) -> VideoVAEConfig | None:
-    """Returns the sizes of the VideoVAE at `path`, of whose tensors no data is read; None where it is a linear codec.
+    """Returns the sizes of the VideoVAE at `path`, once its tensors are found to be those; None for a linear codec.
 
     Raises:
-        CheckpointError: there is no file, or its sizes cannot be read.
+        CheckpointError: there is no file, or `load_codec` would refuse it.
     """
-    return None if _is_linear(PublishedWeights(path)) else read_sizes(path)
+    return None if _is_linear(PublishedWeights(path)) else check_video_vae(path)
 
 
 def _is_linear(weights: PublishedWeights) -> bool:

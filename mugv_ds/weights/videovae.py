@@ -43,6 +43,28 @@ def load_video_vae(
     with torch.device("meta"):
         vae = VideoVAE(config or read_sizes(path))
     weights = PublishedWeights(path)
+    buffers = _checked_buffers(weights, vae)
+    state = {name: value.to(device, dtype) for name, value in weights.items()}
+    state |= {name: value.to(device) for name, value in buffers.items()}
+    vae.load_state_dict(state, strict=True, assign=True)
+    return vae.eval().requires_grad_(False)
+
+
+def check_video_vae(path: str | Path) -> VideoVAEConfig:
+    """Returns the sizes of the VideoVAE at `path`, once its tensors are found to be those; only two are read.
+
+    Raises:
+        CheckpointError: see `load_video_vae`.
+    """
+    with torch.device("meta"):
+        vae = VideoVAE(read_sizes(path))
+    _checked_buffers(PublishedWeights(path), vae)
+    return vae.config
+
+
+def _checked_buffers(weights: PublishedWeights, vae: VideoVAE) -> dict[str, torch.Tensor]:
+    """Returns shift and scale in fp32, of weights that are found to be those of a VideoVAE of these sizes."""
+    path = weights.path
     if missing := [name for name in _BUFFERS if name not in weights]:
         raise CheckpointError(
             f"{path}: has no {', '.join(missing)}, without which latents cannot be normalised; take the published "
@@ -52,10 +74,7 @@ def load_video_vae(
     buffers = {name: weights[name].float() for name in _BUFFERS}
     if not all(value.isfinite().all() for value in buffers.values()) or not (buffers["scale"] > 0).all():
         raise CheckpointError(f"{path}: shift and scale must be finite and scale positive; the file is damaged")
-    state = {name: value.to(device, dtype) for name, value in weights.items()}
-    state |= {name: value.to(device) for name, value in buffers.items()}
-    vae.load_state_dict(state, strict=True, assign=True)
-    return vae.eval().requires_grad_(False)
+    return buffers
 
 
 def read_sizes(path: str | Path) -> VideoVAEConfig:
@@ -71,7 +90,9 @@ def read_sizes(path: str | Path) -> VideoVAEConfig:
     if not file.exists():
         return VideoVAEConfig()
     try:
-        sizes = dict(json.loads(read_text_file(file, _MAX_CONFIG_BYTES)))
-        return VideoVAEConfig(**sizes | {"block_out_channels": tuple(sizes["block_out_channels"])})
-    except (ConfigError, TypeError, ValueError, KeyError, RecursionError) as error:
+        sizes = json.loads(read_text_file(file, _MAX_CONFIG_BYTES))
+        if not sizes:
+            raise ConfigError("there are none")
+        return VideoVAEConfig(**sizes)
+    except (ConfigError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: must hold the VideoVAE's sizes: {' '.join(str(error).split())[:300]}") from None

@@ -7,7 +7,17 @@ import pytest
 import torch
 from PIL import Image
 
-from mugv_ds.data.video import contact_sheet, encode_gif, read_image, read_mp4, to_frames, video_name, write_mp4
+from mugv_ds.config.errors import InputError
+from mugv_ds.data.video import (
+    contact_sheet,
+    encode_gif,
+    read_image,
+    read_mp4,
+    read_some_frames,
+    to_frames,
+    video_name,
+    write_mp4,
+)
 
 COLOURS = [(230, 40, 40), (40, 200, 60), (50, 90, 240), (240, 220, 40), (16, 16, 24), (255, 255, 255)]
 
@@ -188,3 +198,40 @@ def test_a_file_that_is_no_image(tmp_path):
     path.write_text("not an image")
     with pytest.raises(ValueError, match=r"x\.png: not a readable image"):
         read_image(path, 32, 32)
+
+
+def test_some_frames_of_a_video_are_those_that_a_contact_sheet_shows(tmp_path):
+    write_mp4(tmp_path / "x.mp4", flat(range(0, 200, 10)), 8)
+    every, _ = read_mp4(tmp_path / "x.mp4")
+    some = read_some_frames(tmp_path / "x.mp4", 3)
+    assert np.array_equal(some, every[[0, 10, 19]])
+    assert len(read_some_frames(tmp_path / "x.mp4", 30)) == 30
+    (tmp_path / "x.mp4").write_bytes((tmp_path / "x.mp4").read_bytes()[:300])
+    with pytest.raises(ValueError, match=r"x\.mp4: not a readable video"):
+        read_some_frames(tmp_path / "x.mp4")
+
+
+def test_contact_sheet_makes_large_frames_smaller_and_takes_one_video_after_the_other(tmp_path):
+    made = []
+
+    def videos():
+        for level in (50, 200):
+            made.append(level)
+            yield "large", flat([level] * 2, height=720, width=1280)
+
+    contact_sheet(tmp_path / "sheet.png", videos(), frames_per_video=2)
+    assert made == [50, 200] and Image.open(tmp_path / "sheet.png").width == 2 * (320 + 4) + 4
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_an_image_of_16_bits_is_scaled_and_not_clipped(tmp_path, ending):
+    Image.fromarray(np.full((16, 24), 32768, np.uint16)).save(tmp_path / f"grey.{ending}")
+    assert read_image(tmp_path / f"grey.{ending}", 16, 24).abs().max() < 0.01
+
+
+def test_an_image_of_numbers_without_a_range_or_of_too_many_pixels_is_refused(tmp_path):
+    Image.fromarray(np.zeros((16, 24), np.float32)).save(tmp_path / "float.tif")
+    Image.new("1", (8200, 8200)).save(tmp_path / "large.png")
+    for name, message in (("float.tif", "32 bits a pixel"), ("large.png", "more than 67,108,864")):
+        with pytest.raises(InputError, match=message):
+            read_image(tmp_path / name, 16, 24)

@@ -44,6 +44,6 @@ def load_vae_record(name: str) -> tuple[VideoVAE, dict[str, torch.Tensor], dict[
         metadata = file.metadata()
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     sizes = {field.name: json.loads(metadata[field.name]) for field in fields(VideoVAEConfig)}
-    vae = VideoVAE(VideoVAEConfig(**sizes | {"block_out_channels": tuple(sizes["block_out_channels"])}))
+    vae = VideoVAE(VideoVAEConfig(**sizes))
     vae.load_state_dict({key[6:]: value for key, value in tensors.items() if key.startswith("param.")}, strict=True)
     return vae, tensors, metadata

@@ -1,5 +1,6 @@
 """Several processes sample together what one samples alone."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,18 @@ def alone(weights, tmp_path_factory) -> dict[str, tuple[torch.Tensor, np.ndarray
     out = tmp_path_factory.mktemp("alone")
     sample(arguments(weights, out))
     return read(out)
+
+
+def test_a_list_goes_on_though_a_replica_has_no_video(weights, alone, tmp_path):
+    """It has a share in what all processes do at the start of a stage; without it the others would wait for ever."""
+    sample(arguments(weights, tmp_path))
+    for path in tmp_path.glob("01-green.*"):
+        path.unlink()
+    shutil.rmtree(tmp_path / "conditions")
+    run_ranks(2, sample, arguments(weights, tmp_path))
+    latent, frames = read(tmp_path)["01-green"]
+    assert float((latent - alone["01-green"][0]).norm() / alone["01-green"][0].norm()) <= 1e-5
+    assert frames.shape == (57, 16, 24, 3)
 
 
 def read(out: Path) -> dict[str, tuple[torch.Tensor, np.ndarray]]:

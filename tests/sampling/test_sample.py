@@ -2,6 +2,8 @@
 
 import csv
 import json
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -184,11 +186,81 @@ def test_saved_latents_are_decoded_alone(toy, tmp_path, capsys):
         ({"latent": torch.full((24, 1, 2, 2), torch.nan)}, "no finite numbers"),
         ({"latent": torch.zeros(24, 1, 2, 2), "image": torch.zeros(3, 3)}, "must be uint8 [16, 16, 3]"),
         ({"other": torch.zeros(1)}, "must be [24, T, h, w]"),
+        ({"latent": torch.zeros(24, 1, 2, 2).to(torch.float8_e4m3fn)}, "no finite numbers"),
     ):
         save_file(tensors, tmp_path / "bad.safetensors")
         assert main(["--codec", str(toy / "vae.pt"), "--decode-only", str(tmp_path / "bad.safetensors"), *out]) == 2
         error = capsys.readouterr().err
         assert "bad.safetensors" in error and message in error
+    for made in ("[]", '{"settings": 5}', '{"settings": {"frames": 17}}', '{"settings": {"output_fps": 1e300}}'):
+        save_file({"latent": torch.zeros(24, 1, 2, 2)}, tmp_path / "bad.safetensors", metadata={"made": made})
+        assert main(["--codec", str(toy / "vae.pt"), "--decode-only", str(tmp_path / "bad.safetensors"), *out]) == 2
+        assert "bad.safetensors" in capsys.readouterr().err
+    for arguments, message in (([latent], "output_fps 1e+30"), ([latent, latent], "several files would become")):
+        options = ["--output-fps", "1e30"] if len(arguments) == 1 else []
+        assert main(["--codec", str(toy / "vae.pt"), "--decode-only", *map(str, arguments), *out, *options]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_list_of_a_spreadsheet_and_characters_that_end_no_line(tmp_path):
+    (tmp_path / "list.csv").write_bytes("\ufeffprompt,seed\r\nred\u2028blue,1\r\n".encode())
+    assert [(job.prompt, job.seed) for job in read_jobs(tmp_path / "list.csv", seed=0)] == [("red\u2028blue", 1)]
+    (tmp_path / "list.txt").write_bytes("\ufeffred\x0cblue\r\n\r\ngreen".encode())
+    assert [job.prompt for job in read_jobs(tmp_path / "list.txt", seed=0)] == ["red\x0cblue", "green"]
+
+
+def test_features_of_another_encoder_of_the_same_name_are_not_taken(tmp_path, capsys):
+    """A folder is called t5 whatever lies in it."""
+    record, metadata = read_i2v("i2v")
+    write_dit(tmp_path, part(record, "dit."), dit_config(metadata))
+    write_vae(tmp_path, record, metadata)
+    shutil.copytree(GOLDEN / "tiny_t5", tmp_path / "t5")
+    models = ["--weights", tmp_path, "--codec", tmp_path / "vae.pt", "--text-encoder", tmp_path / "t5"]
+    arguments = [*map(str, [*models, "--out", tmp_path / "out"]), *SMALL, "--prompt", "a circle"]
+    assert main(arguments) == 0
+    before = load_file(tmp_path / "out/00-a-circle.latent.safetensors")["latent"]
+    file = tmp_path / "t5/model.safetensors"
+    weights = {name: 1.5 * value for name, value in load_file(file).items()}
+    file.unlink()  # the copy may be read-only
+    save_file(weights, file, metadata={"format": "pt"})
+    assert main(arguments) == 2 and "made with another text_encoder" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite"]) == 0
+    assert not torch.equal(load_file(tmp_path / "out/00-a-circle.latent.safetensors")["latent"], before)
+
+
+def test_damaged_files_are_named_and_made_anew_when_asked(toy, tmp_path, capsys):
+    arguments = command(toy, tmp_path, "--prompt", "a circle")
+    assert main(arguments) == 0
+    video = (tmp_path / "00-a-circle.mp4").read_bytes()
+    for ending in (".json", ".latent.safetensors", ".mp4"):
+        if ending == ".latent.safetensors":  # which is looked at where the video is not finished
+            (tmp_path / "00-a-circle.json").unlink()
+        (tmp_path / f"00-a-circle{ending}").write_bytes(b"{")
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert f"00-a-circle{ending}: " in error and "delete it" in error and error.count("\n") == 1
+        if ending == ".mp4":
+            (tmp_path / "00-a-circle.mp4").unlink()
+        assert main([*arguments, "--overwrite"]) == 0
+    assert (tmp_path / "00-a-circle.mp4").read_bytes() == video
+
+
+def test_a_video_that_is_replaced_is_not_taken_for_the_old_one(toy, tmp_path, monkeypatch):
+    """Killed between video and JSON, a run with other settings leaves its video beside the old JSON."""
+    arguments = command(toy, tmp_path, "--prompt", "a circle")
+    assert main(arguments) == 0
+    before = (tmp_path / "00-a-circle.mp4").read_bytes()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    write = outputs.write_video
+    monkeypatch.setattr(outputs, "write_video", lambda *given: (write(*given), killed()))
+    with pytest.raises(KeyboardInterrupt):
+        main([*arguments, "--seed", "1", "--overwrite"])
+    monkeypatch.undo()
+    assert main([*arguments, "--overwrite"]) == 0
+    assert (tmp_path / "00-a-circle.mp4").read_bytes() == before
 
 
 def test_a_csv_gives_each_prompt_its_image_and_seed(toy, tmp_path):
@@ -215,6 +287,12 @@ def test_a_csv_gives_each_prompt_its_image_and_seed(toy, tmp_path):
         ("list.csv", b"prompt,seed\nx,1\n ,2\n", "row 3: must have a prompt"),
         ("list.csv", b"prompt\nx,y\n", "row 2: must have a prompt, and no more cells"),
         ("list.csv", b"prompt\n", "no prompts"),
+        ("list.csv", b"", "its columns must be prompt"),
+        ("list.csv", b"prompt,prompt\nx,y\n", "its columns must be prompt"),
+        ("list.csv", b"prompt\n" + b"x" * 200_000, "line 2: not a CSV: field larger"),
+        ("list.csv", b'prompt\n"x\n', "line 2: not a CSV: unexpected end"),
+        ("list.csv", b"prompt,image\nx,a\0b.png\n", "has NUL characters"),
+        ("list.csv", b"prompt,seed\nx," + b"9" * 5000, "row 2: seed '999"),
     ],
 )
 def test_lists_that_cannot_be_used(tmp_path, name, content, message):
@@ -237,6 +315,15 @@ def test_lists_that_cannot_be_used(tmp_path, name, content, message):
         (["--shift", "-1"], "shift -1: must be"),
         (["--negative-prompt", " "], "negative_prompt: is empty"),
         (["--prompt", " "], "a prompt is empty"),
+        (["--prompt", "a\udcff"], "is not UTF-8 text"),
+        (["--prompt", "word " * 1000], "text must have 1 to 40 words, got 1004: 'word word"),
+        (["--frames", "0"], "frames 0: must be"),
+        (["--height", "0", "--width", "0"], "height 0: must be"),
+        (["--out", "no.png"], "no.png: File exists"),
+        (["--codec", "no_scale.pt"], "no_scale.pt: has no scale"),
+        (["--weights", "deep"], "model.depth = 1000000000: must be at most"),
+        (["--weights", "broken"], "the DiT made latents that are not finite"),
+        (["--codec", "broken.pt"], "the codec made pixels that are not finite"),
         (["--seed", "-1"], "seed -1"),
         (["--repeat", "0"], "repeat 0"),
         (["--guidance-interval", "5", "5"], "guidance_interval (5.0, 5.0)"),
@@ -255,6 +342,17 @@ def test_what_cannot_be_used_is_said_in_one_line(toy, tmp_path, monkeypatch, cap
     Image.new("RGB", (3, 3)).save("tiny.png")
     Image.new("RGB", (8, 3000)).save("thin.png")
     Path("no.png").write_text("no")
+    vae = torch.load(toy / "vae.pt")
+    for name, state in (
+        ("no_scale", {key: value for key, value in vae.items() if key != "scale"}),
+        ("broken", vae | {"temporal_vae.decoder.norm1.weight": torch.full((4,), torch.nan)}),
+    ):
+        torch.save(state, f"{name}.pt")
+        Path(f"{name}.json").write_text((toy / "vae.json").read_text())
+    for name, change in (("deep", {"depth": 10**9}), ("broken", {})):
+        Path(name).mkdir()
+        write_dit(Path(name), {key: value * torch.nan for key, value in toy_dit(TOY).state_dict().items()}, TOY)
+        Path(name, "config.json").write_text(json.dumps(asdict(TOY) | change))
     assert main(command(toy, tmp_path / "out", "--prompt", "a circle", *arguments)) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and "Traceback" not in error

@@ -93,6 +93,36 @@ def test_outside_its_interval_guidance_is_the_prompt_alone():
     assert relative(some, sample()) > 1e-4 and relative(some, sample(guidance=1.0)) > 1e-4
 
 
+@pytest.mark.parametrize("branch", [0, 1])
+def test_a_rank_of_a_pair_gets_its_own_text_alone_at_all_times(branch):
+    """What is kept of a text from step to step would otherwise be taken for the other text, outside the interval."""
+    arguments = given("i2v")
+    texts = (arguments["text"], arguments["negative_text"])
+    masks = (arguments["text_mask"].bool(), arguments["negative_mask"].bool())
+    model, seen = arguments["model"], []
+
+    class Pair:
+        """Computes what the other rank would."""
+
+        def __init__(self):
+            self.branch = branch
+
+        def exchange(self, own):
+            x, t, _, _, *rest = seen[-1]
+            other = model(x, t, texts[1 - branch], masks[1 - branch], *rest)[:, :24]
+            return (own, other) if branch == 0 else (other, own)
+
+    def recorded(*call):
+        seen.append(call)
+        return model(*call)
+
+    times = read_i2v("i2v")[0]["out.timesteps"].tolist()
+    interval = (times[2] - 1, times[1] + 1)  # the first and the last of four steps are outside
+    out = sample(model=recorded, pair=Pair(), interval=interval)
+    assert len(seen) == 4 and all(torch.equal(call[2], texts[branch]) for call in seen)
+    assert relative(out, sample(interval=interval)) <= 1e-6
+
+
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 @pytest.mark.parametrize("steps", [1, 4])
 def test_each_step_asks_the_model_once_for_both_branches(guidance, steps):
