@@ -20,8 +20,8 @@ from tools.convert_vae import main as convert
 
 GAN = {"warmup_steps": 2, "ramp_steps": 2, "width": 8}
 UNUSED = set(UNUSED_PARAMETERS) - {"logvar"}
-# Their gradients are zero but for rounding: a key's bias shifts all scores alike, and at the logits' bias those of the two
-# hinges cancel while all logits are within the margins.
+# Their gradients are zero but for rounding: a key's bias shifts all scores alike, and at the logits' bias those of the
+# two hinges cancel while all logits are within the margins.
 NEUTRAL = {f"spatial_vae.module.{half}.mid_block.attentions.0.to_k.bias" for half in ("encoder", "decoder")}
 NEUTRAL |= {"discriminator.layers.11.bias"}
 
