@@ -20,6 +20,10 @@ from tools.convert_vae import main as convert
 
 GAN = {"warmup_steps": 2, "ramp_steps": 2, "width": 8}
 UNUSED = set(UNUSED_PARAMETERS) - {"logvar"}
+# Their gradients are zero but for rounding: a key's bias shifts all scores alike, and at the logits' bias those of the
+# two hinges cancel while all logits are within the margins.
+NEUTRAL = {f"spatial_vae.module.{half}.mid_block.attentions.0.to_k.bias" for half in ("encoder", "decoder")}
+NEUTRAL |= {"discriminator.layers.11.bias"}
 
 
 def state_of(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -157,13 +161,13 @@ def test_the_stages_follow_one_another(tmp_path, videos):
     train_vae(three, 2)
     begin, trained = weights_of(tmp_path / "three", 0), weights_of(tmp_path / "three", 2)
     assert not moved(begin, weights_of(tmp_path / "one", 5))
-    assert begin.keys() - moved(begin, trained) == UNUSED
+    assert begin.keys() - moved(begin, trained) - NEUTRAL == UNUSED
 
 
 def test_a_video_that_cannot_be_read_is_replaced(tmp_path):
     manifest = write_videos(tmp_path / "videos", count=3, image=False)
     (tmp_path / "videos/train-1.mp4").write_bytes(b"not a video")
-    output = train_vae(write_vae_config(tmp_path / "run", manifest, schedule={"steps": 4}), 1)
+    output = train_vae(write_vae_config(tmp_path / "run", manifest, schedule={"steps": 4}), 2)
     assert "sample train-1 is set aside, train-" in output and "train-1.mp4: not a readable video" in output
 
 
