@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
 
     def command() -> int:
+        check(args)
         with files_named(args.out):
             return decode_only(args) if args.decode_only else sample(args)
 
@@ -119,24 +120,31 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parallel.add_argument("--pipeline", type=int, default=1, help="stages, where the weights do not fit one device")
     parallel.add_argument("--guidance-parallel", action="store_true", help="guidance's two branches side by side")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher gives it; it is in the environment too
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Checks what the options' types do not.
+
+    Raises:
+        InputError: a value makes no sense, or options contradict each other.
+    """
     for name in ("batch", "sequence", "pipeline"):
         if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
+            raise InputError(f"--{name} {getattr(args, name)}: must be at least 1")
     if args.max_text_tokens is not None and not 2 <= args.max_text_tokens <= _MAX_TEXT_TOKENS:
-        parser.error(f"--max-text-tokens {args.max_text_tokens}: must be 2 to {_MAX_TEXT_TOKENS}")
+        raise InputError(f"--max-text-tokens {args.max_text_tokens}: must be 2 to {_MAX_TEXT_TOKENS}")
     if args.text_device not in (None, "auto") and not _is_device(args.text_device):
-        parser.error(f"--text-device {args.text_device}: must be auto, cpu, or a GPU that is here, such as cuda:0")
+        raise InputError(f"--text-device {args.text_device}: must be auto, cpu, or a GPU that is here, such as cuda:0")
     if not args.decode_only and not (args.weights and args.text_encoder):
-        parser.error("--weights and --text-encoder are needed to sample")
+        raise InputError("--weights and --text-encoder are needed to sample")
     sides = [side is not None for side in (args.height, args.width)]
     if (args.size and any(sides)) or any(sides) != all(sides):
-        parser.error("give --size, or both --height and --width")
+        raise InputError("give --size, or both --height and --width")
     if args.length and args.frames is not None:
-        parser.error("give --length or --frames")
+        raise InputError("give --length or --frames")
     if args.first_block_cache is not None and args.pipeline > 1:
-        parser.error("--first-block-cache takes all blocks on one device; leave out --pipeline")
-    return args
+        raise InputError("--first-block-cache takes all blocks on one device; leave out --pipeline")
 
 
 def _is_device(name: str) -> bool:

@@ -321,4 +321,5 @@ def test_other_commands(tmp_path, state):
     refused(widen.main, [*weights, *out, "--noise-scale", "-1"], "noise scale")
     refused(convert_hf.main, ["--ckpt", run, "--out", run], "exists already")
     prompt = ["--prompt", "x", "--codec", tmp_path / "none.safetensors"]
-    refused(sample.main, [*weights, *out, *prompt], "config.json")
+    refused(sample.main, [*weights, *out, *prompt], "--text-encoder")
+    refused(sample.main, [*weights, *out, *prompt, "--text-encoder", "hash"], "config.json")

@@ -264,7 +264,7 @@ def test_a_config_of_another_version_is_named(tmp_path):
     folder = write_checkpoint(tmp_path, 3, TENSORS.items())
     manifest = files.read_manifest(folder)
     manifest.config["model"]["presets"] = 1
-    with pytest.raises(CheckpointError, match=r"its config: model\.presets: .*; read it with mugv_ds 0\.1\.0"):
+    with pytest.raises(CheckpointError, match=r"its config: model\.presets: .*must be read with mugv_ds 0\.1\.0"):
         CheckpointReader(folder, manifest).run_config()
 
 

@@ -207,6 +207,7 @@ def scalars(folder: Path, tag: str) -> dict[int, float]:
     return {event.step: event.value for event in events.Scalars(tag)}
 
 
+@pytest.mark.long
 def test_a_run_resumes_with_the_reference_it_began_with_and_its_alarm_ends_it(root, tmp_path):
     """The weights of a checkpoint are not those of the reference, which is measured before they are loaded."""
     runs = {"schedule": {"kind": "constant", "steps": 4, "warmup_steps": 0}, "logging": {"every": 1, "progress": False}}

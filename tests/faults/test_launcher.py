@@ -52,6 +52,7 @@ def endless(folder: Path, manifest: Path, **sections: dict) -> Path:
     return configure(folder, manifest, schedule={"steps": 100_000}, checkpoint={"save_every": 30}, **sections)
 
 
+@pytest.mark.long
 def test_the_launcher_and_its_ranks_can_be_told_to_stop(tmp_path, manifest, report):
     """If one rank is told, status 75 reaches the shell; if the launcher is, all is saved, but it returns 1 itself."""
     config = endless(tmp_path, manifest, data={"num_workers": 1})
@@ -132,6 +133,7 @@ def test_a_run_that_is_starting_stops(tmp_path, manifest, report, whom):
     report(36, f"SIGUSR1 to {whom} during the start", "status 75, nothing trained", time.monotonic() - begin)
 
 
+@pytest.mark.long
 def test_a_long_validation_is_left(tmp_path, report):
     """The one before the first step, which takes several seconds."""
     manifest = write_dataset(tmp_path / "data", [(2, 4, 6)] * 4)

@@ -3,11 +3,14 @@
 import signal
 from functools import partial
 
+import pytest
+
 from tests.faults import inject
 from tests.faults.conftest import configure, equal
 from tests.faults.runs import run
 
 
+@pytest.mark.long
 def test_sequence_ranks_and_stages_skip_stop_and_resume_together(tmp_path, manifest, report):
     """A loss that is NaN on one rank of the last stage; the first stage never sees it."""
     sections = {"parallel": {"data": 1, "sequence": 2, "pipeline": 2}, "model": {"precision": "bf16"}}

@@ -221,6 +221,7 @@ def test_fewer_and_more_data_ranks_play_the_same_samples(tmp_path, manifest, ref
     report(18, "2, then 1, then 2 data ranks", "the same samples; losses within 1e-5", done.restarted_in())
 
 
+@pytest.mark.long
 def test_data_that_vanishes_ends_the_run_which_resumes_when_it_is_back(tmp_path, reference, report):
     data = tmp_path / "data"
     config = configure(tmp_path / "run", write_dataset(data, SHAPES))
