@@ -59,11 +59,6 @@ class VaeModelSection(Section):
         description="Save only the inputs of the spatial half's blocks for the backward pass, which computes the rest "
         "again.",
     )
-    channels_last: bool = Field(
-        False,
-        description="Lay activations out with the channels last. Measured slower on an H200 in fp32 "
-        "(docs/performance.md); other devices and versions may differ.",
-    )
 
     @property
     def dtype(self) -> Literal["bf16", "fp32"]:

@@ -188,20 +188,13 @@ def read_clip(path: str | Path, start: int, count: int) -> np.ndarray:
 
 
 def read_still(path: str | Path) -> np.ndarray:
-    """Reads an image file as one frame, uint8 RGB [1, H, W, 3], upright.
+    """Reads an image file as one frame, uint8 RGB [1, H, W, 3], turned as its EXIF data say and on white.
 
     Raises:
-        OSError: there is no such file, or it cannot be read. ValueError: it is not an image, or a damaged or huge one.
+        InputError: it is not an image, is damaged, or has more than 2**26 pixels. OSError: it is missing, or the file
+            system failed.
     """
-    try:
-        with Image.open(path) as image:
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))[None]
-    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
-        raise ValueError(f"{path}: not a readable image") from error
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise ValueError(f"{path}: not a readable image ({error})") from error  # how PIL says that a file is cut
+    return np.array(_read_upright(path))[None]
 
 
 def to_frames(video: Tensor) -> Tensor:
@@ -292,17 +285,7 @@ def read_image(path: str | Path, height: int, width: int) -> Tensor:
             scaled it would be more than 64 times as large as the video's frames. OSError: it is missing, or the file
             system failed.
     """
-    try:
-        with open_regular(path) as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged EXIF data, and of sizes that are refused here
-            image = Image.open(file)
-            if image.width * image.height > _MOST_PIXELS:
-                raise ValueError(f"{image.width}×{image.height} pixels are more than {_MOST_PIXELS:,}; make it smaller")
-            rgb = _over_white(ImageOps.exif_transpose(image))
-    except UnidentifiedImageError:
-        raise InputError(f"{path}: not a readable image: of no format that Pillow knows") from None
-    except (Image.DecompressionBombError, SyntaxError, ValueError, struct.error) as error:
-        raise InputError(f"{path}: not a readable image: {error}") from error
+    rgb = _read_upright(path)
     if min(rgb.size) < _SMALLEST_IMAGE:
         raise InputError(f"{path}: an image of {rgb.width}×{rgb.height} pixels; give one of at least 8×8")
     by_height, by_width = height / rgb.height, width / rgb.width
@@ -314,6 +297,30 @@ def read_image(path: str | Path, height: int, width: int) -> Tensor:
     left, top = (round((have - want) / 2) for have, want in zip(covering, (width, height), strict=True))
     fitted = rgb.resize(covering, Image.Resampling.BICUBIC).crop((left, top, left + width, top + height))
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _read_upright(path: str | Path) -> Image.Image:
+    """Reads an image file in RGB, turned as its EXIF data say, on white where it is transparent.
+
+    Raises:
+        InputError: it is not an image, is damaged, or has more than 2**26 pixels. OSError: it is missing, or the file
+            system failed.
+    """
+    try:
+        with open_regular(path) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged EXIF data, and of sizes that are refused here
+            image = Image.open(file)
+            if image.width * image.height > _MOST_PIXELS:
+                raise ValueError(f"{image.width}×{image.height} pixels are more than {_MOST_PIXELS:,}; make it smaller")
+            return _over_white(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:
+        raise InputError(f"{path}: not a readable image: of no format that Pillow knows") from None
+    except (Image.DecompressionBombError, SyntaxError, ValueError, struct.error) as error:
+        raise InputError(f"{path}: not a readable image: {error}") from error
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise InputError(f"{path}: not a readable image: {error}") from error  # how Pillow says that a file is cut
 
 
 def _over_white(image: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -29,17 +30,10 @@ def describe_text_encoder(files: Iterable[Path], itemsize: int) -> str:
     for path in (path for path in files if path.suffix == ".safetensors"):
         try:
             with safe_open(path, "pt") as tensors:
-                elements += sum(_elements(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+                elements += sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: not a safetensors file: {error}") from None
     return f"  text         {itemsize * elements / GIB:6.1f} GiB"
-
-
-def _elements(shape: Iterable[int]) -> int:
-    total = 1
-    for side in shape:
-        total *= side
-    return total
 
 
 def describe_stages(

@@ -342,7 +342,7 @@ def test_what_cannot_be_used_is_said_in_one_line(toy, tmp_path, monkeypatch, cap
     Image.new("RGB", (3, 3)).save("tiny.png")
     Image.new("RGB", (8, 3000)).save("thin.png")
     Path("no.png").write_text("no")
-    vae = torch.load(toy / "vae.pt")
+    vae = torch.load(toy / "vae.pt", weights_only=True)
     for name, state in (
         ("no_scale", {key: value for key, value in vae.items() if key != "scale"}),
         ("broken", vae | {"temporal_vae.decoder.norm1.weight": torch.full((4,), torch.nan)}),

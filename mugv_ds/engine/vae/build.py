@@ -92,8 +92,6 @@ def build_vae_engines(
     )
     freeze(vae, spatial=config.model.train == "temporal")
     vae.spatial_vae.recompute = config.model.activation_checkpointing
-    if config.model.channels_last:
-        vae.use_channels_last()
     if discriminator is None:
         return VaeEngines(vae_engine, None, perceptual)
     optimizer = config.optimizer.model_copy(update={"lr": config.gan.lr})

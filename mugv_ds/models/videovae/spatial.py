@@ -24,11 +24,9 @@ class SpatialVAE(nn.Module):
 
     Attributes:
         recompute: whether only the inputs of the blocks are saved for the backward pass, which computes the rest again.
-        memory_format: that features are computed in.
     """
 
     recompute = False
-    memory_format = torch.contiguous_format
 
     def __init__(self, config: VideoVAEConfig) -> None:
         super().__init__()
@@ -49,7 +47,7 @@ class SpatialVAE(nn.Module):
     def encode(self, frame_N3HW: Tensor) -> Tensor:
         """Returns the features [N, D, h, w] of frames; a side that is no multiple of 8 is floored."""
         encoder = self.module["encoder"]
-        x = encoder.conv_in(frame_N3HW.contiguous(memory_format=self.memory_format))
+        x = encoder.conv_in(frame_N3HW)
         for block in (*encoder.down_blocks, encoder.mid_block):
             x = self._run(block, x)
         return x * FEATURE_SCALE
@@ -57,7 +55,7 @@ class SpatialVAE(nn.Module):
     def decode(self, feature_NDhw: Tensor) -> Tensor:
         """Returns the frames [N, 3, 8h, 8w] of features, not clamped."""
         decoder = self.module["decoder"]
-        x = (feature_NDhw / FEATURE_SCALE).contiguous(memory_format=self.memory_format)
+        x = (feature_NDhw / FEATURE_SCALE).contiguous()
         for block in (decoder.mid_block, *decoder.up_blocks):
             x = self._run(block, x)
         return decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(x)))

@@ -9,7 +9,6 @@ channels, t any frames, h and w latent height and width.
 
 from itertools import pairwise
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -119,13 +118,7 @@ class TemporalDecoder(nn.Module):
 
 
 class TemporalVAE(nn.Module):
-    """The temporal encoder and decoder, each with a 1×1×1 convolution at the latent's side.
-
-    Attributes:
-        memory_format: that is computed in.
-    """
-
-    memory_format = torch.contiguous_format
+    """The temporal encoder and decoder, each with a 1×1×1 convolution at the latent's side."""
 
     def __init__(self, config: VideoVAEConfig) -> None:
         super().__init__()
@@ -136,11 +129,11 @@ class TemporalVAE(nn.Module):
 
     def encode(self, feature_BDFhw: Tensor) -> Tensor:
         """Returns mean and log-variance [B, 2·C, F/8, h, w] of features, the mean first."""
-        return self.quant_conv(self.encoder(feature_BDFhw.contiguous(memory_format=self.memory_format)))
+        return self.quant_conv(self.encoder(feature_BDFhw))
 
     def decode(self, latent_BCThw: Tensor) -> Tensor:
         """Returns features [B, D, 8T, h, w] of latents that are not normalised."""
-        return self.decoder(self.post_quant_conv(latent_BCThw.contiguous(memory_format=self.memory_format)))
+        return self.decoder(self.post_quant_conv(latent_BCThw))
 
 
 def _channels_to_frames(x_Bcthw: Tensor) -> Tensor:

@@ -92,9 +92,8 @@ def decode_latents(temporal_vae: TemporalVAE, latent_BCThw: Tensor, window: int)
 def initial_video_vae(config: VideoVAEConfig, seed: int) -> VideoVAE:
     """Returns a new VideoVAE with initial weights drawn from `seed` alone.
 
-    Convolutions keep the variance of what they are given (He et al. 2015, gain 1), and posteriors begin narrow. With
-    PyTorch's own weights their noise is several times what latents differ by, and the decoder first learns to ignore
-    them: on the demo's videos it still made one picture of all clips after 240 steps. Both are ours.
+    Convolutions keep the variance of what they are given (He et al. 2015, gain 1), and posteriors begin narrow: noise
+    of several times what latents differ by would teach the decoder to ignore them. Both are ours.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

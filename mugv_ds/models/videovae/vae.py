@@ -106,15 +106,6 @@ class VideoVAE(nn.Module):
         self.register_buffer("shift", torch.zeros(1, LATENT_CHANNELS, 1, 1, 1))
         self.register_buffer("scale", torch.ones(1, LATENT_CHANNELS, 1, 1, 1))
 
-    def use_channels_last(self) -> None:
-        """Computes with the channels last in memory from now on; parameters are laid out so too."""
-        for half, memory_format in (
-            (self.spatial_vae, torch.channels_last),
-            (self.temporal_vae, torch.channels_last_3d),
-        ):
-            half.to(memory_format=memory_format)
-            half.memory_format = memory_format
-
     def posterior(
         self,
         video: Tensor,

@@ -1,11 +1,3 @@
-import pytest
-import torch
+from tests.helpers.threads import one_thread
 
-
-@pytest.fixture(scope="package", autouse=True)
-def one_thread():
-    """Models this small take longer with several threads, and far longer beside other processes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+__all__ = ["one_thread"]
