@@ -26,7 +26,7 @@ from mugv_ds.models.attention import BACKENDS
 from mugv_ds.models.choose_attention import fastest_masked_attention, named_attention
 from mugv_ds.models.compile import compile_blocks
 from mugv_ds.models.rope import patch_grid
-from mugv_ds.models.text import MAX_TOKENS, HashTextEncoder, encoder_files, load_text_encoder
+from mugv_ds.models.text import MAX_TOKENS, encoder_files, load_text_encoder, read_text_encoder_info
 from mugv_ds.models.videovae import VideoVAE, check_conv3d
 from mugv_ds.parallel.layout import Layout
 from mugv_ds.plan.sampling import describe_stages, describe_text_encoder
@@ -296,7 +296,7 @@ class Loaders:
     def text_encoder(self) -> TextEncoder:
         args = self._args
         spread = {"device_map": "auto"} if args.text_device == "auto" else {"device": args.text_device or self._device}
-        encoder = load_text_encoder(
+        return load_text_encoder(
             args.text_encoder,
             channels=self._config.caption_channels,
             max_tokens=args.max_text_tokens,
@@ -304,8 +304,6 @@ class Loaders:
             dtype=DTYPES[args.text_dtype],
             **spread,
         )
-        check_text_encoder(args.weights, encoder.info)
-        return encoder
 
     def image_codec(self) -> Codec:
         return load_codec(self._args.codec, dtype=torch.float32, device=self._device)  # one frame: cheap in fp32
@@ -373,26 +371,28 @@ def check_decoder(codec: Codec, dtype: torch.dtype, device: torch.device, height
 
 
 def provenance(args: argparse.Namespace, settings: SamplingSettings, dtype: torch.dtype) -> dict[str, Any]:
-    """Returns what makes every video of the list, of JSON types."""
+    """Returns what makes every video of the list, of JSON types.
+
+    Raises:
+        InputError: something cannot be read, or the text encoder is not that of the weights' training.
+    """
 
     def weights(path: Path) -> dict[str, str]:
         return {"name": path.resolve().name, "fingerprint": fingerprint(PublishedWeights(path).files)}
 
-    if args.text_encoder == "hash":
-        text = HashTextEncoder(read_dit_config(args.weights).caption_channels, args.max_text_tokens).info.fingerprint
-    else:
-        text = fingerprint(encoder_files(args.text_encoder, args.text_revision))
+    text_encoder = read_text_encoder_info(
+        args.text_encoder,
+        channels=read_dit_config(args.weights).caption_channels,
+        max_tokens=args.max_text_tokens,
+        revision=args.text_revision,
+        dtype=DTYPES[args.text_dtype],
+    )
+    check_text_encoder(args.weights, text_encoder)
     return {
         "settings": asdict(settings),
         "weights": weights(args.weights),
         "codec": weights(args.codec),
-        "text_encoder": {
-            "name": Path(args.text_encoder).name,
-            "fingerprint": text,
-            "revision": args.text_revision,
-            "dtype": args.text_dtype,
-            "max_tokens": args.max_text_tokens,
-        },
+        "text_encoder": text_encoder.model_dump(),
         "dtype": str(dtype).removeprefix("torch."),
     }
 

@@ -96,25 +96,8 @@ class T5TextEncoder:
         Raises:
             InputError: its files, of which some rows are read, are gone.
         """
-        from safetensors import SafetensorError
-
-        try:
-            folder = _folder_of(self._name, self._revision)
-            fingerprint, stored = t5_fingerprint(folder, self._model.config, self._tokenizer)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{self._name}: cannot be read any more: {' '.join(str(error).split())[:300]}") from None
-        name, commit = folder.name, None
-        if folder.parent.name == "snapshots":  # of the hub's cache: models--OWNER--NAME/snapshots/COMMIT
-            name, commit = folder.parents[1].name.removeprefix("models--").replace("--", "/"), folder.name
-        narrowest = min([self._model.dtype, *stored], key=lambda dtype: dtype.itemsize)
-        return TextEncoderInfo(
-            kind="t5",
-            name=name,
-            revision=commit,
-            dtype=str(narrowest).removeprefix("torch."),
-            max_tokens=self.max_tokens,
-            fingerprint=fingerprint,
-        )
+        model = self._model
+        return _t5_info(self._name, self._revision, model.config, self._tokenizer, model.dtype, self.max_tokens)
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -214,6 +197,22 @@ class HashTextEncoder:
         return features_BLC, mask_BL
 
 
+def read_text_encoder_info(
+    source: str | Path, *, channels: int, max_tokens: int, revision: str | None = None, dtype: torch.dtype
+) -> TextEncoderInfo:
+    """Returns the `info` that `load_text_encoder` with these arguments has; of a T5 no weights are loaded.
+
+    Raises:
+        InputError: see `load_text_encoder`.
+    """
+    if source == "hash":
+        return HashTextEncoder(channels, max_tokens).info
+    encoder_files(source, revision)
+    name = _checked_source(source, revision)
+    config = _read_config(name, revision, channels)
+    return _t5_info(name, revision, config, _read_tokenizer(name, revision, config), dtype, max_tokens)
+
+
 def load_text_encoder(
     source: str | Path,
     *,
@@ -237,9 +236,7 @@ def load_text_encoder(
     """
     if source == "hash":
         return HashTextEncoder(channels, max_tokens)
-    width = _read_config(_checked_source(source, revision), revision).d_model
-    if width != channels:
-        raise InputError(f"{source}: makes features of width {width}, and the model takes {channels}; use its encoder")
+    _read_config(_checked_source(source, revision), revision, channels)
     return T5TextEncoder(
         source,
         revision,
@@ -319,8 +316,8 @@ def _named(name: str) -> Iterator[None]:
         ) from None
 
 
-def _read_config(name: str, revision: str | None):
-    """Returns the config of transformers. It is imported here because that takes seconds."""
+def _read_config(name: str, revision: str | None, channels: int | None = None):
+    """Returns the config of transformers, of this width if one is given. It is imported here: that takes seconds."""
     from transformers import AutoConfig
 
     with _named(name):
@@ -331,29 +328,66 @@ def _read_config(name: str, revision: str | None):
         value, most = getattr(config, size), _MAX_LAYERS if size == "num_layers" else _MAX_WIDTH
         if type(value) is not int or not 1 <= value <= most:
             raise InputError(f"{name}: config.json: {size} = {value!r}: must be whole, from 1 to {most:,}")
+    if channels not in (None, config.d_model):
+        raise InputError(
+            f"{name}: makes features of width {config.d_model}, and the model takes {channels}; use its encoder"
+        )
     return config
 
 
 def _load_t5(name: str, revision: str | None, *, dtype: torch.dtype, **placement) -> tuple:
     """Returns tokenizer and encoder."""
-    from transformers import AutoModelForTextEncoding, AutoTokenizer
+    from transformers import AutoModelForTextEncoding
 
     config, local = _read_config(name, revision), _local(revision)
+    tokenizer = _read_tokenizer(name, revision, config)
     with _named(name):
-        tokenizer = AutoTokenizer.from_pretrained(name, **local)
         model, report = AutoModelForTextEncoding.from_pretrained(
             name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **placement, **local
         )
     if absent := sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"])):
         raise InputError(f"{name}: has no {absent[0]} of the right shape ({len(absent)} such weights); it is not whole")
-    # Without its file transformers makes a tokenizer that knows no word, and says nothing.
+    return tokenizer, model.eval().requires_grad_(False)
+
+
+def _read_tokenizer(name: str, revision: str | None, config):
+    """Returns the tokenizer. Without its file transformers makes one that knows no word, and says nothing."""
+    from transformers import AutoTokenizer
+
+    with _named(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, **_local(revision))
     unknown = tokenizer.unk_token_id in tokenizer("a video of a person walking", verbose=False)["input_ids"]
     if unknown or len(tokenizer) > config.vocab_size:
         raise InputError(
             f"{name}: its tokenizer has {len(tokenizer)} tokens{', none for common words,' if unknown else ''} and the "
             f"model {config.vocab_size}; put the model's own spiece.model into the folder"
         )
-    return tokenizer, model.eval().requires_grad_(False)
+    return tokenizer
+
+
+def _t5_info(
+    name: str, revision: str | None, config, tokenizer, dtype: torch.dtype, max_tokens: int
+) -> TextEncoderInfo:
+    """Returns what a T5 encoder is that computes in `dtype`; of its weights some rows are read."""
+    from safetensors import SafetensorError
+
+    try:
+        folder = _folder_of(name, revision)
+        fingerprint, stored = t5_fingerprint(folder, config, tokenizer)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{name}: cannot be read: {' '.join(str(error).split())[:300]}") from None
+    called, commit = folder.name, None
+    if folder.parent.name == "snapshots":  # of the hub's cache: models--OWNER--NAME/snapshots/COMMIT
+        called, commit = folder.parents[1].name.removeprefix("models--").replace("--", "/"), folder.name
+    narrowest = min([dtype, *stored], key=lambda dtype: dtype.itemsize)
+    return TextEncoderInfo(
+        kind="t5",
+        name=called,
+        revision=commit,
+        dtype=str(narrowest).removeprefix("torch."),
+        max_tokens=max_tokens,
+        fingerprint=fingerprint,
+    )
 
 
 def _word_vector(word: str, channels: int) -> Tensor:
