@@ -18,6 +18,7 @@ from mugv_ds.checkpoint.reader import open_checkpoint
 from mugv_ds.config import ConfigError, InputError, exit_status
 from mugv_ds.config.vae_schema import VaeTrainConfig
 from mugv_ds.data.clips import ClipData
+from mugv_ds.data.readers import stack
 from mugv_ds.models.videovae import VideoVAE
 from mugv_ds.models.videovae.statistics import LatentStatistics
 from mugv_ds.weights.published import PublishedWeights
@@ -49,8 +50,7 @@ def measured(vae: VideoVAE, config: VaeTrainConfig, device: str) -> tuple[Tensor
         raise ConfigError("the run has no data.val_manifest to compute shift and scale of; give --shift-scale")
     statistics = LatentStatistics()
     for item in range(len(clips.index)):
-        (clip,) = clips.read(item, 0)
-        video = type(clip)(*(part[None] for part in clip)).pixels(torch.device(device))
+        video = stack(clips.read(item, 0)).pixels(torch.device(device))
         statistics.add(*vae.posterior(video, allow_nonnegative=True))
     return statistics.shift_and_scale()
 

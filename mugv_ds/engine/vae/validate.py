@@ -13,6 +13,7 @@ from mugv_ds.config.errors import ConfigError
 from mugv_ds.config.model import LATENT_STRIDE
 from mugv_ds.config.vae_schema import VaeTrainConfig
 from mugv_ds.data.clips import Clips
+from mugv_ds.data.readers import stack
 from mugv_ds.engine.process import Process
 from mugv_ds.files.tensor_file import SampleError
 from mugv_ds.models.videovae.perceptual import Lpips
@@ -40,10 +41,9 @@ class Reconstructor:
             ConfigError: it cannot be read.
         """
         try:
-            (clip,) = self._clips.read(item, 0)
+            video_13FHW = stack(self._clips.read(item, 0)).pixels(self._device)
         except SampleError as error:
             raise ConfigError(f"data.val_manifest: {error}; repair the file or leave the row out") from error
-        video_13FHW = type(clip)(*(part[None] for part in clip)).pixels(self._device)
         self._vae.eval()  # the guard's stopwatch counts passes in training alone
         latent = self._vae.encode(video_13FHW, allow_nonnegative=True)
         decoded = self._vae.decode(latent, window=self._window)[:, :, -video_13FHW.shape[2] :]
