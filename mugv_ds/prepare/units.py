@@ -1,8 +1,8 @@
 """Units of work, and the fragments that come of them: what resuming, Ray and the equality of bytes rest on.
 
-A step's result for a unit is one Parquet file, its fragment, which is there as a whole or not at all. Its name holds a
-key, the hash of all that the result follows from: step, version, the fields of the config that it declares, the weights,
-and the keys of the fragments that it reads. So a fragment of the right name is done, and any other is stale.
+A step's result for a unit is one Parquet file, its fragment, which is there as a whole or not at all. Its name holds
+a key, the hash of all that the result follows from: step, version, the fields of the config that it declares, the
+weights, and the keys of the fragments that it reads. So a fragment of the right name is done, and any other is stale.
 """
 
 import hashlib
@@ -36,7 +36,6 @@ class Step:
         name: as in commands. version: raised whenever its results would differ.
         fields: dotted keys of the config that decide its result; sections or single values.
         reads: names of the steps whose fragments it reads.
-        extra: says in words why it cannot run under a config, such as weights that are not named; None if it can.
     """
 
     name: str
@@ -45,7 +44,7 @@ class Step:
     reads: tuple[str, ...] = ()
 
     def key(self, config: PrepareConfig, reads: Iterable[str] = (), weights: str = "") -> str:
-        """Returns the key of a fragment: of this step, the config's fields, the keys it reads, and the weights' hash."""
+        """Returns the key of a fragment, given the keys of those that it reads and the hash of the weights."""
         values = {field: value_of(config, field) for field in self.fields}
         return digest(self.name, self.version, values, list(reads), weights)
 

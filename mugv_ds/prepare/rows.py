@@ -1,0 +1,138 @@
+"""The columns of the fragments: what each step writes, and the steps after it read."""
+
+import pyarrow as pa
+
+_f = pa.float32()
+_d = pa.float64()
+_i = pa.int32()
+_s = pa.string()
+_hashes = pa.list_(pa.uint64())
+
+# One row a video that was probed. Where `error` is set, nothing after `detail` need be.
+VIDEO = pa.schema(
+    [
+        ("video", _s),  # hex SHA-256 of the file
+        ("path", _s),  # relative to the folder of videos; the first in order of those with this content
+        ("bytes", pa.int64()),
+        ("error", _s),  # a reason's name, such as unreadable; null where it was decoded to its end
+        ("detail", _s),  # what was found, for people
+        ("codec", _s),
+        ("pixel_format", _s),
+        ("width", _i),  # of decoded frames, before rotation and sample aspect ratio
+        ("height", _i),
+        ("sample_aspect", _d),  # width ÷ height of a pixel
+        ("rotation", _i),  # degrees counter-clockwise by which frames are turned for display: 0, 90, 180 or 270
+        ("matrix", _s),  # of the colours: bt601, bt709 or bt2020
+        ("full_range", pa.bool_()),
+        ("hdr", pa.bool_()),
+        ("audio", pa.bool_()),
+        ("time_base", _d),  # seconds of a unit of pts
+        ("claimed", _d),  # duration that the header claims, in seconds; null where it claims none
+        ("duration", _d),  # of what was decoded, in seconds
+        ("frames", _i),
+        ("fps", _d),  # mean, by pts
+        ("vfr", _d),  # standard deviation ÷ mean of the frame intervals
+        ("bitrate", _d),  # bits a pixel
+        ("interlaced", _d),  # share of the first 50 frames
+        # One value a frame:
+        ("pts", pa.list_(pa.int64())),
+        ("content", pa.list_(_f)),  # PySceneDetect's content value
+        ("css", pa.list_(pa.list_(_f))),  # colour–structure score, for each lag; positive means another shot
+        ("transnet", pa.list_(_f)),  # null where it did not run
+        ("luma", pa.list_(_f)),  # mean, in [0, 1]
+        ("luma_range", pa.list_(_f)),  # in [0, 255]
+        ("dark", pa.list_(_f)),  # share of pixels
+        ("bright", pa.list_(_f)),
+        ("difference", pa.list_(_f)),  # to the frame before, mean absolute at 160 × 90, in [0, 255]
+        ("shift_x", pa.list_(_f)),  # against the frame before, as a share of the short side
+        ("shift_y", pa.list_(_f)),
+        # One value a sample; there is one every probe.interval seconds:
+        ("sample", pa.list_(_i)),  # its frame
+        ("sharp", pa.list_(_f)),
+        ("flow", pa.list_(_f)),  # mean magnitude from here to the next sample, in pixels; NaN for the last
+        ("border", pa.list_(pa.list_(_f))),  # top, bottom, left, right: of each the share of the side that is flat
+        ("border_level", pa.list_(pa.list_(_f))),  # their luma
+        ("border_edge", pa.list_(pa.list_(_f))),  # share of the line where the picture beside it differs
+        ("phash", _hashes),  # 0 for a flat frame, which has none
+        ("phash_mirror", _hashes),
+    ]
+)
+
+SIDES = ("top", "bottom", "left", "right")
+
+# One row a clip, and one a rest of a scene that is too short to be one.
+CLIP = pa.schema(
+    [
+        ("clip", _s),  # 32 hex digits of (video, first pts, last pts, crop)
+        ("video", _s),
+        ("reason", _s),  # too_short_scene, or null; where it is set, nothing from sharp_min on need be
+        ("first_pts", pa.int64()),
+        ("last_pts", pa.int64()),
+        ("start", _d),  # seconds from the video's first frame
+        ("duration", _d),
+        ("frames", _i),
+        ("fps", _d),
+        *((f"crop_{side}", _i) for side in SIDES),  # lines of the decoded frame that are cut away
+        ("width", _i),  # in pixels as shown: cropped, turned, and with square pixels
+        ("height", _i),
+        ("sharp_min", _d),
+        ("sharp_med", _d),
+        ("sharp_max", _d),
+        ("motion", _d),
+        ("motion_min", _d),
+        ("motion_max", _d),
+        ("area", _d),  # share of the picture that the crop leaves
+        *((f"border_{side}", _d) for side in SIDES),
+        *((f"border_edge_{side}", _d) for side in SIDES),
+        ("repeated", _d),
+        ("shake", _d),
+        ("luma", _d),
+        ("dark", _d),
+        ("bright", _d),
+        ("phash", _hashes),  # of 8 frames, evenly spaced
+        ("phash_mirror", _hashes),
+    ]
+)
+
+GATE = pa.schema([("clip", _s), ("open", pa.bool_())])
+
+# One row a clip that the gate let in; `error` says in words why a clip has no result.
+TEXT = pa.schema([("clip", _s), ("overlay", _d), ("overlay_bottom", _d), ("texts", pa.list_(_s)), ("error", _s)])
+AESTHETIC = pa.schema([("clip", _s), ("aesthetic", _d), ("embedding", pa.list_(pa.float16())), ("error", _s)])
+SAFETY = pa.schema([("clip", _s), ("nsfw", _d), ("faces", _i), ("error", _s)])
+VLM = pa.schema(
+    [
+        ("clip", _s),
+        ("answers", pa.list_(pa.struct([("question", _s), ("yes", _d)]))),  # share of the windows that say yes
+        ("model", _s),
+        ("error", _s),
+    ]
+)
+CAPTION = pa.schema(
+    [
+        ("clip", _s),
+        ("caption", _s),
+        ("reason", _s),  # caption_empty and the like, or null
+        ("source", _s),  # file, sidecar, or the model's name
+        ("prompt", _s),  # hash of the prompt; null where a person wrote the caption
+        ("error", _s),
+    ]
+)
+TAGS = pa.schema([("clip", _s), ("tags", pa.list_(_s)), ("error", _s)])  # class:value
+
+REASON = pa.struct([("step", _s), ("field", _s), ("name", _s), ("value", _d), ("low", _d), ("high", _d)])
+# One row a clip; and one a video that has no clips, with `clip` null, so that every video has its reason.
+SELECT = pa.schema(
+    [
+        ("clip", _s),
+        ("video", _s),
+        ("accepted", pa.bool_()),
+        ("reasons", pa.list_(REASON)),
+        ("composite", _d),
+        ("group", _s),
+        ("weight", _d),
+    ]
+)
+DUPLICATE = pa.schema(
+    [("clip", _s), ("of", _s), ("kind", _s), ("distance", _d)]  # kind: picture, mirror, source, caption, embedding
+)
