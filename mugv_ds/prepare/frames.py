@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,6 +65,9 @@ class Crop(NamedTuple):
     right: int = 0
 
 
+_NONE = Crop()
+
+
 @dataclass(frozen=True)
 class Shape:
     """How decoded frames become those that are shown.
@@ -78,7 +82,7 @@ class Shape:
     sample_aspect: Fraction = Fraction(1)
     rotation: int = 0
 
-    def shown(self, crop: Crop = Crop()) -> tuple[int, int]:
+    def shown(self, crop: Crop = _NONE) -> tuple[int, int]:
         """Returns height and width of what is shown. Pixels are made square by shrinking one side, never enlarging.
 
         Raises:
@@ -195,7 +199,7 @@ def iterate_frames(
     path: str | Path,
     pts: Sequence[int],
     *,
-    crop: Sequence[int] = Crop(),
+    crop: Sequence[int] = _NONE,
     size: tuple[int, int] | None = None,
     threads: int = 1,
 ) -> Iterator[np.ndarray]:
@@ -218,7 +222,7 @@ def iterate_frames(
         VideoError: it cannot be decoded, or has no frame at one of the times. OSError: see `open_video`.
         ValueError: times fall, the crop leaves nothing, or `size` would enlarge.
     """
-    if any(later < earlier for earlier, later in zip(pts, pts[1:], strict=False)):
+    if any(later < earlier for earlier, later in pairwise(pts)):
         raise ValueError(f"{path}: times of frames must rise, got {list(pts)}")
     if not len(pts):
         return
@@ -242,7 +246,7 @@ def read_frames(
     path: str | Path,
     pts: Sequence[int],
     *,
-    crop: Sequence[int] = Crop(),
+    crop: Sequence[int] = _NONE,
     size: tuple[int, int] | None = None,
     threads: int = 1,
 ) -> list[np.ndarray]:
@@ -262,10 +266,11 @@ def _from(
     """Yields frames, beginning with a key frame not later than `pts`, or with the first of the file.
 
     Seeking may come out later than asked for (MPEG-TS, or a key frame whose leading pictures are wanted): then it is
-    tried from further back, and at last from the start.
+    tried from further back, and at last from the start. In MPEG program streams most times are made up by FFmpeg, in
+    another way after seeking, so that these are always read from the start.
     """
     earlier = 0.0
-    while True:
+    while container.format.name != "mpeg":
         target = pts - int(earlier / stream.time_base)
         if target <= (stream.start_time or 0):
             break
