@@ -94,6 +94,50 @@ CLIP = pa.schema(
     ]
 )
 
+# One row a clip and bucket; and one a clip that no bucket takes, with `bucket` null and the bound that it fails.
+FIT = pa.schema(
+    [
+        ("clip", _s),
+        ("bucket", _s),
+        ("name", _s),  # too_small, too_short, crops_too_much or fps_too_low
+        ("value", _d),
+        ("low", _d),
+        ("high", _d),
+        ("area", _d),  # share of the picture that the bucket leaves
+        ("time_error", _d),  # largest distance of a frame from the time that it stands for, in seconds
+        ("repeated", _d),  # share of the sample's frames that are the one before once more
+        ("pts", pa.list_(pa.int64())),  # of the sample's frames
+    ]
+)
+
+# One row a clip and bucket, or a clip's caption; a unit becomes a shard. Rows are added and never change.
+ENCODE_PLAN = pa.schema([("unit", _i), ("bucket", _s), ("clip", _s), ("part", _i)])  # part: unit of videos
+EMBED_PLAN = pa.schema([("unit", _i), ("clip", _s), ("part", _i)])
+
+# One row a clip of a unit, in the order of the ids; `shard` is null where `error` says why there is no latent.
+ENCODE = pa.schema(
+    [
+        ("clip", _s),
+        ("bucket", _s),
+        ("error", _s),
+        ("shard", _s),  # relative to the folder of the set
+        ("bytes", pa.int64()),  # of the shard
+        ("sha256", _s),  # of the shard
+        ("luma", _d),  # mean of the encoded pixels, in [0, 1]
+    ]
+)
+EMBED = pa.schema(
+    [
+        ("clip", _s),
+        ("error", _s),
+        ("shard", _s),
+        ("bytes", pa.int64()),
+        ("sha256", _s),
+        ("tokens", _i),  # that are stored
+        ("cut", _i),  # that the caption has beyond them
+    ]
+)
+
 GATE = pa.schema([("clip", _s), ("open", pa.bool_())])
 
 # One row a clip that the gate let in; `error` says in words why a clip has no result.
