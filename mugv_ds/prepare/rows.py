@@ -8,6 +8,9 @@ _i = pa.int32()
 _s = pa.string()
 _hashes = pa.list_(pa.uint64())
 
+# One row a file that has the content of another, whose path comes first in order.
+COPY = pa.schema([("path", _s), ("video", _s)])
+
 # One row a video that was probed. Where `error` is set, nothing after `detail` need be.
 VIDEO = pa.schema(
     [
@@ -165,18 +168,27 @@ CAPTION = pa.schema(
 TAGS = pa.schema([("clip", _s), ("tags", pa.list_(_s)), ("error", _s)])  # class:value
 
 REASON = pa.struct([("step", _s), ("field", _s), ("name", _s), ("value", _d), ("low", _d), ("high", _d)])
-# One row a clip; and one a video that has no clips, with `clip` null, so that every video has its reason.
+# One row a clip; and, with `clip` null, one a video that has no clips and one a copy of a file, so that every file has
+# its reason.
 SELECT = pa.schema(
     [
         ("clip", _s),
         ("video", _s),
+        ("path", _s),  # of the video, or of the copy
+        ("licence", _s),  # of the row of screen.sources that fits the path, as is the origin; null where none does
+        ("origin", _s),
         ("accepted", pa.bool_()),
         ("reasons", pa.list_(REASON)),
-        ("composite", _d),
-        ("group", _s),
-        ("weight", _d),
+        ("composite", _d),  # in [0, 1]; null where none of its scores is there
+        ("group", _s),  # the first tag of class balance.group
+        ("weight", _d),  # null where the clip is not accepted
     ]
 )
-DUPLICATE = pa.schema(
-    [("clip", _s), ("of", _s), ("kind", _s), ("distance", _d)]  # kind: picture, mirror, source, caption, embedding
-)
+# Pairs that are alike, of different videos: of the many that may be, as many as join what belongs together.
+# kind: picture, mirror, caption or embedding. distance: mean of the frames' bits; of embedding, the cosine.
+PAIR = pa.schema([("a", _s), ("b", _s), ("kind", _s), ("distance", _d)])
+# One row a clip that gives way to the clip `of`. kind: as above, or source (too many alike of one video).
+# distance: of the nearest pair of the clip, which need not be with `of`.
+DUPLICATE = pa.schema([("clip", _s), ("of", _s), ("kind", _s), ("distance", _d)])
+# One row a clip that people labelled.
+LABEL = pa.schema([("clip", _s), ("label", _s), ("pair_id", _s), ("rank", _i)])
