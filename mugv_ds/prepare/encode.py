@@ -110,16 +110,26 @@ def extend_plan(plan: pa.Table, parts: Iterable[tuple[int, pa.Table]], section: 
         for name, seen, clips in zip(names, known, new, strict=True):
             found = fits.filter(pc.equal(fits["bucket"], name))["clip"].to_pylist()
             clips += [(clip, part) for clip in sorted(set(found) - seen)]
-    unit = 0 if plan.num_rows == 0 else pc.max(plan["unit"]).as_py() + 1
-    tables = [plan]
+    tables, unit = [plan], next_unit(plan)
     for bucket, clips in zip(section.buckets, new, strict=True):
-        size = max(section.shard_mb * _MIB // latent_bytes(bucket, section), 1)
-        for start in range(0, len(clips), size):
-            ids, numbers = zip(*sorted(clips[start : start + size]), strict=True)
+        for ids, numbers in cut_units(clips, section.shard_mb * _MIB // latent_bytes(bucket, section)):
             columns = [[unit] * len(ids), [bucket.name] * len(ids), ids, numbers]
             tables.append(pa.table(columns, schema=ENCODE_PLAN))
             unit += 1
     return pa.concat_tables(tables).combine_chunks()
+
+
+def next_unit(plan: pa.Table) -> int:
+    """Returns the number that the next unit of a plan has."""
+    return 0 if plan.num_rows == 0 else pc.max(plan["unit"]).as_py() + 1
+
+
+def cut_units(clips: Sequence[tuple[str, int]], size: int) -> Iterator[tuple[list[str], list[int]]]:
+    """Yields the clips of new units, each with its unit of videos, `size` at a time and sorted by their ids."""
+    size = max(size, 1)
+    for start in range(0, len(clips), size):
+        ids, parts = zip(*sorted(clips[start : start + size]), strict=True)
+        yield list(ids), list(parts)
 
 
 def check_room(units: Iterable[tuple[BucketSection, int]], section: EncodeSection, out: Path) -> int:

@@ -242,5 +242,5 @@ def test_a_full_disk_is_told_before_the_first_latent(tmp_path):
     free = shutil.disk_usage(tmp_path).free
     count = free // latent_bytes(BUCKET, SECTION)
     assert check_room([(BUCKET, 3)], SECTION, tmp_path) >= 3 * latent_bytes(BUCKET, SECTION)
-    with pytest.raises(InputError, match="will take .* GiB and .* are free"):
+    with pytest.raises(InputError, match=r"will take .* GiB and .* are free"):
         check_room([(BUCKET, count), (BUCKET, 1)], SECTION, tmp_path)
