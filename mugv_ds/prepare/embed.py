@@ -3,7 +3,7 @@
 Features differ in the last bits with their batch mates, so batches are a function of the unit.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from mugv_ds.config.text_encoder import TEXT_ENCODER_NAME
 from mugv_ds.data.shards import write_shard
 from mugv_ds.files.atomic import write_atomically
 from mugv_ds.models.text import NEGATIVE_PROMPT, HashTextEncoder, T5TextEncoder, save_features
-from mugv_ds.prepare.encode import cut_units, facts_of, next_unit
+from mugv_ds.prepare.encode import Read, cut_units, facts_of, next_unit
 from mugv_ds.prepare.rows import EMBED, EMBED_PLAN
 from mugv_ds.prepare.units import digest
 
@@ -66,15 +66,15 @@ class EmbedUnit:
         return digest("embed", EMBED_VERSION, made_by, self.captions)
 
 
-def text_unit_of(rows: pa.Table, read: Callable[[str, int], pa.Table]) -> EmbedUnit:
+def text_unit_of(rows: pa.Table, read: Read) -> EmbedUnit:
     """Returns a unit of the plan with its captions.
 
     Args:
-        rows: of `EMBED_PLAN`, those of the unit. read: returns the rows of the step "caption" of a unit of videos.
+        rows: of `EMBED_PLAN`, those of the unit. read: of the step "caption", by unit of videos.
     """
     found: dict[str, str | None] = {}
     for part in pc.unique(rows["part"]).to_pylist():
-        captions = read("caption", part)
+        captions = read("caption", part, ["clip", "caption"])
         captions = captions.filter(pc.is_in(captions["clip"], rows["clip"]))
         found |= zip(captions["clip"].to_pylist(), captions["caption"].to_pylist(), strict=True)
     return EmbedUnit(rows["unit"][0].as_py(), tuple((clip, found.get(clip)) for clip in rows["clip"].to_pylist()))

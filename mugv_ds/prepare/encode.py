@@ -10,9 +10,8 @@ import hashlib
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,7 @@ from mugv_ds.prepare.rows import ENCODE, ENCODE_PLAN, FIT, SIDES
 from mugv_ds.prepare.units import Step, digest
 
 Codec = LinearCodec | VideoVAE
-MakeCodec = Callable[[str], Codec]  # of the name of a device; picklable, as each GPU has a process of its own
+Read = Callable[[str, int, Sequence[str]], pa.Table]  # of a step's fragment of a unit, some columns
 
 FIT_STEP = Step(
     "fit",
@@ -182,39 +181,42 @@ class EncodeUnit:
 
     def key(self, weights: str, section: EncodeSection) -> str:
         """Returns the key of the fragment; a clip's id stands for its pixels. weights: fingerprint of the codec."""
-        clips = [(shot.clip, shot.error) for shot in self.shots]
+        clips = [shot.clip for shot in self.shots]
         return digest("encode", ENCODE_VERSION, weights, section.dtype, self.bucket.model_dump(mode="json"), clips)
 
 
-def unit_of(
-    rows: pa.Table,
-    read: Callable[[str, int], pa.Table],
-    section: EncodeSection,
-    withdrawn: frozenset[str] = frozenset(),
-) -> EncodeUnit:
+def units_in(plan: pa.Table) -> Iterator[tuple[int, pa.Table]]:
+    """Yields the number and the rows of each unit of a plan."""
+    numbers = plan["unit"].to_numpy()
+    starts = np.flatnonzero(np.diff(numbers, prepend=-1))
+    for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(numbers)], strict=True):
+        yield int(numbers[start]), plan.slice(start, stop - start)
+
+
+def unit_of(rows: pa.Table, read: Read, section: EncodeSection, withdrawn: frozenset[str] = frozenset()) -> EncodeUnit:
     """Returns a unit of the plan with all that its encoding needs.
 
     Args:
         rows: of `ENCODE_PLAN`, those of the unit.
-        read: returns the rows of the step "videos", "clips" or "fit" of a unit of videos.
+        read: of the steps "videos", "clips" and "fit", by unit of videos.
         withdrawn: ids of videos that may no longer be used.
     """
     name = rows["bucket"][0].as_py()
     found: dict[str, Shot] = {}
+    crops = [f"crop_{side}" for side in SIDES]
     for part in pc.unique(rows["part"]).to_pylist():
-        paths = dict(zip(*(read("videos", part)[column].to_pylist() for column in ("video", "path")), strict=True))
-        wanted = rows.filter(pc.equal(rows["part"], part))["clip"]
-        fits = read("fit", part)
-        fits = fits.filter(pc.and_(pc.equal(fits["bucket"], name), pc.is_in(fits["clip"], wanted)))
+        videos = read("videos", part, ["video", "path"])
+        paths = dict(zip(videos["video"].to_pylist(), videos["path"].to_pylist(), strict=True))
+        fits = read("fit", part, ["clip", "bucket", "pts"])
+        fits = fits.filter(pc.and_(pc.equal(fits["bucket"], name), pc.is_in(fits["clip"], rows["clip"])))
         pts = dict(zip(fits["clip"].to_pylist(), fits["pts"].to_pylist(), strict=True))
-        clips = read("clips", part)
-        clips = clips.filter(pc.is_in(clips["clip"], fits["clip"]))
-        for clip in clips.select(["clip", "video", *(f"crop_{side}" for side in SIDES)]).to_pylist():
-            id_, video, *crop = clip.values()
-            error = "withdrawn" if video in withdrawn else None
-            found[id_] = Shot(id_, paths[video], tuple(pts[id_]), Crop(*crop), error)
+        clips = read("clips", part, ["clip", "video", *crops])
+        for clip in clips.filter(pc.is_in(clips["clip"], fits["clip"])).to_pylist():
+            error = "withdrawn" if clip["video"] in withdrawn else None
+            crop = Crop(*(clip[side] for side in crops))
+            found[clip["clip"]] = Shot(clip["clip"], paths[clip["video"]], tuple(pts[clip["clip"]]), crop, error)
     ids = rows["clip"].to_pylist()
-    shots = [found.get(id_) or Shot(id_, "", (), Crop(), "is no clip any more") for id_ in ids]
+    shots = [found.get(clip) or Shot(clip, "", (), Crop(), "is no clip any more") for clip in ids]
     bucket = next(bucket for bucket in section.buckets if bucket.name == name)
     return EncodeUnit(rows["unit"][0].as_py(), bucket, tuple(shots))
 
@@ -324,53 +326,3 @@ def devices_of(device: str) -> list[str]:
     if device != "auto":
         return [device]
     return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
-
-
-def encode_units(
-    units: Sequence[EncodeUnit], make: MakeCodec, devices: Sequence[str], encoder: Callable[[Codec], Encoder]
-) -> Iterator[tuple[EncodeUnit, pa.Table]]:
-    """Yields units with their rows as they are done; each of several devices has a process of its own.
-
-    Args:
-        units: to encode. make: the codec on a device. devices: see `devices_of`.
-        encoder: makes an `Encoder` of the codec; picklable, such as a partial.
-    """
-    if len(devices) == 1:
-        encode = encoder(make(devices[0]))
-        yield from ((unit, encode(unit)) for unit in units)
-        return
-    waiting = deque(units)
-    context = get_context("spawn")
-    pools = [ProcessPoolExecutor(1, context, _begin, (make, device, encoder)) for device in devices]
-    try:
-        running: dict[Future, tuple[EncodeUnit, ProcessPoolExecutor]] = {}
-
-        def start(pool: ProcessPoolExecutor) -> None:
-            if waiting:
-                unit = waiting.popleft()
-                running[pool.submit(_encode, unit)] = unit, pool
-
-        for pool in pools:
-            start(pool)
-        while running:
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                unit, pool = running.pop(future)
-                start(pool)
-                yield unit, future.result()
-    finally:
-        for pool in pools:
-            pool.shutdown(cancel_futures=True)
-
-
-_encoder: Encoder | None = None  # of this process
-
-
-def _begin(make: MakeCodec, device: str, encoder: Callable[[Codec], Encoder]) -> None:
-    global _encoder
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
-    _encoder = encoder(make(device))
-
-
-def _encode(unit: EncodeUnit) -> pa.Table:
-    return _encoder(unit)

@@ -33,7 +33,7 @@ def encoder() -> T5TextEncoder:
 def unit():
     rows = pa.Table.from_pylist([{"clip": clip, "caption": text} for clip, text in CAPTIONS.items()], CAPTION)
     plan = extend_text_plan(EMBED_PLAN.empty_table(), [(3, reversed(CAPTIONS))], SECTION)
-    return text_unit_of(plan, lambda step, part: {("caption", 3): rows}[step, part])
+    return text_unit_of(plan, lambda step, part, columns: {("caption", 3): rows}[step, part].select(columns))
 
 
 def test_features_are_the_encoders_without_padding(encoder, tmp_path):

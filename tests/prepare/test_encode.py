@@ -2,7 +2,6 @@
 
 import shutil
 from fractions import Fraction
-from functools import partial
 
 import av
 import cv2
@@ -18,11 +17,11 @@ from mugv_ds.models.codec import LinearCodec
 from mugv_ds.prepare.encode import (
     Encoder,
     check_room,
-    encode_units,
     extend_plan,
     fit_clips,
     latent_bytes,
     unit_of,
+    units_in,
 )
 from mugv_ds.prepare.rows import ENCODE_PLAN
 from tests.helpers.film import clip_row, draw_film, tables, video_row, write_film
@@ -72,9 +71,10 @@ def planned(fragments, section=SECTION, plan=None) -> pa.Table:
 
 
 def units_of(plan, fragments, section=SECTION, **options):
-    numbers = sorted(set(plan["unit"].to_pylist()))
-    rows = [plan.filter(pa.compute.equal(plan["unit"], number)) for number in numbers]
-    return [unit_of(one, lambda step, part: fragments[step], section, **options) for one in rows]
+    return [
+        unit_of(rows, lambda step, part, columns: fragments[step].select(columns), section, **options)
+        for _, rows in units_in(plan)
+    ]
 
 
 def naive(path, clip, fps, frames, late=0) -> np.ndarray:
@@ -163,24 +163,6 @@ def test_a_unit_gives_the_same_bytes_again_with_any_number_of_threads(films, fra
     assert outcomes[0] == outcomes[1]
 
 
-def test_units_are_shared_out_to_processes(films, fragments, codec, tmp_path):
-    section = SECTION.model_copy(update={"shard_mb": 1})
-    codec.save(tmp_path / "codec.safetensors")
-    units = units_of(planned(fragments, section), fragments)
-    encoder = partial(Encoder, videos=films[0], out=tmp_path / "out", section=section)
-    make = partial(_load, tmp_path / "codec.safetensors")
-    alone = {unit.number: rows.to_pylist() for unit, rows in encode_units(units, make, ["cpu"], encoder)}
-    shards = {unit.shard: (tmp_path / "out" / unit.shard).read_bytes() for unit in units}
-    shutil.rmtree(tmp_path / "out")
-    shared = {unit.number: rows.to_pylist() for unit, rows in encode_units(units, make, ["cpu", "cpu"], encoder)}
-    assert shared == alone and len(shared) == len(units) == 2
-    assert shards == {unit.shard: (tmp_path / "out" / unit.shard).read_bytes() for unit in units}
-
-
-def _load(path, device) -> LinearCodec:
-    return LinearCodec.load(path).to(device)
-
-
 def test_a_plan_is_added_to_and_its_rows_stay(fragments):
     one_a_unit = SECTION.model_copy(update={"shard_mb": 1})
     fits = fragments["fit"]
@@ -193,8 +175,7 @@ def test_a_plan_is_added_to_and_its_rows_stay(fragments):
     known = fits.filter(pa.compute.is_valid(fits["bucket"]))
     assert sorted(pairs) == sorted(zip(known["bucket"].to_pylist(), known["clip"].to_pylist(), strict=True))
     assert extend_plan(more, [(0, fits.slice(0, 3)), (1, fits.slice(3))], one_a_unit).equals(more)
-    for unit in set(more["unit"].to_pylist()):
-        rows = more.filter(pa.compute.equal(more["unit"], unit))
+    for _, rows in units_in(more):
         assert (
             rows["clip"].to_pylist() == sorted(rows["clip"].to_pylist()) and len(set(rows["bucket"].to_pylist())) == 1
         )
