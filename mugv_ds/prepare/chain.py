@@ -20,7 +20,7 @@ from mugv_ds.prepare.scan import Scan, Source
 from mugv_ds.prepare.screen import Screening
 from mugv_ds.prepare.select import VIDEO_COLUMNS, UnitRows
 from mugv_ds.prepare.split import split
-from mugv_ds.prepare.units import Fragments, FragmentError, Step, digest, read_table
+from mugv_ds.prepare.units import FragmentError, Fragments, Step, digest, read_table
 from mugv_ds.prepare.views import ClipView, Score
 
 GATE_STEP = Step("gate", 1, fields=("select", "screen"), reads=("clips",))
@@ -124,7 +124,7 @@ class Chain:
         config: of the preparation. folders: of it. scan: of the folder of videos.
 
     Attributes:
-        skipped: extra step → why it does not run. screening: the files of the section screen.
+        skipped: extra step → why it does not run. screening: the files of the section screen; and their hash.
 
     Raises:
         InputError: weights or files that the config names cannot be used.
@@ -136,7 +136,7 @@ class Chain:
         self.skipped = {name: why for name, why in found.items() if why is not None}
         self.screening = Screening.read(config.screen)
         files = (config.screen.sources, config.screen.blocklist)
-        self._screening_hash = digest([file and hash_csv(Path(file)) for file in files])
+        self.screening_hash = digest([file and hash_csv(Path(file)) for file in files])
         self._weights = {name: EXTRAS[name].weights(config) for name in EXTRAS if name not in self.skipped}
         self._weights["videos"] = probe.weights(config)
 
@@ -154,7 +154,7 @@ class Chain:
             "videos": probed,
             "clips": cut,
             "fit": FIT_STEP.key(config, [cut]),
-            "gate": GATE_STEP.key(config, [cut], self._screening_hash),
+            "gate": GATE_STEP.key(config, [cut], self.screening_hash),
         }
         # A clip's id stands for its pixels, so what is known of it stays, whatever clips there are beside it.
         keys |= {name: EXTRAS[name].STEP.key(config, weights=weights[name]) for name in self.extras if name != "tags"}
