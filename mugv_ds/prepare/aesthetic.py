@@ -75,7 +75,7 @@ def load(config: PrepareConfig) -> Score:
     prepare, side = _preparation(model.config.image_size)
 
     @torch.no_grad()
-    def score(clips: Sequence[ClipView]) -> list[Row]:
+    def score_together(clips: Sequence[ClipView]) -> list[Row]:
         frames: list[Tensor] = []
 
         def read(clip: ClipView) -> Row:
@@ -83,23 +83,24 @@ def load(config: PrepareConfig) -> Score:
             return {}
 
         rows = score_each(clips, read)
-        good = [row for row in rows if row["error"] is None]
-        embedding_NE = torch.cat(
-            [
-                nn.functional.normalize(model(pixel_values=batch.to(device)).image_embeds, dim=-1)
-                for batch in torch.cat(frames).split(section.batch)
-            ]
-            if frames
-            else [torch.empty(0, model.config.projection_dim, device=device)]
-        )
+        if not frames:
+            return rows
+        embedding_NE = nn.functional.normalize(model(pixel_values=torch.cat(frames).to(device)).image_embeds, dim=-1)
         scores = head(embedding_NE).view(-1, _FRAMES).mean(dim=1).tolist()
-        means = nn.functional.normalize(embedding_NE.view(len(good), _FRAMES, -1).mean(dim=1), dim=-1)
+        means = nn.functional.normalize(embedding_NE.unflatten(0, (-1, _FRAMES)).mean(dim=1), dim=-1)
+        good = [row for row in rows if row["error"] is None]
         for row, value, embedding in zip(good, scores, means.half().cpu().numpy(), strict=True):
             if np.isfinite(value) and np.isfinite(embedding).all():
                 row |= {"aesthetic": value, "embedding": embedding}
             else:
                 row["error"] = f"an aesthetic score of {value}"
         return rows
+
+    together = max(1, section.batch // _FRAMES)  # clips
+
+    def score(clips: Sequence[ClipView]) -> list[Row]:
+        starts = range(0, len(clips), together)
+        return [row for start in starts for row in score_together(clips[start : start + together])]
 
     return score
 
