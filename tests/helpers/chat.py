@@ -3,7 +3,7 @@
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -60,7 +60,8 @@ def chat_server(reply: Callable[[dict], Reply]) -> Iterator[Chat]:
             self.send_header("Content-Length", str(len(data)))
             self.send_header("retry-after-ms", "1")
             self.end_headers()
-            self.wfile.write(data)
+            with suppress(ConnectionError):  # of a client that gave up
+                self.wfile.write(data)
 
         def log_message(self, *_: Any) -> None:
             pass
