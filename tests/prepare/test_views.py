@@ -61,3 +61,15 @@ def test_a_clip_that_fails_has_a_row_that_does_not_tell_where_the_videos_lie(tmp
         {"clip": f"{1:032x}", "error": None, "n": 2},
         {"clip": f"{2:032x}", "error": "decode_error: 2.mp4: Invalid data"},
     ]
+
+
+def test_a_folder_of_videos_that_is_gone_is_no_fault_of_a_clip(tmp_path):
+    def read(path, pts, *, crop, size):
+        raise FileNotFoundError(2, "No such file", str(path))
+
+    def rows(root):
+        return score_each([clip_view(1, root=root, read=read)], lambda clip: {"n": len(clip.frames(2))})
+
+    assert rows(tmp_path)[0]["error"] == "[Errno 2] No such file: '1.mp4'"
+    with pytest.raises(FileNotFoundError):
+        rows(tmp_path / "gone")
