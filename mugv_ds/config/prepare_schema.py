@@ -334,7 +334,7 @@ class EncodeSection(Section):
     device: str = Field("auto", description="Where to; auto: all CUDA devices, or the CPU.")
     least_area: Share = Field(0.75, description="Share of the picture that must remain (crops_too_much).")
     most_repeated: Share = Field(0.05, description="Share of repeated frames at the bucket's fps (fps_too_low).")
-    shard_mb: int = Field(1024, ge=1, le=65536, description="Latents of a shard, in MiB.")
+    shard_mb: int = Field(1024, ge=1, le=4095, description="Latents of a shard, in MiB.")
 
 
 class EmbedSection(Section):
@@ -347,6 +347,7 @@ class EmbedSection(Section):
     max_tokens: int = Field(300, ge=2, le=4096, description="Where captions are cut; cut ones are counted.")
     suffix: str = Field("", description="Appended to every caption.")
     device: str = Field("auto", description="Where to; auto: CUDA if there is one.")
+    shard_mb: int = Field(256, ge=1, le=4096, description="Features of a shard, in MiB, if all captions were longest.")
 
 
 class ValidationSection(Section):
