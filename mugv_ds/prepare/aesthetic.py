@@ -56,20 +56,20 @@ def weights(config: PrepareConfig) -> str:
         raise WeightsError(str(error)) from None
 
 
-def load(config: PrepareConfig) -> Score:
+def load(config: PrepareConfig, device: str = "cpu") -> Score:
     """Loads CLIP and the head; returns what scores clips.
 
     `aesthetic` is the mean score of the first, the middle and the last frame; `embedding` the mean of their embeddings,
     again of length 1. Frames are embedded in batches that depend on the clips given alone: a frame's last bits depend
     on those beside it, so the same bytes come only of the same list of clips.
 
+    Args:
+        device: where to; `aesthetic.device` says which there are to choose from.
+
     Raises:
         WeightsError: the files are not CLIP's or the head's, or are not whole.
     """
     section = config.aesthetic
-    device = section.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     model = _load_clip(Path(section.clip)).to(device)
     head = load_head(_head_file(section.head), model.config.projection_dim).to(device)
     prepare, side = _preparation(model.config.image_size)
