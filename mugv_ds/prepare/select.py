@@ -30,7 +30,7 @@ EXTRAS = ("text", "aesthetic", "safety", "vlm", "caption", "tags")
 
 _NO_BOUND = Bound()
 _COMPOSITE = ("aesthetic", "motion", "sharp_med")
-_BITS = 20  # of a float32 that a bin of the histograms of scores spans: sign, exponent and 11 of the fraction, 0.05%
+_BITS = 18  # of a float32 that tell the bins of the histograms of scores apart: sign, exponent, 9 of the fraction
 _FIXED = 1 << 40  # weights are summed as whole multiples of its inverse, exactly, so that no order matters
 
 
@@ -156,7 +156,7 @@ def gate(rows: UnitRows, config: PrepareConfig, screening: Screening) -> pa.Tabl
 
 
 class Ranks:
-    """Where a score stands among those of all clips, by histograms of 2²⁰ fixed bins, each 0.05% wide.
+    """Where a score stands among those of all clips, by histograms of 2¹⁸ fixed bins, each 0.2% wide.
 
     A percentile is the share of clips in lower bins and half of those in the same one: exact but for scores within one
     bin, and the same in whatever order the clips come.
@@ -590,7 +590,7 @@ def _composite_scores(scores: _Scores) -> dict[str, np.ndarray]:
 
 
 def _codes(values: np.ndarray) -> np.ndarray:
-    """Returns the number of the bin of each value, int64 in [0, 2²⁰), rising with it: float32's leading bits."""
+    """Returns the number of the bin of each value, int64 in [0, 2¹⁸), rising with it: float32's leading bits."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     ordered = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
     return (ordered >> (32 - _BITS)).astype(np.int64)
