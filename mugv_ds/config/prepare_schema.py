@@ -123,35 +123,63 @@ class SafetySection(Section):
 class EndpointSection(Section):
     """An OpenAI-compatible endpoint (vLLM, SGLang …; extra prepare-vlm). The key is read from OPENAI_API_KEY."""
 
-    url: str | None = Field(None, description="Base address, such as http://host:8000/v1; null: skipped.")
-    model: str | None = Field(None, description="Name of the model there.")
-    concurrency: int = Field(16, ge=1, le=1024, description="Requests under way at a time.")
-    timeout: Seconds = Field(120.0, description="Seconds that a request may take.")
+    url: str | None = Field(None, pattern="^https?://", description="Such as http://host:8000/v1; null: not used.")
+    model: str | None = Field(None, min_length=1, description="Name of the model there.")
+    concurrency: int = Field(16, ge=1, le=1024, description="Requests under way at a time, for each worker.")
+    timeout: Seconds = Field(120.0, description="Seconds that a request may take; it is tried three times.")
     failures: int = Field(5, ge=1, le=1000, description="Failures in a row after which the step stops.")
-    frames: int = Field(8, ge=1, le=128, description="Frames of a clip that are shown.")
-    side: Side = Field(448, description="Longest side at which they are shown.")
     max_tokens: int = Field(1024, ge=16, le=65536, description="Longest answer.")
 
+    @model_validator(mode="after")
+    def _names_model(self) -> "EndpointSection":
+        """Checks that an endpoint can be asked."""
+        if self.url is not None and self.model is None:
+            raise ConfigError(f"url = {self.url!r}: an endpoint needs a model; `curl {self.url}/models` lists them")
+        return self
 
-class VlmSection(EndpointSection):
+
+class ShowingSection(EndpointSection):
+    """An endpoint that is shown frames."""
+
+    frames: int = Field(8, ge=1, le=128, description="Frames that are shown in a request.")
+    side: Side = Field(448, description="Longest side at which they are shown.")
+
+
+class VlmSection(ShowingSection):
     """The multimodal filter: questions to be answered yes, no or unsure."""
 
+    window: Seconds = Field(
+        5.0, description="Longest part of a clip that a request shows; longer clips are asked about in equal parts."
+    )
     threshold: Share = Field(0.5, description="Share of a clip's windows that must say yes for the answer to be yes.")
+    merge: bool = Field(
+        False,
+        description="One request shows the whole clip, answers the filter and captions it. The caption then comes from "
+        "this endpoint; of the section caption, only file, sidecar, words and prompt are used.",
+    )
 
 
-class CaptionSection(EndpointSection):
-    """Captions: from a file, from sidecars of the videos, or from an endpoint."""
+class CaptionSection(ShowingSection):
+    """Captions: from a file, from sidecars of the videos, or from an endpoint, in this order."""
 
-    file: str | None = Field(None, description="CSV with id or path, and caption; such captions are taken first.")
-    sidecar: bool = Field(True, description="Take captions from NAME.txt or NAME.json beside a video.")
+    file: str | None = Field(
+        None,
+        description="CSV with caption, and id of a clip or path of a video, relative to the folder of videos, whose "
+        "clips all get it.",
+    )
+    sidecar: bool = Field(
+        True, description='Take captions from NAME.txt, or "caption" of NAME.json, beside a video NAME.mp4.'
+    )
     words: int = Field(180, ge=1, le=10_000, description="Words that the prompt asks for at most.")
-    prompt: str | None = Field(None, description="Text of the prompt; null: the built-in one.")
+    prompt: str | None = Field(
+        None, min_length=1, max_length=20_000, description="Text of the prompt; null: the built-in one."
+    )
 
 
 class TagsSection(EndpointSection):
-    """Tags of subjects, actions, scenes and style: by the endpoint, or by matching captions against a list of words."""
+    """Tags of what captions tell of: by an endpoint, or else by a list of words."""
 
-    words: str | None = Field(None, description="File of `class: word, word, …` lines; null: the built-in list.")
+    words: str | None = Field(None, description="File of `class:value = word, word, …` lines; null: the built-in list.")
 
 
 class DedupSection(Section):
@@ -306,7 +334,7 @@ class EncodeSection(Section):
     device: str = Field("auto", description="Where to; auto: all CUDA devices, or the CPU.")
     least_area: Share = Field(0.75, description="Share of the picture that must remain (crops_too_much).")
     most_repeated: Share = Field(0.05, description="Share of repeated frames at the bucket's fps (fps_too_low).")
-    shard_mb: int = Field(1024, ge=1, le=65536, description="Latents of a shard, in MiB.")
+    shard_mb: int = Field(1024, ge=1, le=4095, description="Latents of a shard, in MiB.")
 
 
 class EmbedSection(Section):
@@ -319,6 +347,7 @@ class EmbedSection(Section):
     max_tokens: int = Field(300, ge=2, le=4096, description="Where captions are cut; cut ones are counted.")
     suffix: str = Field("", description="Appended to every caption.")
     device: str = Field("auto", description="Where to; auto: CUDA if there is one.")
+    shard_mb: int = Field(256, ge=1, le=4096, description="Features of a shard, in MiB, if all captions were longest.")
 
 
 class ValidationSection(Section):

@@ -8,6 +8,9 @@ _i = pa.int32()
 _s = pa.string()
 _hashes = pa.list_(pa.uint64())
 
+# One row a file that has the content of another, whose path comes first in order.
+COPY = pa.schema([("path", _s), ("video", _s)])
+
 # One row a video that was probed. Where `error` is set, nothing after `detail` need be.
 VIDEO = pa.schema(
     [
@@ -94,6 +97,50 @@ CLIP = pa.schema(
     ]
 )
 
+# One row a clip and bucket; and one a clip that no bucket takes, with `bucket` null and the bound that it fails.
+FIT = pa.schema(
+    [
+        ("clip", _s),
+        ("bucket", _s),
+        ("name", _s),  # too_small, too_short, crops_too_much or fps_too_low
+        ("value", _d),
+        ("low", _d),
+        ("high", _d),
+        ("area", _d),  # share of the picture that the bucket leaves
+        ("time_error", _d),  # largest distance of a frame from the time that it stands for, in seconds
+        ("repeated", _d),  # share of the sample's frames that are the one before once more
+        ("pts", pa.list_(pa.int64())),  # of the sample's frames
+    ]
+)
+
+# One row a clip and bucket, or a clip's caption; a unit becomes a shard. Rows are added and never change.
+ENCODE_PLAN = pa.schema([("unit", _i), ("bucket", _s), ("clip", _s), ("part", _i)])  # part: unit of videos
+EMBED_PLAN = pa.schema([("unit", _i), ("clip", _s), ("part", _i)])
+
+# One row a clip of a unit, in the order of the ids; `shard` is null where `error` says why there is no latent.
+ENCODE = pa.schema(
+    [
+        ("clip", _s),
+        ("bucket", _s),
+        ("error", _s),
+        ("shard", _s),  # relative to the folder of the set
+        ("bytes", pa.int64()),  # of the shard
+        ("sha256", _s),  # of the shard
+        ("luma", _d),  # mean of the encoded pixels, in [0, 1]
+    ]
+)
+EMBED = pa.schema(
+    [
+        ("clip", _s),
+        ("error", _s),
+        ("shard", _s),
+        ("bytes", pa.int64()),
+        ("sha256", _s),
+        ("tokens", _i),  # that are stored
+        ("cut", _i),  # that the caption has beyond them
+    ]
+)
+
 GATE = pa.schema([("clip", _s), ("open", pa.bool_())])
 
 # One row a clip that the gate let in; `error` says in words why a clip has no result.
@@ -121,18 +168,27 @@ CAPTION = pa.schema(
 TAGS = pa.schema([("clip", _s), ("tags", pa.list_(_s)), ("error", _s)])  # class:value
 
 REASON = pa.struct([("step", _s), ("field", _s), ("name", _s), ("value", _d), ("low", _d), ("high", _d)])
-# One row a clip; and one a video that has no clips, with `clip` null, so that every video has its reason.
+# One row a clip; and, with `clip` null, one a video that has no clips and one a copy of a file, so that every file has
+# its reason.
 SELECT = pa.schema(
     [
         ("clip", _s),
         ("video", _s),
+        ("path", _s),  # of the video, or of the copy
+        ("licence", _s),  # of the row of screen.sources that fits the path, as is the origin; null where none does
+        ("origin", _s),
         ("accepted", pa.bool_()),
         ("reasons", pa.list_(REASON)),
-        ("composite", _d),
-        ("group", _s),
-        ("weight", _d),
+        ("composite", _d),  # in [0, 1]; null where none of its scores is there
+        ("group", _s),  # the first tag of class balance.group
+        ("weight", _d),  # null where the clip is not accepted
     ]
 )
-DUPLICATE = pa.schema(
-    [("clip", _s), ("of", _s), ("kind", _s), ("distance", _d)]  # kind: picture, mirror, source, caption, embedding
-)
+# Pairs that are alike, of different videos: of the many that may be, as many as join what belongs together.
+# kind: picture, mirror, caption or embedding. distance: mean of the frames' bits; of embedding, the cosine.
+PAIR = pa.schema([("a", _s), ("b", _s), ("kind", _s), ("distance", _d)])
+# One row a clip that gives way to the clip `of`. kind: as above, or source (too many alike of one video).
+# distance: of the nearest pair of the clip, which need not be with `of`.
+DUPLICATE = pa.schema([("clip", _s), ("of", _s), ("kind", _s), ("distance", _d)])
+# One row a clip that people labelled.
+LABEL = pa.schema([("clip", _s), ("label", _s), ("pair_id", _s), ("rank", _i)])
