@@ -11,7 +11,7 @@ Shape suffixes: H height, W width.
 from array import array
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import cv2
@@ -67,10 +67,16 @@ def compare(earlier: Look, later: Look) -> tuple[float, float]:
     return float(earlier.colours @ later.colours), float((numerator / denominator).mean())
 
 
-def decide(colour: float, structure: float, seconds: float) -> float:
-    """Returns the score of two frames that lie so far apart: positive where they are of different shots."""
-    nearest = min(COEFFICIENTS, key=lambda lag: abs(np.log(lag / seconds)))
-    constant, of_colour, of_structure = COEFFICIENTS[nearest]
+def decide(colour: float, structure: float, seconds: float, coefficients: Mapping | None = None) -> float:
+    """Returns the score of two frames that lie so far apart: positive where they are of different shots.
+
+    Args:
+        colour, structure: of `compare`; numbers or arrays of them. seconds: between the two, of all alike.
+        coefficients: lag in seconds → constant, that of the colour, that of the structure; None for the fitted ones.
+    """
+    coefficients = coefficients or COEFFICIENTS
+    nearest = min(coefficients, key=lambda lag: abs(np.log(lag / seconds)))
+    constant, of_colour, of_structure = coefficients[nearest]
     return constant + of_colour * colour + of_structure * structure
 
 
@@ -91,8 +97,8 @@ def partner(times: Sequence[float], number: int, lag: float | None) -> int | Non
     return max(min(nearest, number - 1), number - _MOST_FRAMES, 0)
 
 
-class LaggedScore:
-    """Scores frame after frame against earlier ones.
+class Lagged:
+    """Compares frame after frame with earlier ones.
 
     Args:
         lags: in seconds, besides which there is always the frame before.
@@ -103,20 +109,22 @@ class LaggedScore:
         self._times = array("d")
         self._looks: deque[Look] = deque(maxlen=_MOST_FRAMES + 1)
 
-    def add(self, seconds: float, frame: np.ndarray, grey: np.ndarray) -> list[float]:
-        """Returns the scores of the next frame, one for each lag; NaN where there is no frame to compare it with.
+    def add(self, seconds: float, frame: np.ndarray, grey: np.ndarray) -> list[tuple[float, float, float] | None]:
+        """Returns colour, structure and seconds between, see `decide`, of the next frame for each lag.
+
+        None stands where there is no frame to compare it with.
 
         Args:
             seconds: its time. frame, grey: see `look`.
         """
         self._times.append(seconds)
         self._looks.append(look(frame, grey))
-        return [self._score(lag) for lag in self.lags]
-
-    def _score(self, lag: float | None) -> float:
-        number = len(self._times) - 1
-        other = partner(self._times, number, lag)
-        if other is None:
-            return float("nan")
-        colour, structure = compare(self._looks[other - number - 1], self._looks[-1])
-        return decide(colour, structure, self._times[number] - self._times[other])
+        number, compared = len(self._times) - 1, []
+        for lag in self.lags:
+            other = partner(self._times, number, lag)
+            if other is None:
+                compared.append(None)
+            else:
+                pair = compare(self._looks[other - number - 1], self._looks[-1])
+                compared.append((*pair, seconds - self._times[other]))
+        return compared

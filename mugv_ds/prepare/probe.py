@@ -5,11 +5,12 @@ which clips it has and what they score (`split`, `scores`) follow from these num
 seconds. A bad video is a row with `error` and `detail`.
 """
 
+import json
 import math
 import os
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ import pyarrow as pa
 
 from mugv_ds.config.errors import InputError
 from mugv_ds.config.prepare_schema import PrepareConfig
-from mugv_ds.prepare.css import LaggedScore
+from mugv_ds.files.fingerprint import fingerprint
+from mugv_ds.prepare.css import Lagged, decide
 from mugv_ds.prepare.frames import (
     Shape,
     VideoError,
@@ -45,22 +47,18 @@ from mugv_ds.prepare.measures import (
     small,
 )
 from mugv_ds.prepare.rows import VIDEO
+from mugv_ds.prepare.scan import Source
 from mugv_ds.prepare.units import Step
-from mugv_ds.prepare.workers import allow
+from mugv_ds.prepare.views import WeightsError
+from mugv_ds.prepare.workers import allow, run_isolated
 
-PROBE = Step("probe", 1, ("probe", "decode.max_side", "decode.max_pixels", "decode.max_frames"))
+STEP = Step("probe", 1, ("probe", "decode.max_side", "decode.max_pixels", "decode.max_frames"))
 
-_SIDE, _CSS_SIDE = 256, 128  # at which every frame is measured
+SIDE = 256  # at which every frame is measured
+_CSS_SIDE = 128
 _INTERLACED_FRAMES = 50  # the first, of which it is asked
 _HDR = (16, 18)  # AVColorTransferCharacteristic: PQ, HLG
 _FLOW_S = 0.25  # to which flow is scaled, whatever the frames' times
-_PER_FRAME = {
-    name: "f"
-    for name in (
-        *("content", "luma", "luma_range", "dark", "bright"),
-        *("difference", "shift_x", "shift_y"),
-    )
-}
 _PER_SAMPLE = {"sample": "i", "sharp": "f", "flow": "f", "phash": "Q", "phash_mirror": "Q"}
 _BORDERS = ("border", "border_level", "border_edge")
 
@@ -92,22 +90,57 @@ def probe(path: str | Path, relative: str, sha256: str, config: PrepareConfig) -
     return row
 
 
+def probe_isolated(folder: Path, source: Source, config: PrepareConfig) -> dict[str, Any]:
+    """Does the work of `probe` in a process of its own, which the file may crash or keep busy for ever.
+
+    Args:
+        folder: of videos. source: the file. config: see `probe`.
+
+    Returns:
+        as `probe`; where the process was killed or its memory was full, `error` is crashed or timed_out.
+    """
+    arguments = {
+        "path": str(folder / source.path),
+        "relative": source.path,
+        "sha256": source.video,
+        "config": config.model_dump(mode="json"),
+    }
+    limits = config.decode
+    found = run_isolated(probe_table, arguments, wall_s=limits.wall_extra, memory_gb=limits.memory_gb)
+    if isinstance(found, pa.Table):
+        return found.to_pylist()[0]
+    error = "timed_out" if found.kind == "timed_out" else "crashed"
+    return dict.fromkeys(VIDEO.names) | {
+        "video": source.video,
+        "path": source.path,
+        "bytes": source.bytes,
+        "error": error,
+        "detail": found.detail,
+    }
+
+
 def probe_table(path: str, relative: str, sha256: str, config: dict[str, Any]) -> pa.Table:
-    """Does the work of `probe` for `run_isolated`. config: as JSON types. Returns a table of one row."""
-    parsed = PrepareConfig.model_validate(config, strict=False)
+    """Returns what `probe` returns as a table of one row. config: as JSON's types."""
+    parsed = PrepareConfig.model_validate_json(json.dumps(config))
     return pa.Table.from_pylist([probe(path, relative, sha256, parsed)], schema=VIDEO)
 
 
-def failed_row(path: Path, relative: str, sha256: str, error: str, detail: str) -> dict[str, Any]:
-    """Returns the row of a video whose process crashed or took too long."""
-    size = path.stat().st_size if path.exists() else None
-    return dict.fromkeys(VIDEO.names) | {
-        "video": sha256,
-        "path": relative,
-        "bytes": size,
-        "error": error,
-        "detail": detail,
-    }
+def weights(config: PrepareConfig) -> str:
+    """Returns a hash of the weights that probing uses, empty if it uses none.
+
+    Raises:
+        WeightsError: they are missing.
+    """
+    files = []
+    if config.probe.transnet is not None:
+        from mugv_ds.models.transnet import weights_file
+
+        files.append(weights_file(config.probe.transnet))
+    files += [Path(config.probe.motion_weights)] if config.probe.motion_method == "raft" else []
+    try:
+        return fingerprint(files) if files else ""
+    except OSError as error:
+        raise WeightsError(f"{error.filename}: {error.strerror}; probe.transnet and motion_weights name files") from None
 
 
 def _measure(path: str | Path, config: PrepareConfig) -> dict[str, Any]:
@@ -140,6 +173,49 @@ def _claimed_seconds(container: av.container.InputContainer, stream: av.VideoStr
     return container.duration / av.time_base if container.duration and container.duration > 0 else None
 
 
+class EveryFrame:
+    """Measures what every frame is measured for.
+
+    Args:
+        height, width: of frames as they are. lags: see `Lagged`.
+    """
+
+    _NAMES = ("content", "luma", "luma_range", "dark", "bright", "difference", "shift_x", "shift_y")
+
+    def __init__(self, height: int, width: int, lags: Sequence[float]) -> None:
+        self._columns = {name: array("f") for name in self._NAMES}
+        self._scores = array("f")
+        self._shift, self._lagged = Shift(height, width), Lagged(lags)
+        self._before: tuple[np.ndarray, np.ndarray] | None = None  # the last frame, small and grey, and in HSV
+
+    def add(self, seconds: float, picture: np.ndarray) -> list[tuple[float, float, float] | None]:
+        """Measures the next frame, and returns what `Lagged` says of it.
+
+        Args:
+            seconds: its time. picture: uint8 BGR [256, 256, 3].
+        """
+        grey = cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY)
+        now, hues = small(grey), cv2.cvtColor(picture, cv2.COLOR_BGR2HSV)
+        moved, changed, content = (0.0, 0.0), math.nan, 0.0
+        if self._before is not None:
+            before, hues_before = self._before
+            moved, changed = self._shift.between(before, now), difference(before, now)
+            content = difference(hues_before, hues)  # the content value of PySceneDetect, with its own weights
+        self._before = now, hues
+        for name, value in zip(self._NAMES, (content, *light(grey), changed, *moved), strict=True):
+            self._columns[name].append(value)
+        reduced = cv2.resize(grey, (_CSS_SIDE, _CSS_SIDE), interpolation=cv2.INTER_AREA)
+        compared = self._lagged.add(seconds, picture, reduced)
+        self._scores.extend(math.nan if pair is None else decide(*pair) for pair in compared)
+        return compared
+
+    def columns(self) -> dict[str, list]:
+        """Returns the columns of `rows.VIDEO` that this measures."""
+        return {name: list(values) for name, values in self._columns.items()} | {
+            "css": _rows_of(self._scores, len(self._lagged.lags))
+        }
+
+
 class _Pass:
     """Measures frame after frame.
 
@@ -154,14 +230,10 @@ class _Pass:
         self._encrypted = False
         self._interlaced = self._hdr = 0
         self._pts = array("q")
-        self._frames = {name: array(kind) for name, kind in _PER_FRAME.items()}
         self._samples = {name: array(kind) for name, kind in _PER_SAMPLE.items()}
         self._borders = {name: array("f") for name in _BORDERS}
-        self._css = LaggedScore(config.probe.css_lags)
-        self._css_scores = array("f")
         self._transnet = _transnet(config)
         self._flow: Flow = _flow(config)
-        self._before: tuple[np.ndarray, np.ndarray] | None = None  # the last frame, small grey and HSV
         self._sampled: tuple[float, np.ndarray] | None = None
         self._next_sample = 0.0
         self._shape: Shape | None = None
@@ -186,7 +258,10 @@ class _Pass:
         self._pts.append(frame.pts)
         if len(self._pts) <= _INTERLACED_FRAMES:
             self._interlaced += frame.interlaced_frame
-        self._measure_small(to_array(frame, "bgr24", (_SIDE, _SIDE)))
+        picture = to_array(frame, "bgr24", (SIDE, SIDE))
+        self._every.add(self._seconds, picture)
+        if self._transnet is not None:
+            self._transnet.add(picture)
         if self._seconds >= self._next_sample - 1e-6:
             self._measure_sample(frame)
             interval = self._config.probe.interval
@@ -200,7 +275,7 @@ class _Pass:
 
     def _begin(self, frame: av.VideoFrame) -> None:
         self._shape = shape_of(self._stream, frame)
-        self._shift = Shift(frame.height, frame.width)
+        self._every = EveryFrame(frame.height, frame.width, self._config.probe.css_lags)
         self._fixed = {
             "pixel_format": frame.format.name,
             "width": frame.width,
@@ -212,35 +287,6 @@ class _Pass:
             "hdr": int(frame.color_trc) in _HDR,
             "time_base": float(self._time_base),
         }
-
-    def _measure_small(self, picture: np.ndarray) -> None:
-        """Measures a frame at the size of all, uint8 BGR [256, 256, 3]."""
-        grey = cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY)
-        now = small(grey)
-        hues = cv2.cvtColor(picture, cv2.COLOR_BGR2HSV)
-        moved, changed, content = (0.0, 0.0), math.nan, 0.0
-        if self._before is not None:
-            before, hues_before = self._before
-            moved, changed = self._shift.between(before, now), difference(before, now)
-            content = difference(hues_before, hues)  # as PySceneDetect's ContentDetector, with its own weights
-        self._before = now, hues
-        seen = light(grey)
-        values = {
-            "content": content,
-            "luma": seen.mean,
-            "luma_range": seen.range,
-            "dark": seen.dark,
-            "bright": seen.bright,
-            "difference": changed,
-            "shift_x": moved[0],
-            "shift_y": moved[1],
-        }
-        for name, value in values.items():
-            self._frames[name].append(value)
-        reduced = cv2.resize(grey, (_CSS_SIDE, _CSS_SIDE), interpolation=cv2.INTER_AREA)
-        self._css_scores.extend(self._css.add(self._seconds, picture, reduced))
-        if self._transnet is not None:
-            self._transnet.add(picture)
 
     def _measure_sample(self, frame: av.VideoFrame) -> None:
         """Measures what only some frames are measured for."""
@@ -295,7 +341,6 @@ class _Pass:
             raise VideoError("unreadable", "its video stream holds no frame")
         intervals = np.diff(np.frombuffer(self._pts, np.int64)) * float(self._time_base)
         mean = float(intervals.mean()) if frames > 1 else None
-        lags = len(self._css.lags)
         return (
             self._fixed
             | {
@@ -306,10 +351,10 @@ class _Pass:
                 "bitrate": 8 * self._bytes / (frames * self._shape.height * self._shape.width),
                 "interlaced": self._interlaced / min(frames, _INTERLACED_FRAMES),
                 "pts": list(self._pts),
-                "css": _rows_of(self._css_scores, lags),
                 "transnet": None if self._transnet is None else self._transnet.end(),
             }
-            | {name: list(values) for name, values in (self._frames | self._samples).items()}
+            | self._every.columns()
+            | {name: list(values) for name, values in self._samples.items()}
             | {name: _rows_of(values, 4) for name, values in self._borders.items()}
         )
 

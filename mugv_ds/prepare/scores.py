@@ -47,8 +47,8 @@ def _clip(row: Mapping[str, Any], window: Window, options: BorderSection) -> dic
     first, last = window.first, window.last
     pts, base = row["pts"], row["time_base"]
     samples = np.flatnonzero((np.asarray(row["sample"]) >= first) & (np.asarray(row["sample"]) <= last))
-    border, level_edge = _borders(row, samples)
-    crop = Crop() if window.reason else _crop(row, border, level_edge, options)
+    border, edge = _borders(row, samples)
+    crop = Crop() if window.reason else _crop(row, border, edge, options)
     shape = Shape(
         row["height"], row["width"], Fraction(row["sample_aspect"]).limit_denominator(10_000), row["rotation"]
     )
@@ -72,8 +72,8 @@ def _clip(row: Mapping[str, Any], window: Window, options: BorderSection) -> dic
     if window.reason is None:
         left = (row["height"] - crop.top - crop.bottom) * (row["width"] - crop.left - crop.right)
         clip |= {"area": left / (row["height"] * row["width"])}
-        clip |= {f"border_{side}": value for side, value in zip(SIDES, border, strict=True)}
-        clip |= {f"border_edge_{side}": value for side, value in zip(SIDES, level_edge, strict=True)}
+        clip |= {f"border_{side}": value for side, value in zip(SIDES, border.tolist(), strict=True)}
+        clip |= {f"border_edge_{side}": value for side, value in zip(SIDES, edge.tolist(), strict=True)}
         clip |= _of_samples(row, samples) | _of_frames(row, first, last)
     return clip
 
