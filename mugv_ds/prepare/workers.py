@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
@@ -38,7 +39,7 @@ class Failure:
     """What came of a call in place of a result.
 
     Attributes:
-        kind: crashed (a signal ended the process), timed_out, or raised (an exception that the function did not foresee).
+        kind: crashed (a signal ended the process), timed_out, or raised (an exception that nobody foresaw).
         detail: the signal, or the exception.
     """
 
@@ -49,7 +50,7 @@ class Failure:
 def run_isolated(
     function: Callable[..., pa.Table | np.ndarray], arguments: dict[str, Any], *, wall_s: float, memory_gb: float
 ) -> pa.Table | np.ndarray | Failure:
-    """Calls a function in a process of its own, once more if that crashes or takes too long. Threads may call at a time.
+    """Calls a function in a process of its own, once more if that crashes or takes too long. Threads may share it.
 
     Args:
         function: of a module, by whose name it is found. arguments: its keyword arguments, of JSON's types.
@@ -172,7 +173,7 @@ def _serve(memory_gb: float) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    with open(os.devnull, "r+b") as nothing:  # libraries that print do not print into the answers
+    with Path(os.devnull).open("r+b") as nothing:  # libraries that print do not print into the answers
         os.dup2(nothing.fileno(), 0)
         os.dup2(nothing.fileno(), 1)
     threading.Thread(target=_end_with_parent, args=[requests.fileno()], daemon=True).start()

@@ -1,6 +1,7 @@
 """A file that kills, stalls or fills its process harms its own call alone."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -47,7 +48,6 @@ def fill_memory():
 def wait(seconds, more=None):
     if more is not None:
         allow(more)
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     time.sleep(seconds)
     return table_of([seconds])
 
@@ -57,18 +57,11 @@ def fail():
 
 
 def own_limits():
-    import resource
-
-    children = [int(name) for name in os.listdir("/proc/self/fd")]
-    sockets = [
-        fd
-        for fd in children
-        if os.path.exists(f"/proc/self/fd/{fd}") and "socket" in os.readlink(f"/proc/self/fd/{fd}")
-    ]
+    targets = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
     return pa.table(
         {
             "memory": [resource.getrlimit(resource.RLIMIT_AS)[0]],
-            "sockets": [len(sockets)],
+            "sockets": [sum("socket" in target for target in targets)],
             "torch": ["torch" in sys.modules],
         }
     )
