@@ -243,7 +243,7 @@ class Preparation:
             paths = {video: source.path for video, source in unit.paths.items()}
             clips = unit.read("clips", ("clip", "video", "reason")).to_pylist()
             yield from ((row["clip"] or "", paths[row["video"]]) for row in clips)
-            yield from (("", path) for path in paths.values())
+            yield from (("", source.path) for source in unit.sources)
 
     def _on_cpus(self, step: str, function: Callable[[Job], int], jobs: list[Job]) -> str:
         return self._gather(step, self._executor.on_cpus(function, jobs), len(jobs))
@@ -448,7 +448,7 @@ class Preparation:
         return said
 
     def _manifest(self) -> str:
-        labels = read_labels(self.config.labels, self._clips_and_paths()) if self.config.labels.file else None
+        labels = self._labels() if self.config.labels.file else None
         parts = Parts(
             encode_plan=self._plan("encode"),
             embed_plan=self._plan("embed"),
