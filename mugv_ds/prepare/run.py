@@ -367,8 +367,8 @@ class Preparation:
         withdrawn = Withdrawn.read(self.folders.out)
         for number in self.chain.scan.units:
             table = self.read("select", number)
-            allowed = table["accepted"].to_numpy() & ~withdrawn.mask(table["video"], table["licence"])
-            yield number, table["clip"].filter(pa.array(allowed)).combine_chunks()
+            chosen = table.filter(table["accepted"]).select(["clip", "video", "licence"]).to_pylist()
+            yield number, pa.array([row["clip"] for row in chosen if not withdrawn.holds(row)], pa.string())
 
     def _plan(self, step: str) -> pa.Table:
         """Returns the units of encode or embed. Those that have no fragment are planned anew after other decisions."""
