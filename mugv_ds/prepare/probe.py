@@ -82,7 +82,9 @@ def probe(path: str | Path, relative: str, sha256: str, config: PrepareConfig) -
         row |= _measure(path, config)
         after = os.stat(path)
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            raise VideoError("changed_while_reading", "its size or time changed meanwhile; start again when it is complete")
+            raise VideoError(
+                "changed_while_reading", "its size or time changed meanwhile; start again when it is complete"
+            )
     except VideoError as error:
         row |= {"error": error.reason, "detail": error.detail}
     except (OSError, InputError) as error:
@@ -140,7 +142,9 @@ def weights(config: PrepareConfig) -> str:
     try:
         return fingerprint(files) if files else ""
     except OSError as error:
-        raise WeightsError(f"{error.filename}: {error.strerror}; probe.transnet and motion_weights name files") from None
+        raise WeightsError(
+            f"{error.filename}: {error.strerror}; probe.transnet and motion_weights name files"
+        ) from None
 
 
 def _measure(path: str | Path, config: PrepareConfig) -> dict[str, Any]:

@@ -47,7 +47,9 @@ from mugv_ds.prepare.select import Selection, UnitRows, check_bounds, gate
 from mugv_ds.prepare.units import Fragments, Step, digest, read_table, write_table
 
 DEDUP_STEP = Step("dedup", 1, fields=("dedup",))
-SELECT_STEP = Step("select", 1, fields=("select", "screen", "balance", "dedup"))
+SELECT_STEP = Step(
+    "select", 1, fields=("select", "screen", "balance", "dedup", "vlm.threshold", "split.min_seconds", "encode.buckets")
+)
 PER_UNIT = {"videos": "probe", "clips": "split", "fit": "fit"}  # folder → what the step is called
 STEPS = ("scan", "probe", "split", "fit", "gate", *EXTRAS, "dedup", "select", "encode", "embed", "manifest")
 _SHARDS = {"encode": rows.ENCODE, "embed": rows.EMBED}
@@ -448,8 +450,10 @@ class Preparation:
         return said
 
     def _manifest(self) -> str:
-        labels = self._labels() if self.config.labels.file else None
+        file = self.config.labels.file
+        labels = read_labels(Path(file), {clip for clip, _ in self._clips_and_paths()}).rows if file else None
         parts = Parts(
+            videos=len(self.chain.scan.units),
             encode_plan=self._plan("encode"),
             embed_plan=self._plan("embed"),
             read=self.read,

@@ -9,7 +9,7 @@ from mugv_ds.prepare.dedup import DedupRows, distances, find_pairs, keep, signat
 from mugv_ds.prepare.rows import AESTHETIC, CAPTION, DUPLICATE
 from mugv_ds.prepare.screen import Blocklist, Screening, Sources
 from mugv_ds.prepare.select import Ranks, judge
-from tests.helpers.prepared import clip, clip_id, flipped, hashes_of, unit, video
+from tests.helpers.prepared_rows import clip, clip_id, flipped, hashes_of, unit, video
 
 NOTHING = Screening(Sources(), Blocklist())
 

@@ -3,7 +3,7 @@ import pytest
 from mugv_ds.config.errors import InputError
 from mugv_ds.data.paths import ManifestError
 from mugv_ds.prepare.labels import read_labels
-from tests.helpers.prepared import clip_id
+from tests.helpers.prepared_rows import clip_id
 
 IDS = {name: clip_id(name) for name in "abcdefgh"}
 
