@@ -26,6 +26,7 @@ from mugv_ds.config.model import LATENT_CHANNELS, LATENT_STRIDE
 from mugv_ds.config.prepare_schema import BucketSection, EncodeSection
 from mugv_ds.data.patience import read_patiently
 from mugv_ds.data.shards import write_shard
+from mugv_ds.data.storage import Folder
 from mugv_ds.files.tensor_file import SampleError
 from mugv_ds.models.codec import LinearCodec
 from mugv_ds.models.videovae import VideoVAE, check_conv3d
@@ -291,7 +292,7 @@ class Encoder:
                 raise SampleError(str(error)) from None
 
         try:
-            return read_patiently(read, self._videos)
+            return read_patiently(read, Folder(self._videos))
         except SampleError as error:
             return str(error)
 
