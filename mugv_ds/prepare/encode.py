@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
@@ -191,7 +192,7 @@ def units_in(plan: pa.Table) -> Iterator[tuple[int, pa.Table]]:
     """Yields the number and the rows of each unit of a plan."""
     numbers = plan["unit"].to_numpy()
     starts = np.flatnonzero(np.diff(numbers, prepend=-1))
-    for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(numbers)], strict=True):
+    for start, stop in pairwise([*starts.tolist(), len(numbers)]):
         yield int(numbers[start]), plan.slice(start, stop - start)
 
 

@@ -4,7 +4,7 @@ The files are somebody else's: only regular files in containers of videos are op
 Shape suffixes: H height, W width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -107,19 +107,23 @@ def shape_of(stream: av.VideoStream, frame: av.VideoFrame) -> Shape:
 
 
 @contextmanager
-def open_video(path: str | Path, threads: int = 1) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+def open_video(
+    path: str | Path, threads: int = 1, max_pixels: int | None = None
+) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """Opens a video file: its container and its first video stream that is no cover picture.
 
     Args:
         path: of a regular file. threads: that decode; 0 for as many as there are cores.
+        max_pixels: of a frame, beyond which decoders refuse.
 
     Raises:
         VideoError: not_a_video, unreadable or no_video_stream; from the body also decode_error, of what FFmpeg raises
             there. OSError: the file is missing, or the file system failed.
     """
+    options = dict(OPTIONS) | ({} if max_pixels is None else {"max_pixels": str(max_pixels)})
     with open_regular(path) as file:
         try:
-            container = av.open(file, options=dict(OPTIONS), metadata_errors="replace")
+            container = av.open(file, options=options, metadata_errors="replace")
         except av.error.ArgumentError as error:  # how FFmpeg says that a format is not among those of the list
             raise VideoError("not_a_video", f"{path}: of a format that is not read ({error.strerror})") from None
         except (av.error.FFmpegError, ValueError) as error:
@@ -143,18 +147,28 @@ def _words(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def decode(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+def decode(
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    on_packet: Callable[[av.Packet], None] | None = None,
+) -> Iterator[av.VideoFrame]:
     """Yields frames in the order of presentation. Those without a time, and those not later than the one before, which
     cannot be found again by their times, are left out.
+
+    Args:
+        container, stream: see `open_video`. on_packet: is shown every packet before it is decoded.
 
     Raises:
         av.error.FFmpegError: decoding failed.
     """
     last = None
-    for frame in container.decode(stream):
-        if frame.pts is not None and (last is None or frame.pts > last):
-            last = frame.pts
-            yield frame
+    for packet in container.demux(stream):
+        if on_packet is not None:
+            on_packet(packet)
+        for frame in packet.decode():
+            if frame.pts is not None and (last is None or frame.pts > last):
+                last = frame.pts
+                yield frame
 
 
 def matrix_of(frame: av.VideoFrame) -> tuple[Colorspace, str]:

@@ -48,7 +48,7 @@ def caption_prompt(config: PrepareConfig) -> Prompt:
 def _caption_text(config: PrepareConfig) -> str:
     return config.caption.prompt or (
         f"Describe in English, in one paragraph of at most {config.caption.words} words: the main subjects and how "
-        "they look; what they do and how they move; the background; the camera's view and how it moves; light and style. "
+        "they look; what they do and how they move; the background; the camera's view and its motion; light and style. "
         "Describe only what can be seen, as a scene and not as a video or frames: begin with the subject, and add no "
         "opinions, guesses or lists."
     )

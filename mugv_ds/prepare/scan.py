@@ -5,6 +5,7 @@ the unit of every content that was ever seen, which only grows. So new videos ma
 """
 
 import hashlib
+import itertools
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -12,14 +13,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mugv_ds.config.errors import InputError
 from mugv_ds.config.regular_file import open_regular, read_text_file
 from mugv_ds.data.paths import PathError, resolve
 from mugv_ds.prepare.units import read_table, write_table
 
-_PATHS = pa.schema(
+_FILES = pa.schema(
     [
         ("path", pa.string()),
         ("video", pa.string()),  # hex SHA-256; null where it could not be read
@@ -28,9 +31,10 @@ _PATHS = pa.schema(
         ("mtime_ns", pa.int64()),
     ]
 )
-_VIDEOS = pa.schema([("unit", pa.int32()), ("video", pa.string())])
+_PLAN = pa.schema([("unit", pa.int32()), ("video", pa.string())])
 _MAX_LIST_BYTES = 1 << 30
 _THREADS = 4
+_BATCH = 10_000
 _MAX_DEPTH = 64  # of folders; deeper is a loop of mounts
 
 
@@ -50,29 +54,40 @@ class Source:
     mtime_ns: int
 
 
-@dataclass(frozen=True)
 class Scan:
-    """The files of a folder, and the units of their contents.
+    """The files of a folder, and the units of their contents; about 200 bytes a file.
 
-    Attributes:
-        sources: all files, by path. units: number → SHA-256 of its videos in their order.
+    Args:
+        files: one row a file, by path. plan: one row a content that was ever seen, in the order of the units.
     """
 
-    sources: tuple[Source, ...]
-    units: dict[int, tuple[str, ...]]
+    def __init__(self, files: pa.Table, plan: pa.Table) -> None:
+        self.files = files
+        self._plan = plan.combine_chunks()
+        self._unit = np.asarray(self._plan["unit"])
+        place = pc.index_in(files["video"], value_set=self._plan["video"].combine_chunks())
+        place = np.asarray(place.fill_null(len(plan)))
+        self._order = np.argsort(place, kind="stable")  # of one content, files stay in the order of their paths
+        self._place = place[self._order]
 
-    def paths(self) -> dict[str, str]:
-        """Returns SHA-256 → path of each content; of several files that hold it, the first."""
-        found: dict[str, str] = {}
-        for source in self.sources:
-            if source.video is not None:
-                found.setdefault(source.video, source.path)
-        return found
+    @property
+    def units(self) -> range:
+        """Returns the numbers of the units."""
+        return range(int(self._unit[-1]) + 1 if len(self._unit) else 0)
 
-    def copies(self) -> dict[str, str]:
-        """Returns path → path of the first file with the same content, of the files that are not the first."""
-        first = self.paths()
-        return {s.path: first[s.video] for s in self.sources if s.video is not None and first[s.video] != s.path}
+    def videos(self, unit: int) -> list[str]:
+        """Returns the SHA-256 of a unit's videos in their order, also of those that no file has any more."""
+        first, last = np.searchsorted(self._unit, [unit, unit + 1])
+        return self._plan["video"].slice(first, last - first).to_pylist()
+
+    def sources(self, unit: int) -> list[Source]:
+        """Returns the files of a unit's videos: by video, and by path where several have the same content."""
+        first, last = np.searchsorted(self._place, np.searchsorted(self._unit, [unit, unit + 1]))
+        return [Source(**row) for row in self.files.take(pa.array(self._order[first:last])).to_pylist()]
+
+    def unreadable(self) -> list[Source]:
+        """Returns the files that could not be read."""
+        return [Source(**row) for row in self.files.filter(pc.is_null(self.files["video"])).to_pylist()]
 
 
 def scan(
@@ -103,21 +118,22 @@ def scan(
     if not names:
         raise InputError(f"{videos}: holds no file that ends in {', '.join(suffixes)}; see scan.suffixes")
     plan.mkdir(parents=True, exist_ok=True)
-    known = {source.path: source for source in _read_paths(plan)}
-    done = 0
+    known = _read(plan / "paths.parquet", _FILES)
+    places = pc.index_in(pa.array([_shown(name) for name in names]), value_set=known["path"].combine_chunks())
 
-    def look(name: str) -> Source:
-        return _look(videos, name, known.get(name))
+    def look(name: str, place: int | None) -> Source:
+        return _look(videos, name, None if place is None else Source(**known.slice(place, 1).to_pylist()[0]))
 
-    sources = []
+    parts, done = [_FILES.empty_table()], 0
     with ThreadPoolExecutor(_THREADS) as threads:
-        for source in threads.map(look, names):
-            sources.append(source)
-            done += 1
+        found = threads.map(look, names, places.to_pylist())
+        while batch := list(itertools.islice(found, _BATCH)):
+            parts.append(pa.Table.from_pylist([vars(source) for source in batch], _FILES))
+            done += len(batch)
             tell(f"{done:,} of {len(names):,} files")
-    columns = {field.name: [getattr(source, field.name) for source in sources] for field in _PATHS}
-    write_table(plan / "paths.parquet", pa.table(columns, schema=_PATHS))
-    return Scan(tuple(sources), _extend(plan, {s.video for s in sources if s.video is not None}, unit))
+    files = pa.concat_tables(parts)
+    write_table(plan / "paths.parquet", files)
+    return Scan(files, _extend(plan / "videos.parquet", files["video"], unit))
 
 
 def read_scan(plan: Path) -> Scan:
@@ -126,10 +142,10 @@ def read_scan(plan: Path) -> Scan:
     Raises:
         InputError: there was none.
     """
-    sources = _read_paths(plan)
-    if not sources:
+    files = _read(plan / "paths.parquet", _FILES)
+    if not len(files):
         raise InputError(f"{plan}: nothing was scanned yet; `prepare.py run` or `prepare.py scan` comes first")
-    return Scan(tuple(sources), _read_units(plan))
+    return Scan(files, _read(plan / "videos.parquet", _PLAN))
 
 
 def _walk(root: Path, suffixes: tuple[str, ...]) -> Iterator[str]:
@@ -163,11 +179,8 @@ def _listed(root: Path, file: Path) -> Iterator[str]:
 
 def _look(root: Path, name: str, known: Source | None) -> Source:
     """Returns what is known of a file, hashing it if it is not what it was at the last scan."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        shown = name.encode(errors="backslashreplace").decode()
-        return Source(shown, None, "its name is not UTF-8: rename it", 0, 0)
+    if _shown(name) != name:
+        return Source(_shown(name), None, "its name is not UTF-8: rename it", 0, 0)
     try:
         path = resolve(root, name)  # a link that leads out is refused
         facts = path.stat()
@@ -183,31 +196,25 @@ def _look(root: Path, name: str, known: Source | None) -> Source:
         return Source(name, content, None, facts.st_size, facts.st_mtime_ns)
     except (InputError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        return Source(name, None, reason, 0, 0)
+        return Source(name, None, reason.replace(f"{root}", "the folder of videos"), 0, 0)
 
 
-def _read_paths(plan: Path) -> list[Source]:
-    path = plan / "paths.parquet"
-    return [Source(**row) for row in read_table(path, schema=_PATHS).to_pylist()] if path.exists() else []
+def _shown(name: str) -> str:
+    """Returns a name that can be written down, which one that is not UTF-8 cannot."""
+    return name.encode(errors="backslashreplace").decode() if not name.isascii() else name
 
 
-def _read_units(plan: Path) -> dict[int, tuple[str, ...]]:
-    path, units = plan / "videos.parquet", {}
-    if path.exists():
-        table = read_table(path, schema=_VIDEOS)
-        for unit, video in zip(table["unit"].to_pylist(), table["video"].to_pylist(), strict=True):
-            units.setdefault(unit, []).append(video)
-    return {unit: tuple(videos) for unit, videos in units.items()}
+def _read(path: Path, schema: pa.Schema) -> pa.Table:
+    return read_table(path, schema=schema) if path.exists() else schema.empty_table()
 
 
-def _extend(plan: Path, found: set[str], size: int) -> dict[int, tuple[str, ...]]:
-    """Puts contents that have no unit into new ones, by their hashes' order, and returns all units."""
-    units = _read_units(plan)
-    new = sorted(found - {video for videos in units.values() for video in videos})
-    first = max(units, default=-1) + 1
-    units |= {first + i: tuple(new[i * size : (i + 1) * size]) for i in range(-(-len(new) // size))}
-    if new:
-        rows = [(unit, video) for unit, videos in sorted(units.items()) for video in videos]
-        columns = dict(zip(("unit", "video"), zip(*rows, strict=True), strict=True))
-        write_table(plan / "videos.parquet", pa.table(columns, schema=_VIDEOS))
-    return units
+def _extend(path: Path, videos: pa.ChunkedArray, size: int) -> pa.Table:
+    """Puts contents that have no unit into new ones, by their hashes' order, and returns the whole plan."""
+    plan = _read(path, _PLAN)
+    new = pc.unique(videos.drop_null()).filter(pc.invert(pc.is_in(pc.unique(videos.drop_null()), plan["video"])))
+    if len(new):
+        first = 0 if not len(plan) else plan["unit"][-1].as_py() + 1
+        numbers = pa.array(first + np.arange(len(new)) // size, pa.int32())
+        plan = pa.concat_tables([plan, pa.table([numbers, new.sort()], schema=_PLAN)])
+        write_table(path, plan)
+    return plan

@@ -1,4 +1,4 @@
-"""The step `tags`: what a caption tells of, by which sets are balanced; named by an endpoint or found in a word list."""
+"""The step `tags`: what a caption tells of, by which sets are balanced; from an endpoint or a word list."""
 
 import re
 import unicodedata

@@ -1,4 +1,4 @@
-"""The step `vlm`: what scores cannot see of a clip is asked of a multimodal model, as the paper's MM-LLM filter does."""
+"""The step `vlm`: what scores cannot see of a clip is asked of a multimodal model, as by the paper's filter."""
 
 from collections.abc import Sequence
 from itertools import islice
