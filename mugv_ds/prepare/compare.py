@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mugv_ds.data.paths import resolve
 from mugv_ds.data.video import contact_sheet, spaced, to_frames
+from mugv_ds.prepare.encode import mean_luma
 from mugv_ds.prepare.frames import VideoError, open_video, read_frames
 from mugv_ds.prepare.rows import SIDES
 
@@ -99,7 +100,7 @@ def compare(decoded: np.ndarray, provenance: Mapping[str, Any], fps: float, vide
         sample=provenance["sample"],
         bucket=provenance["bucket"],
         psnr=10 * math.log10(255**2 / max(float(errors.mean()), _LEAST_MSE)),
-        luma=(_luma(source), _luma(decoded)),
+        luma=(mean_luma(source), mean_luma(decoded)),
         late=float(np.abs(seconds[picks[RIGHT]] - wanted).max()) * fps,
         pixels=_pixel_errors(source, decoded),
         times=_time_errors(frames, picks, decoded) if count > 1 else {},
@@ -193,7 +194,3 @@ def _shrunk(frame: np.ndarray) -> np.ndarray:
     scale = min(_SMALL / min(luma.shape), 1.0)
     size = tuple(max(round(side * scale), 1) for side in luma.shape[::-1])
     return cv2.resize(luma, size, interpolation=cv2.INTER_AREA)
-
-
-def _luma(frames: np.ndarray) -> float:
-    return float((frames.reshape(-1, 3).mean(axis=0, dtype=np.float64) @ np.array([0.299, 0.587, 0.114])) / 255)
