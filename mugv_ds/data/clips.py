@@ -7,6 +7,7 @@ Shape suffixes: B clips, F frames, H and W height and width, C = 24 latent chann
 
 import hashlib
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -166,6 +167,9 @@ class Clips:
     def alike(self, item: int) -> np.ndarray:
         """Returns the rows that have as many frames, ascending."""
         return self._long_enough
+
+    def fetch(self, items: Sequence[tuple[int, int | None]]) -> None:
+        """Nothing: videos are decoded from local files as they are read."""
 
     def read(self, item: int, visit: int | None) -> list[ClipBatch]:
         """One clip, as a `ClipBatch` without the first dimension; visit None marks a filler.

@@ -11,9 +11,10 @@ They lie in one folder, named by the CSV's digest and the version of their forma
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import chain
 from math import prod
 from pathlib import Path
 
@@ -200,12 +201,14 @@ class Index:
         Args:
             wanted: row, and whether its text features are read too.
         """
-        ranges = []
-        for i, with_text in wanted:
-            row = self.row(i)
-            tensors = [(row.latent_path, row.latent_entry)] + [(row.text_feat_path, row.text_entry)] * with_text
-            ranges += [Range(split_key(path)[0], at.offset, at.size) for path, at in tensors if at is not None]
-        self.files.fetch(ranges)
+        self.files.fetch(chain.from_iterable(self._ranges(i, with_text) for i, with_text in wanted))
+
+    def _ranges(self, i: int, with_text: bool) -> Iterator[Range]:
+        row = self.row(i)
+        text = [(row.text_feat_path, row.text_entry)] if with_text else []
+        for path, entry in [(row.latent_path, row.latent_entry), *text]:
+            if entry is not None:
+                yield Range(split_key(path)[0], entry.offset, entry.size)
 
     def shapes(self) -> np.ndarray:
         """(T, H, W) of every row's latent: int32 [n, 3], memory-mapped and read-only; zeros where it could not be read.

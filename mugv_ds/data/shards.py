@@ -32,7 +32,7 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 _ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 _CHECKSUMS = "mugv_ds.shard.1"  # the number is the format's version
-_MAX_HEADER_BYTES = 1 << 23  # some 40,000 tensors
+_MAX_HEADER_BYTES = 1 << 22  # some 20,000 tensors; JSON of this size takes seconds at most
 _FIRST_READ = 1 << 16  # holds the headers of most shards
 _MAX_DIMENSIONS = 8
 _CRC = re.compile("[0-9a-f]{8}")

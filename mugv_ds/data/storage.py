@@ -4,7 +4,7 @@ import errno
 import os
 import posixpath
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +70,7 @@ class Files(Protocol):
         Errors of `open`, but that a missing local file is left to who opens it.
         """
 
-    def fetch(self, ranges: Sequence[Range]) -> None:
+    def fetch(self, ranges: Iterable[Range]) -> None:
         """Gets ranges that are about to be read, all at once, where reading them one by one would take longer."""
 
     def is_readable(self) -> bool:
@@ -136,7 +136,7 @@ class Folder:
         """See `Files.whole`."""
         yield resolve(self.root, path)
 
-    def fetch(self, ranges: Sequence[Range]) -> None:
+    def fetch(self, ranges: Iterable[Range]) -> None:
         """Nothing: the worker processes of the loader are ahead by several micro-batches already."""
 
     def is_readable(self) -> bool:
@@ -192,9 +192,9 @@ class Bucket:
             except SampleError as error:
                 raise type(error)(str(error).replace(str(local), blob.name)) from error
 
-    def fetch(self, ranges: Sequence[Range]) -> None:
+    def fetch(self, ranges: Iterable[Range]) -> None:
         """Gets ranges at once and keeps each for the next `read` of it; what fails is left to that one."""
-        self._fetched = {}
+        self._fetched, ranges = {}, list(ranges)
         try:
             paths = [self._full(one.path) for one in ranges]
             starts, ends = [one.start for one in ranges], [one.start + one.length for one in ranges]
