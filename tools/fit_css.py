@@ -12,6 +12,7 @@ pip download --no-deps --no-binary moviepy moviepy==2.2.1
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -236,15 +237,18 @@ def evaluate(films: Sequence[Film], coefficients: Mapping, config: PrepareConfig
 def source_of(coefficients: Mapping[float, Sequence[float]], lines: Sequence[str]) -> str:
     """Returns the module that holds the coefficients, and where they come from."""
     names = ", ".join(name for half in FOOTAGE for name in half)
-    told = "\n".join(f"#   {line}." for line in lines)
+    joints = 2 * _FILMS * (_PARTS - 1)
+    told = [
+        f"Fitted on shots that are joined at random, with stated seeds, by {joints} cuts, dissolves, fades and wipes. "
+        f"Some of the shots are of {names}; the others are drawn. With the default config it gave:",
+        *(f"- {line}." for line in lines),
+        "Lag in seconds → constant, coefficient of the colour, coefficient of the structure.",
+    ]
+    comment = "\n".join(textwrap.fill(line, 118, initial_indent="# ", subsequent_indent="# ") for line in told)
     values = "\n".join(f"    {lag!r}: {tuple(values)!r}," for lag, values in coefficients.items())
-    return f'''"""The coefficients of the colour–structure score. Written by tools/fit_css.py, which says how; not to be edited."""
+    return f'''"""The coefficients of the colour–structure score, as tools/fit_css.py writes them."""
 
-# Fitted on shots joined at random by {2 * _FILMS * (_PARTS - 1)} cuts, dissolves, fades and wipes of stated seeds.
-# Half of the shots are of {names};
-# the others are drawn. With the default config it gave:
-{told}
-# Lag in seconds → constant, coefficient of the colour, coefficient of the structure.
+{comment}
 COEFFICIENTS: dict[float, tuple[float, float, float]] = {{
 {values}
 }}

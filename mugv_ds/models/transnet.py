@@ -95,9 +95,7 @@ class TransNetV2(nn.Module):
         super().__init__()
         widths = [_FILTERS * 2**layer for layer in range(_LAYERS)]
         channels = [3, *(len(_DILATIONS) * width for width in widths)]
-        self.SDDCNN = nn.ModuleList(
-            [_Layer(before, width) for before, width in zip(channels, widths, strict=False)]
-        )
+        self.SDDCNN = nn.ModuleList([_Layer(before, width) for before, width in zip(channels, widths, strict=False)])
         self.frame_sim_layer = _Similarity(sum(channels[1:]))
         self.color_hist_layer = _Similarity()
         places = (HEIGHT >> _LAYERS) * (WIDTH >> _LAYERS)
@@ -202,4 +200,3 @@ class Transitions:
             both = torch.stack(self._model(frames)).sigmoid().amax(dim=0)
         self._scores += both[0, _EDGE : _EDGE + _STEP].tolist()
         self._held = self._held[_STEP:]
-

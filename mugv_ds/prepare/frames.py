@@ -47,11 +47,11 @@ class VideoError(InputError):
     """A video cannot be used.
 
     Args:
-        reason: its name in reports, such as unreadable. detail: what was found.
+        reason: its name in reports, such as unreadable. detail: what was found. path: of the video.
     """
 
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
+    def __init__(self, reason: str, detail: str, path: str | Path | None = None) -> None:
+        super().__init__(f"{reason}: {detail}" if path is None else f"{path}: {reason}: {detail}")
         self.reason = reason
         self.detail = detail
 
@@ -125,22 +125,22 @@ def open_video(
         try:
             container = av.open(file, options=options, metadata_errors="replace")
         except av.error.ArgumentError as error:  # how FFmpeg says that a format is not among those of the list
-            raise VideoError("not_a_video", f"{path}: of a format that is not read ({error.strerror})") from None
+            raise VideoError("not_a_video", f"of a format that is not read ({error.strerror})", path) from None
         except (av.error.FFmpegError, ValueError) as error:
-            raise VideoError("unreadable", f"{path}: {_words(error)}") from None
+            raise VideoError("unreadable", _words(error), path) from None
         with container:
             pictures = av.stream.Disposition.attached_pic
             streams = [stream for stream in container.streams.video if not stream.disposition & pictures]
             if not streams:
-                raise VideoError("no_video_stream", f"{path}: holds no video stream")
+                raise VideoError("no_video_stream", "holds no video stream", path)
             if streams[0].codec_context is None:
-                raise VideoError("unreadable", f"{path}: no decoder for its codec")
+                raise VideoError("unreadable", "there is no decoder for its codec", path)
             streams[0].codec_context.thread_count = threads
             streams[0].thread_type = "AUTO" if threads != 1 else "NONE"
             try:
                 yield container, streams[0]
             except av.error.FFmpegError as error:
-                raise VideoError("decode_error", f"{path}: {_words(error)}") from None
+                raise VideoError("decode_error", _words(error), path) from None
 
 
 def _words(error: Exception) -> str:
@@ -251,7 +251,7 @@ def iterate_frames(
                 while frame is not None and frame.pts < wanted:
                     frame = next(frames, None)
                 if frame is None or frame.pts != wanted:
-                    raise VideoError("decode_error", f"{path}: has no frame at pts {wanted}; was it replaced?")
+                    raise VideoError("decode_error", f"has no frame at pts {wanted}; was it replaced?", path)
                 last, shown = wanted, view.of(frame)
             yield shown
 

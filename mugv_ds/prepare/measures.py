@@ -3,6 +3,7 @@
 Shape suffixes: H height, W width. Frames are uint8 in full range; grey ones are luma.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,11 +22,13 @@ _SMALL_HEIGHT, _SMALL_WIDTH = 90, 160  # at which frames are compared
 _HASH_SIDE, _HASH_BITS = 32, 8
 _LEAST_CONTRAST = 2.0  # standard deviation of luma of a hashed frame; a flatter one has no hash
 
+_LEAST_FLOW_SIDE = 12  # pixels, of OpenCV's
+
 Flow = Callable[[np.ndarray, np.ndarray], float]
 
 
 class Light(NamedTuple):
-    """mean: of luma, in [0, 1]. range: between its 2nd and 98th percentile, in [0, 255]. dark, bright: shares of pixels."""
+    """mean: of luma, in [0, 1]. range: from its 2nd to its 98th percentile, of 255. dark, bright: shares of pixels."""
 
     mean: float
     range: float
@@ -114,10 +117,15 @@ def _bits(coefficients: np.ndarray) -> int:
 
 
 def dis_flow() -> Flow:
-    """Returns DIS optical flow (Kroeger et al. 2016; preset FAST): the mean length between two frames, in pixels."""
+    """Returns DIS optical flow (Kroeger et al. 2016; preset FAST): the mean length between two frames, in pixels.
+
+    Frames of less than 12 pixels a side have none: NaN.
+    """
     method = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
 
     def flow(before: np.ndarray, after: np.ndarray) -> float:
+        if min(before.shape[:2]) < _LEAST_FLOW_SIDE:
+            return math.nan
         before, after = (cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in (before, after))
         x, y = cv2.split(method.calc(before, after, None))
         return float(cv2.mean(cv2.magnitude(x, y))[0])
@@ -139,7 +147,7 @@ def borders(grey: np.ndarray) -> Borders:
 
 
 def _border(grey: np.ndarray) -> tuple[int, float, float]:
-    """Returns how many lines at the top are flat and of one level, that level, and the share of the line with an edge."""
+    """Returns how many lines at the top are flat and of one level, that level, and how much of the edge differs."""
     most = int(len(grey) * _MOST_BORDER)
     level = float(np.median(grey[0]))
     lines = 0

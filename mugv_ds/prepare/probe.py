@@ -7,7 +7,6 @@ seconds. A bad video is a row with `error` and `detail`.
 
 import json
 import math
-import os
 import time
 from array import array
 from collections.abc import Sequence
@@ -20,8 +19,8 @@ import cv2
 import numpy as np
 import pyarrow as pa
 
-from mugv_ds.config.errors import InputError
 from mugv_ds.config.prepare_schema import PrepareConfig
+from mugv_ds.config.regular_file import NotRegularError
 from mugv_ds.files.fingerprint import fingerprint
 from mugv_ds.prepare.css import Lagged, decide
 from mugv_ds.prepare.frames import (
@@ -77,18 +76,20 @@ def probe(path: str | Path, relative: str, sha256: str, config: PrepareConfig) -
     """
     row: dict[str, Any] = dict.fromkeys(VIDEO.names) | {"video": sha256, "path": relative}
     try:
-        before = os.stat(path)
+        before = Path(path).stat()
         row["bytes"] = before.st_size
         row |= _measure(path, config)
-        after = os.stat(path)
+        after = Path(path).stat()
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise VideoError(
                 "changed_while_reading", "its size or time changed meanwhile; start again when it is complete"
             )
     except VideoError as error:
         row |= {"error": error.reason, "detail": error.detail}
-    except (OSError, InputError) as error:
-        row |= {"error": "unreadable", "detail": str(error)}
+    except OSError as error:
+        row |= {"error": "unreadable", "detail": error.strerror or str(error)}
+    except NotRegularError as error:
+        row |= {"error": "unreadable", "detail": str(error).removeprefix(f"{path}: ")}
     return row
 
 
@@ -162,12 +163,20 @@ def _measure(path: str | Path, config: PrepareConfig) -> dict[str, Any]:
             for frame in decode(container, stream, pass_.count):
                 pass_.add(frame)
         except av.error.FFmpegError as error:
-            raise pass_.failure(error, claimed) from None
+            raise pass_.failure(error, claimed, _has_more(container, stream)) from None
         return pass_.row() | {
             "codec": stream.codec_context.name,
             "audio": bool(container.streams.audio),
             "claimed": claimed,
         }
+
+
+def _has_more(container: av.container.InputContainer, stream: av.VideoStream) -> bool:
+    """Returns whether the file goes on after an error, which else comes of its being cut."""
+    try:
+        return any(packet.size for packet in container.demux(stream))
+    except av.error.FFmpegError:
+        return False
 
 
 def _claimed_seconds(container: av.container.InputContainer, stream: av.VideoStream) -> float | None:
@@ -325,12 +334,13 @@ class _Pass:
         left = limits.wall_extra + limits.wall_factor * decoded - (time.monotonic() - self._start)
         allow(max(left, 0.01))
 
-    def failure(self, error: av.error.FFmpegError, claimed: float | None) -> VideoError:
-        """Returns what an error of decoding means, given what was decoded before it."""
+    def failure(self, error: av.error.FFmpegError, claimed: float | None, has_more: bool) -> VideoError:
+        """Returns what an error of decoding means, given what the header claims and whether packets follow."""
         if self._encrypted:
             return VideoError("encrypted", "its packets are encrypted")
         words = f"{error.strerror} at {self._seconds:.3f} s, after {len(self._pts)} frames"
-        return VideoError("decode_error", words + (f" of {claimed:.3f} s claimed" if claimed else ""))
+        words += f"; the header claims {claimed:.3f} s" if claimed else ""
+        return VideoError("decode_error" if has_more else "truncated", words)
 
     def row(self) -> dict[str, Any]:
         """Returns what was measured.

@@ -113,7 +113,7 @@ def _of_frames(row: Mapping[str, Any], first: int, last: int) -> dict[str, Any]:
 
 
 def _shake(row: Mapping[str, Any], first: int, last: int) -> float | None:
-    """Returns the root mean square of the picture's motion about its mean over 9 frames, as a share of the short side."""
+    """Returns the root mean square of the motion about its mean over 9 frames, as a share of the short side."""
     moves = np.asarray([row["shift_x"][first + 1 : last + 1], row["shift_y"][first + 1 : last + 1]], np.float64)
     if moves.shape[1] < _SMOOTH:
         return None

@@ -4,12 +4,13 @@
 Shape suffixes: H height, W width.
 """
 
+import math
 from collections.abc import Sequence
 
 import cv2
 import numpy as np
 
-_MARGIN = 2.0  # the canvas is this many times as large as the frame, and is walked over without an end
+_MARGIN = 1.5  # the canvas is this many times as large as the frame, and is walked over without an end
 _OCTAVES = (3, 6, 12, 24, 48, 96, 160)
 _SHAPES = 200
 _SPRITES = 3
@@ -41,23 +42,33 @@ class DrawnScene:
             for _ in range(_SPRITES)
         ]
         y, x = np.mgrid[:side, :side] - (side - 1) / 2
-        self._cover = np.clip(side / 2 - np.hypot(x, y), 0, 1).astype(np.float32)[..., None]
+        self._cover = np.clip(side / 2 - np.hypot(x, y), 0, 1).astype(np.float32)
 
     def frame(self, seconds: float, offset: Sequence[float] = (0.0, 0.0)) -> np.ndarray:
-        """Returns the frame at a time, uint8 RGB [H, W, 3]. offset: of the camera, in short sides, to right and down."""
+        """Returns the frame at a time, uint8 RGB [H, W, 3]. offset: of the camera, right and down, in short sides."""
         x, y = self._start + self._velocity * seconds + np.multiply(offset, min(self.height, self.width))
         grid_x, grid_y = np.arange(self.width, dtype=np.float32) + x, np.arange(self.height, dtype=np.float32) + y
         high, wide = self._canvas.shape[:2]
         map_x, map_y = np.meshgrid((grid_x % wide).astype(np.float32), (grid_y % high).astype(np.float32))
-        picture = cv2.remap(self._canvas, map_x, map_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP).astype(np.float32)
+        picture = cv2.remap(self._canvas, map_x, map_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
         for texture, place, swing, phase in self._sprites:
-            at = (place + swing * np.sin(2.5 * seconds + phase)) * (self.width, self.height)
-            side = texture.shape[0]
-            move = np.float32([[1, 0, at[0] - side / 2], [0, 1, at[1] - side / 2]])
-            size = (self.width, self.height)
-            cover = cv2.warpAffine(self._cover, move, size)[..., None]
-            picture += cover * (cv2.warpAffine(texture, move, size).astype(np.float32) - picture)
-        return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+            x, y = (place + swing * np.sin(2.5 * seconds + phase)) * (self.width, self.height) - texture.shape[0] / 2
+            self._lay(picture, texture, x, y)
+        return picture
+
+    def _lay(self, picture: np.ndarray, texture: np.ndarray, x: float, y: float) -> None:
+        """Lays a sprite over a picture, its left upper corner at (x, y); what reaches over the edge is cut away."""
+        left, top, side = math.floor(x), math.floor(y), texture.shape[0] + 1
+        move = np.float32([[1, 0, x - left], [0, 1, y - top]])
+        rows, columns = slice(max(top, 0), max(top + side, 0)), slice(max(left, 0), max(left + side, 0))
+        below = picture[rows, columns].astype(np.float32)
+        shown = (
+            slice(rows.start - top, rows.start - top + below.shape[0]),
+            slice(columns.start - left, columns.start - left + below.shape[1]),
+        )
+        cover = cv2.warpAffine(self._cover, move, (side, side))[shown][..., None]
+        above = cv2.warpAffine(texture, move, (side, side))[shown]
+        picture[rows, columns] = np.rint(below + cover * (above - below))
 
 
 def _texture(rng: np.random.Generator, height: int, width: int, contrast: float) -> np.ndarray:

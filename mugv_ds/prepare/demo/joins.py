@@ -1,4 +1,4 @@
-"""Joins shots by cuts, dissolves, fades and wipes at known frames: what finds transitions is fitted and tested on these.
+"""Joins shots by cuts, dissolves, fades and wipes at known frames, on which what finds them is fitted and tested.
 
 Shape suffixes: F frames, H height, W width.
 """
@@ -41,7 +41,7 @@ def fade(frames_FHWC: np.ndarray) -> np.ndarray:
 
 
 def wipe(before_FHWC: np.ndarray, after_FHWC: np.ndarray, direction: int) -> np.ndarray:
-    """Returns frames over which an edge moves, behind which is the other shot. direction: 0 … 3, where it comes from."""
+    """Returns frames over which an edge moves, behind which is the other shot. direction: 0 … 3, whence it comes."""
     turned_before, turned_after = (np.rot90(frames, direction, (1, 2)) for frames in (before_FHWC, after_FHWC))
     mixed = turned_before.copy()
     for number in range(len(mixed)):
