@@ -3,6 +3,7 @@
 Lengths are units of the view box, which the page scales.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,13 +13,13 @@ from markupsafe import Markup, escape
 from mugv_ds.prepare.summary import Histogram
 
 _WIDTH, _HEIGHT = 360, 130
-_LEFT, _RIGHT, _TOP, _BOTTOM = 6, 6, 10, 20
-_BARS = 50
+_LEFT, _RIGHT, _TOP, _BOTTOM = 6, 6, 16, 20
+_BARS, _POINTS = 50, 200
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A value that is marked in a chart. kind: present or published, told apart by colour and by dashes."""
+    """A value that is marked in a chart. kind: present or published."""
 
     value: float
     kind: str
@@ -38,16 +39,17 @@ def histogram_chart(histogram: Histogram, title: str, marks: Sequence[Mark] = ()
         if count
     ]
     body = f'<g class="bars">{"".join(bars)}</g>{_axis(histogram)}{_marks(histogram, marks)}'
-    return _svg(body, title, _spread(histogram))
+    return _svg(body, title, spread(histogram))
 
 
 def curve_chart(histogram: Histogram, shares: np.ndarray, title: str, text: str, marks: Sequence[Mark]) -> Markup:
-    """Draws the share of clips kept, 0 to 1 from bottom to top, over the value of a bound.
+    """Draws the share of clips kept, from 0 to the largest, over the value of a bound.
 
     Args:
         histogram: whose edges the shares belong to. shares: [edges]. text: what it says, in words.
     """
     inner, height = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
+    shares = shares[:: max(1, len(shares) // _POINTS)]
     top = max(float(shares.max()), 1e-9)
     places = np.linspace(0, inner, len(shares))
     points = [f"{_LEFT + x:.1f},{_TOP + height * (1 - y / top):.1f}" for x, y in zip(places, shares, strict=True)]
@@ -55,21 +57,20 @@ def curve_chart(histogram: Histogram, shares: np.ndarray, title: str, text: str,
     body = (
         f'<polygon class="area" points="{_LEFT},{base} {" ".join(points)} {_LEFT + inner},{base}"/>'
         f'<polyline class="line" points="{" ".join(points)}"/>'
-        f'<text x="{_LEFT + 2}" y="{_TOP - 2}" class="tick">{top:.0%} kept</text>'
         f"{_axis(histogram)}{_marks(histogram, marks)}"
     )
     return _svg(body, title, text)
 
 
 def number(value: float | None) -> str:
-    """Returns a number as people write it, to three or four digits."""
+    """Returns a number as people write it, to four digits."""
     if value is None:
         return "–"
     if value and (abs(value) < 0.001 or abs(value) >= 1e6):
         return f"{value:.2g}"
     if float(value).is_integer():
         return f"{int(value):,}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:,.4g}"
 
 
 def _svg(body: str, title: str, text: str) -> Markup:
@@ -78,7 +79,8 @@ def _svg(body: str, title: str, text: str) -> Markup:
     return Markup(f"{head}<title>{label}</title>{body}</svg>")
 
 
-def _spread(histogram: Histogram) -> str:
+def spread(histogram: Histogram) -> str:
+    """Returns in words where the values of a histogram lie."""
     if not histogram.total:
         return "no values"
     low, middle, high = (number(histogram.quantile(share)) for share in (0.05, 0.5, 0.95))
@@ -86,19 +88,31 @@ def _spread(histogram: Histogram) -> str:
 
 
 def _axis(histogram: Histogram) -> str:
-    edges, inner, y = histogram.edges, _WIDTH - _LEFT - _RIGHT, _HEIGHT - _BOTTOM
-    ticks = [f'<path class="axis" d="M{_LEFT} {y}h{inner}"/>']
-    for share, anchor in ((0.0, "start"), (0.25, "middle"), (0.5, "middle"), (0.75, "middle"), (1.0, "end")):
-        x = _LEFT + inner * share
-        ticks.append(f'<path class="axis" d="M{x:.1f} {y}v3"/>')
-        value = number(float(edges[round(share * (len(edges) - 1))]))
-        ticks.append(f'<text class="tick" x="{x:.1f}" y="{y + 14}" text-anchor="{anchor}">{value}</text>')
-    return "".join(ticks)
+    inner, y = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _BOTTOM
+    drawn = [f'<path class="axis" d="M{_LEFT} {y}h{inner}"/>']
+    for value in _ticks(histogram):
+        share = histogram.place(value)
+        x, anchor = _LEFT + inner * share, "start" if share < 0.02 else "end" if share > 0.98 else "middle"
+        drawn.append(f'<path class="axis" d="M{x:.1f} {y}v3"/>')
+        drawn.append(f'<text class="tick" x="{x:.1f}" y="{y + 14}" text-anchor="{anchor}">{number(value)}</text>')
+    return "".join(drawn)
+
+
+def _ticks(histogram: Histogram) -> list[float]:
+    """Returns the values that are written below: powers of ten on a logarithmic scale, else quarters."""
+    low, high = histogram.low, histogram.high
+    if not histogram.log:
+        return [low + (high - low) * quarter / 4 for quarter in range(5)]
+    first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
+    return [10.0**power for power in range(first, last + 1)]
 
 
 def _marks(histogram: Histogram, marks: Sequence[Mark]) -> str:
-    drawn = []
+    """Draws marks, which are told apart by shape too: a triangle above is the present value, below the published."""
+    drawn, bottom = [], _HEIGHT - _BOTTOM
     for mark in marks:
         x = _LEFT + (_WIDTH - _LEFT - _RIGHT) * histogram.place(mark.value)
-        drawn.append(f'<path class="mark {mark.kind}" d="M{x:.1f} {_TOP - 4}V{_HEIGHT - _BOTTOM}"/>')
+        tip = f"M{x - 5:.1f} {_TOP - 9}h10l-5 7z" if mark.kind == "present" else f"M{x - 5:.1f} {bottom + 7}h10l-5 -7z"
+        drawn.append(f'<path class="mark {mark.kind}" d="M{x:.1f} {_TOP - 2}V{bottom}"/>')
+        drawn.append(f'<path class="tip {mark.kind}" d="{tip}"/>')
     return "".join(drawn)

@@ -62,6 +62,31 @@ _MEANINGS = {
     "unreadable": "no decoder could open it",
 }
 
+_SCORES = {
+    "duration": "duration of videos, s",
+    "fps": "frames a second",
+    "bitrate": "bits a pixel",
+    "decoded": "decoded ÷ claimed duration",
+    "interlaced": "share of interlaced frames",
+    "aspect": "width ÷ height",
+    "short_side": "short side, px",
+    "sharp_min": "sharpness, least of a clip",
+    "sharp_med": "sharpness, median of a clip",
+    "sharp_max": "sharpness, largest of a clip",
+    "motion": "motion, px",
+    "area": "picture left by borders",
+    "repeated": "share of repeated frames",
+    "shake": "shake, of the short side",
+    "luma": "mean luma",
+    "dark": "share of dark pixels",
+    "bright": "share of bright pixels",
+    "overlay": "picture under text",
+    "aesthetic": "aesthetic score",
+    "nsfw": "score of nudity",
+    "faces": "faces",
+    "clip_duration": "duration of clips, s",
+}
+
 Look = Callable[[Example, int, int], "np.ndarray | None"]
 
 
@@ -257,7 +282,13 @@ def _page(summary: Summary, facts: Facts, numbers: Mapping[str, Any], look: Look
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "plain": plain, "percent": lambda share: f"{share:.1%}", "bytes": _bytes}
+    environment.filters |= {
+        "number": number,
+        "plain": plain,
+        "percent": lambda share: f"{share:.1%}",
+        "bytes": _bytes,
+        "time": _time,
+    }
     meanings = {name: _MEANINGS.get(name, _meaning(name)) for name in numbers["reasons"]}
     return environment.get_template(_TEMPLATE).render(
         numbers=numbers,
@@ -330,33 +361,35 @@ def _curves(bounded: Bounded, numbers: Mapping[str, Any]) -> Iterator[dict[str, 
             kept = np.maximum(below - under, 0)
         published = limit.published[end == "high"]
         marks = [Mark(present, "present")] + ([] if published is None else [Mark(published, "published")])
-        title = f"{limit.score} {'≥' if end == 'low' else '≤'}"
+        title = f"{_SCORES[limit.score]} {'≥' if end == 'low' else '≤'}"
         present_share, most = numbers["clips"]["accepted"] / clips, free.total / clips
         text = f"{present_share:.1%} of clips are kept at {number(present)}, {most:.1%} without this bound"
         yield {
             "title": title,
-            "text": text,
+            "kept": present_share,
+            "most": most,
             "present": present,
             "published": published,
             "chart": curve_chart(free, kept / clips, title, text, marks),
         }
 
 
-def _charts(summary: Summary, facts: Facts) -> Iterator[tuple[str, Markup]]:
-    """Yields (title, chart) of the distributions."""
-    for score, bounded in summary.bounded.items():
-        bound = bounded.limit.bound
-        if bounded.all.total:
-            marks = [Mark(value, "present") for value in (bound.low, bound.high) if value is not None]
-            yield score, histogram_chart(bounded.all, score, marks)
-    for score, histogram in summary.shown.items():
-        if histogram.total:
-            title = {"clip_duration": "seconds of clips"}.get(score, score)
-            yield title, histogram_chart(histogram, title)
-    if facts.caption_tokens is not None and np.sum(facts.caption_tokens):
-        tokens = Histogram(0.0, max(len(facts.caption_tokens), 2.0 * _CUT), False)
+def _charts(summary: Summary, facts: Facts) -> Iterator[tuple[str, str, Markup]]:
+    """Yields (title, median in words, chart) of the distributions."""
+    found: list[tuple[str, Histogram, list[float | None]]] = [
+        (_SCORES[score], bounded.all, [bounded.limit.bound.low, bounded.limit.bound.high])
+        for score, bounded in summary.bounded.items()
+    ]
+    found += [(_SCORES[score], histogram, []) for score, histogram in summary.shown.items()]
+    if facts.caption_tokens is not None:
+        tokens = Histogram(0.0, float(max(len(facts.caption_tokens), 2 * _CUT)), False)
         tokens.add(np.repeat(np.arange(len(facts.caption_tokens), dtype=np.float64), facts.caption_tokens))
-        yield "caption tokens", histogram_chart(tokens, "caption tokens", [Mark(_CUT, "present")])
+        found.append(("tokens of captions", tokens, [float(_CUT)]))
+    for title, histogram, bounds in found:
+        if histogram.total:
+            marks = [Mark(value, "present") for value in bounds if value is not None]
+            median = f"median {number(histogram.quantile(0.5))}"
+            yield title, median, histogram_chart(histogram, title, marks)
 
 
 def _pictures(name: str, examples: Sequence[Example], look: Look) -> list[dict[str, Any]]:
@@ -423,3 +456,10 @@ def _bytes(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:,.1f} TiB"
+
+
+def _time(hours: float) -> str:
+    """Returns hours as people say them."""
+    if hours < 1 / 60:
+        return f"{hours * 3600:.0f} s"
+    return f"{hours * 60:.1f} min" if hours < 1 else f"{hours:,.1f} h"

@@ -18,7 +18,7 @@ from mugv_ds.prepare.whatif import Counts
 EXAMPLES = 12  # of a reason
 GROUPS = 20  # of duplicates that are shown
 
-_BINS = 200
+_BINS = 2000
 _ERRORS = 200  # that are listed
 _TAGS = 40
 
@@ -51,10 +51,15 @@ class Histogram:
     def __init__(self, low: float, high: float, log: bool) -> None:
         self.low, self.high, self.log = low, high, log
         self.counts = np.zeros(_BINS + 2, np.int64)  # below, the bins, above
+        self.least, self.most = math.inf, -math.inf  # of the values
 
     def add(self, values: np.ndarray) -> None:
         """Counts values, float64; NaN is left out."""
         values = values[~np.isnan(values)]
+        self.least, self.most = (
+            min(self.least, values.min(initial=math.inf)),
+            max(self.most, values.max(initial=-math.inf)),
+        )
         place = self._scaled(np.maximum(values, 1e-300) if self.log else values)
         bins = np.clip(np.floor(place * _BINS), -1, _BINS).astype(np.int64)
         bins[values == self.high] = _BINS - 1
@@ -76,11 +81,12 @@ class Histogram:
         return float(np.clip(self._scaled(np.array(max(value, 1e-300) if self.log else value)), 0, 1))
 
     def quantile(self, share: float) -> float | None:
-        """Returns the value below which this share lies, to the width of a bin; None where nothing was counted."""
+        """Returns the value below which this share lies, to half a bin; None where nothing was counted."""
         if not self.total:
             return None
-        bin_ = int(np.searchsorted(np.cumsum(self.counts), share * self.total))
-        return float(self.edges[min(max(bin_ - 1, 0), _BINS)])
+        edges, place = self.edges, int(np.searchsorted(np.cumsum(self.counts), share * self.total))
+        middle = (edges[max(place - 1, 0)] + edges[min(place, _BINS)]) / 2
+        return float(min(max(middle, self.least), self.most))
 
     def below(self) -> np.ndarray:
         """Returns how many values lie below each edge, int64 [bins + 1]."""
