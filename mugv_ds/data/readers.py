@@ -21,7 +21,7 @@ from mugv_ds.data.buckets import Buckets, sort_by_shape
 from mugv_ds.data.manifest import Index
 from mugv_ds.data.patience import read_patiently
 from mugv_ds.data.plan import SampleRef
-from mugv_ds.data.sample import SampleError, read_row, read_text
+from mugv_ds.data.sample import SampleError, read_row, stored_text
 from mugv_ds.objectives import flow
 
 Key = tuple[int, str, int]  # seed, sample or pair, visit: what randomness is drawn from
@@ -147,7 +147,7 @@ class FlowSamples:
         row = self.index.row(row_number)
         drop = not self.held_out and noise.caption_uniform(*key) < self.flow.caption_drop
         given = {"channels": self.channels, "max_text_tokens": tokens, "with_text": not drop}
-        sample = read_patiently(lambda: read_row(self.index, row_number, **given), self.index.root)
+        sample = read_patiently(lambda: read_row(self.index, row_number, **given), self.index.files)
         x0, frames = sample.latent, sample.latent.shape[1]
         text, text_mask = self.null_text() if drop else (sample.text, sample.text_mask)
 
@@ -210,16 +210,14 @@ class FlowSamples:
         return self.flow.shift
 
     def null_text(self) -> tuple[Tensor, Tensor]:
-        """Features and mask of `data.null_text_path`; see `read_text`.
+        """Features and mask of `data.null_text_path`; see `stored_text`.
 
         Raises:
             ConfigError: they cannot be used. TransientError: the file system failed for minutes.
         """
-        index, path = self.index, self.data.null_text_path
+        files, path = self.index.files, self.data.null_text_path
         try:
-            return read_patiently(
-                lambda: read_text(index.resolve(path), self.channels, self.data.max_text_tokens), index.root
-            )
+            return read_patiently(lambda: stored_text(files, path, self.channels, self.data.max_text_tokens), files)
         except SampleError as error:  # no sample is at fault, so none is to be replaced
             raise ConfigError(f"data.null_text_path: {error}") from error
 

@@ -364,12 +364,10 @@ class _Samples:
         accepted = self._accepted(planned)
         clips = accepted["clip"]
         columns = {name: accepted[name].to_pylist() for name in ("clip", *_OF_PARTS["select"])}
-        for step in ("clips", "caption"):
-            table = self._of_parts(step, _OF_PARTS[step], planned, clips)
-            columns |= {name: table[name].to_pylist() for name in _OF_PARTS[step]}
-        for step in ("clips", *self._parts.scored):
-            table = self._of_parts(step, SCORES[step], planned, clips)
-            columns |= {name: table[name].to_pylist() for name in SCORES[step]}
+        for step in ("clips", "caption", *self._parts.scored):
+            names = (*_OF_PARTS.get(step, ()), *SCORES.get(step, ()))
+            table = self._of_parts(step, names, planned, clips)
+            columns |= {name: table[name].to_pylist() for name in names}
         fits = self._of_parts("fit", ("area", "time_error", "repeated", "pts"), planned, clips, bucket.name)
         columns |= {f"fit_{name}": fits[name].to_pylist() for name in ("area", "time_error", "repeated", "pts")}
         encoded = _joined([self._read("encode", unit, ("clip", "error", "shard", "luma"))], clips)
