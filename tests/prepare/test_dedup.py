@@ -1,4 +1,8 @@
 import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -234,3 +238,15 @@ def test_an_id_that_is_twice_is_refused(tmp_path):
     units = units_of(clip("a", "v"), clip("a", "w"))
     with pytest.raises(ValueError, match=f"clip {clip_id('a')} is there twice"):
         pairs_of(tmp_path, units)
+
+
+@pytest.mark.long
+def test_a_million_clips_take_less_than_a_gibibyte(tmp_path):
+    """Duplicates and selection of 1,000,000 generated clips of 50,000 videos, with captions, in a process of its own."""
+    command = [sys.executable, "-m", "tests.helpers.many_clips", "1000000", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    print(done.stdout)
+    found = json.loads(done.stdout)
+    assert (found["clips"], found["pairs"], found["duplicates"]) == (1_000_000, 100_000, 100_000)
+    assert found["peak"] < 1 << 30
+    assert sum(found["seconds"].values()) < 20 * 60
