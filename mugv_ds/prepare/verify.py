@@ -173,8 +173,8 @@ class Verification:
         stray = sorted(name for name in there - set(listed) if (self._out / name).is_file())
         if stray:
             yield Check("stray files", "warn", f"{_some(stray)}: not part of the set", len(stray), high=0)
-        made_by = self._manifest.get("codec", {}).get("fingerprint")
-        if self.fingerprint and made_by and self.fingerprint != made_by:
+        made_by = self._manifest["codec"]
+        if self.fingerprint is not None and self.fingerprint != made_by:
             message = f"latents were made by the codec {made_by[:12]}, and {self.fingerprint[:12]} was given"
             yield Check("codec", "fail", message)
 
@@ -210,7 +210,7 @@ class Verification:
             return
         if said is not None and not self.encoder.info.makes_same(said):
             yield Check("text encoder", "fail", f"the set's features are of {said}; given was {self.encoder.info}")
-        suffix = self._manifest.get("suffix", "") if self._manifest else ""
+        suffix = self._manifest["suffix"] if self._manifest else ""
         some = list(rows.lengths)[:: max(len(rows.lengths) // _TEXTS, 1)][:_TEXTS]
         captions = {row: caption for row in some if (caption := rows.index.row(row).caption)}
         if not captions:

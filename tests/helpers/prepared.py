@@ -147,7 +147,7 @@ class PreparedSet:
         embedder = Embedder(self.encoder, self.out, embed)
         for number, rows in units_in(self.embed_plan):
             unit = text_unit_of(rows, self.read)
-            self.keys["embed"][number] = unit.key(self.encoder, embed)
+            self.keys["embed"][number] = unit.key(self.encoder.info, embed)
             self._once("embed", number, embedder, unit)
         write_null_text(self.encoder, self.out, embed)
         return self.write()
@@ -163,8 +163,5 @@ class PreparedSet:
         parts = Parts(
             len(self.parts), self.encode_plan, self.embed_plan, self.read, self.key, (), labels, self.together
         )
-        about = {
-            "codec": {"fingerprint": fingerprint([self.codec_path]), "dtype": "bfloat16"},
-            "text_encoder": self.encoder.info.model_dump(),
-        }
+        about = {"codec": fingerprint([self.codec_path])}
         return write_manifest(self.out, parts, self.config, about)
