@@ -10,50 +10,20 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-
 from mugv_ds.config.errors import InputError, exit_status
 from mugv_ds.config.load import load_config
-from mugv_ds.config.prepare_schema import EmbedSection, EncodeSection, PrepareConfig
-from mugv_ds.config.text_encoder import TextEncoderInfo
+from mugv_ds.config.prepare_schema import PrepareConfig
 from mugv_ds.files.fingerprint import fingerprint
-from mugv_ds.models.text import load_text_encoder, read_text_encoder_info
 from mugv_ds.prepare.chain import Folders
 from mugv_ds.prepare.executors import Executor, Local, Ray, Stop
 from mugv_ds.prepare.run import STEPS, Loaders, Preparation, locked
 from mugv_ds.weights.codec import load_codec
 from mugv_ds.weights.published import PublishedWeights
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
-
-def codec_of(section: EncodeSection, device: str):
-    """Loads the codec of a config on a device; see `load_codec`."""
-    return load_codec(section.vae, dtype=DTYPES[section.dtype], device=device)
-
-
-def codec_hash(section: EncodeSection) -> str:
-    """Returns what tells the codec's weights apart."""
-    return fingerprint(PublishedWeights(section.vae).files)
-
-
-def text_encoder_of(section: EmbedSection, device: str):
-    """Loads the text encoder of a config on a device; see `load_text_encoder`."""
-    return load_text_encoder(section.text_encoder, device=device, **_of_text(section))
-
-
-def text_info(section: EmbedSection) -> TextEncoderInfo:
-    """Returns what the text encoder of a config is; its weights are not loaded."""
-    return read_text_encoder_info(section.text_encoder, **_of_text(section))
-
-
-def _of_text(section: EmbedSection) -> dict:
-    return {
-        "channels": section.channels,
-        "max_tokens": section.max_tokens,
-        "revision": section.revision,
-        "dtype": DTYPES[section.dtype],
-    }
+def codec_hash(path: str) -> str:
+    """Returns what tells a codec's weights apart."""
+    return fingerprint(PublishedWeights(path).files)
 
 
 def main() -> int:
@@ -62,14 +32,11 @@ def main() -> int:
     folders = Folders(*(Path(path) if path else None for path in (args.videos, args.work, args.out)))
     config = load_config(args.config, args.set, PrepareConfig) if args.config else PrepareConfig()
     stop = Stop()
-    with locked(folders.work):
+    with locked(folders.work), executor_of(args, stop) as executor:
         stop.listen()
-        preparation = Preparation(config, folders, executor_of(args, stop), LOADERS, say)
+        preparation = Preparation(config, folders, executor, Loaders(load_codec, codec_hash), say)
         preparation.run(STEPS if args.step == "run" else [args.step], listed=args.list, limit=args.limit)
     return 0
-
-
-LOADERS = Loaders(codec_of, codec_hash, text_encoder_of, text_info)
 
 
 def parse() -> argparse.Namespace:

@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -18,12 +18,16 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
 from mugv_ds.config.errors import ConfigError, InputError
-from mugv_ds.config.prepare_schema import EmbedSection, EncodeSection, PrepareConfig
-from mugv_ds.config.text_encoder import TextEncoderInfo, read_text_encoder
+from mugv_ds.config.prepare_schema import EmbedSection, PrepareConfig
+from mugv_ds.config.text_encoder import read_text_encoder
 from mugv_ds.data.progress import Progress
 from mugv_ds.files.atomic import write_atomically
+from mugv_ds.models.compile import compile_video_vae
+from mugv_ds.models.text import load_text_encoder, read_text_encoder_info
+from mugv_ds.models.videovae import VideoVAE
 from mugv_ds.prepare import chain as units_of_work
 from mugv_ds.prepare import rows
 from mugv_ds.prepare.caption import check_given
@@ -52,7 +56,8 @@ SELECT_STEP = Step(
 )
 PER_UNIT = {"videos": "probe", "clips": "split", "fit": "fit"}  # folder → what the step is called
 STEPS = ("scan", "probe", "split", "fit", "gate", *EXTRAS, "dedup", "select", "encode", "embed", "manifest")
-_SHARDS = {"encode": rows.ENCODE, "embed": rows.EMBED}
+_SHARDS = ("encode", "embed")
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _FUNCTIONS = {
     "videos": units_of_work.probe_unit,
     "clips": units_of_work.split_unit,
@@ -83,17 +88,14 @@ def locked(work: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Loaders:
-    """What loads weights, which this room may not: functions of modules, so that they can be sent to processes.
+    """What reads the codec's weights, which this room may not: functions of modules, so that they can be sent.
 
     Attributes:
-        codec: (EncodeSection, device) → the codec there. codec_hash: EncodeSection → what tells its weights apart.
-        text_encoder: (EmbedSection, device) → the encoder there. text_info: EmbedSection → what it is.
+        codec: (path, dtype=, device=) → the codec. codec_hash: path → what tells its weights apart.
     """
 
-    codec: Callable[[EncodeSection, str], Codec]
-    codec_hash: Callable[[EncodeSection], str]
-    text_encoder: Callable[[EmbedSection, str], TextEncoder]
-    text_info: Callable[[EmbedSection], TextEncoderInfo]
+    codec: Callable[..., Codec]
+    codec_hash: Callable[[str], str]
 
 
 @dataclass(frozen=True)
@@ -124,13 +126,28 @@ def make_shard(job: ShardJob, device: str) -> int:
     if name not in _makers:
         config, folders = job.config, job.folders
         if job.step == "encode":
-            codec = job.loaders.codec(config.encode, device)
+            codec = job.loaders.codec(config.encode.vae, dtype=_DTYPES[config.encode.dtype], device=device)
+            if isinstance(codec, VideoVAE) and device.startswith("cuda"):
+                compile_video_vae(codec, shapes=len(config.encode.buckets))
             _makers[name] = Encoder(codec, folders.videos, folders.out, config.encode)
         else:
-            _makers[name] = Embedder(job.loaders.text_encoder(config.embed, device), folders.out, config.embed)
+            _makers[name] = Embedder(_text_encoder(config.embed, device), folders.out, config.embed)
     table = _makers[name](job.unit)
     Fragments(job.folders.work / job.step).write(job.unit.number, job.key, table)
     return len(table)
+
+
+def _of_text(section: EmbedSection) -> dict[str, Any]:
+    return {
+        "channels": section.channels,
+        "max_tokens": section.max_tokens,
+        "revision": section.revision,
+        "dtype": _DTYPES[section.dtype],
+    }
+
+
+def _text_encoder(section: EmbedSection, device: str) -> TextEncoder:
+    return load_text_encoder(section.text_encoder, device=device, **_of_text(section))
 
 
 class Preparation:
@@ -351,18 +368,17 @@ class Preparation:
 
     # -- latents and features -----------------------------------------------------------------------------------------
 
-    def read(self, step: str, number: int) -> pa.Table:
+    def read(self, step: str, number: int, columns: Sequence[str] | None = None) -> pa.Table:
         """Returns a step's rows of a unit of videos; of encode and embed, of a unit of theirs.
 
         Raises:
             FragmentError: they are not there, or damaged.
         """
         if step == "select":
-            return read_table(self._selects.path(number, self._select_key), schema=rows.SELECT)
+            return read_table(self._selects.path(number, self._select_key), columns)
         if step in _SHARDS:
-            path = Fragments(self.folders.work / step).path(number, self._shard_keys(step)[number])
-            return read_table(path, schema=_SHARDS[step])
-        return self.chain.unit(number).read(step)
+            return read_table(Fragments(self.folders.work / step).path(number, self._shard_keys(step)[number]), columns)
+        return self.chain.unit(number).read(step, columns)
 
     def _accepted(self) -> Iterator[tuple[int, pa.Array]]:
         """Yields each unit of videos with the ids of its clips that are accepted."""
@@ -414,8 +430,8 @@ class Preparation:
 
     def _made_by(self, step: str) -> Any:
         if step == "encode":
-            return self.loaders.codec_hash(self.config.encode)
-        return self.loaders.text_info(self.config.embed)
+            return self.loaders.codec_hash(self.config.encode.vae)
+        return read_text_encoder_info(self.config.embed.text_encoder, **_of_text(self.config.embed))
 
     def _shard_keys(self, step: str) -> dict[int, str]:
         return self._same(f"keys of {step}", lambda: {unit.number: key for key, unit in self._shard_units(step)})
@@ -444,9 +460,7 @@ class Preparation:
         if not (self.folders.out / NULL_TEXT_PATH).exists() or read_text_encoder(self.folders.out) != self._made_by(
             "embed"
         ):
-            write_null_text(
-                self.loaders.text_encoder(section, devices_of(section.device)[0]), self.folders.out, section
-            )
+            write_null_text(_text_encoder(section, devices_of(section.device)[0]), self.folders.out, section)
         return said
 
     def _manifest(self) -> str:
@@ -463,5 +477,6 @@ class Preparation:
             together=list(zip(*(self.pairs()[name].to_pylist() for name in ("a", "b")), strict=True)),
         )
         about = {"mugv_ds": version("mugv_ds"), "codec": self._made_by("encode")}
-        said = write_manifest(self.folders.out, parts, self.config, about)
-        return ", ".join(f"{count:,} {name}" for name, count in said.items() if isinstance(count, int))
+        counts = write_manifest(self.folders.out, parts, self.config, about)["counts"]
+        left = ", ".join(f"{number:,} {name}" for name, number in counts["left_out"].items()) or "none"
+        return f"{counts['train']:,} samples to train on, {counts['val']:,} held out; left out: {left}"

@@ -4,6 +4,8 @@
 Shape suffixes: H height, W width.
 """
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 
@@ -41,9 +43,9 @@ class DrawnScene:
         y, x = np.mgrid[:side, :side] - (side - 1) / 2
         self._cover = np.clip(side / 2 - np.hypot(x, y), 0, 1).astype(np.float32)[..., None]
 
-    def frame(self, seconds: float) -> np.ndarray:
-        """Returns the frame at a time, uint8 RGB [H, W, 3]."""
-        x, y = self._start + self._velocity * seconds
+    def frame(self, seconds: float, offset: Sequence[float] = (0.0, 0.0)) -> np.ndarray:
+        """Returns the frame at a time, uint8 RGB [H, W, 3]. offset: of the camera, in short sides, to right and down."""
+        x, y = self._start + self._velocity * seconds + np.multiply(offset, min(self.height, self.width))
         grid_x, grid_y = np.arange(self.width, dtype=np.float32) + x, np.arange(self.height, dtype=np.float32) + y
         high, wide = self._canvas.shape[:2]
         map_x, map_y = np.meshgrid((grid_x % wide).astype(np.float32), (grid_y % high).astype(np.float32))
