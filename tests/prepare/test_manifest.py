@@ -66,7 +66,12 @@ def test_the_trainer_reads_the_set(made, tmp_path):
         tmp_path,
         made.out / "train.csv",
         model={"caption_channels": made.config.embed.channels},
-        data={"val_manifest": str(made.out / "val.csv"), "global_batch_size": 2, "max_text_tokens": 40},
+        data={
+            "val_manifest": str(made.out / "val.csv"),
+            "index_dir": str(tmp_path / "index"),
+            "global_batch_size": 2,
+            "max_text_tokens": 40,
+        },
     )
     config = load_config(path)
     data = RunData(config, SampleCost.of(config), data_ranks=1)
