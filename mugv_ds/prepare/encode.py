@@ -314,7 +314,9 @@ def encode_frames(codec: Codec, frames: Tensor) -> Tensor:
 
 def mean_luma(frames: np.ndarray) -> float:
     """Returns the mean luma of uint8 RGB frames [F, H, W, 3] in [0, 1], by the weights of BT.601."""
-    red, green, blue = np.mean([cv2.mean(frame)[:3] for frame in frames], axis=0)  # NumPy's mean takes ten times as long
+    red, green, blue = np.mean(
+        [cv2.mean(frame)[:3] for frame in frames], axis=0
+    )  # NumPy's mean takes ten times as long
     return float(0.299 * red + 0.587 * green + 0.114 * blue) / 255
 
 

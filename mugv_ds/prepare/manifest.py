@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from mugv_ds.config.errors import InputError
 from mugv_ds.config.prepare_schema import BucketSection, PrepareConfig
 from mugv_ds.config.regular_file import read_text_file
-from mugv_ds.config.text_encoder import TEXT_ENCODER_NAME
+from mugv_ds.config.text_encoder import TEXT_ENCODER_NAME, read_text_encoder
 from mugv_ds.data.shards import Entry, read_header, read_tensor, write_shard
 from mugv_ds.data.storage import open_file
 from mugv_ds.files.atomic import write_atomically
@@ -125,7 +125,7 @@ def write_manifest(out: Path, parts: Parts, config: PrepareConfig, about: Mappin
     Where there are labels, `write_preferences` adds the CSVs for KTO and DPO.
 
     Args:
-        about: what MANIFEST.json says beside of versions, codec and text encoder, of JSON types.
+        about: what MANIFEST.json says beside, of JSON types: `codec`, the fingerprint of its file, and versions.
 
     Raises:
         InputError: no sample is left. OSError: the file system failed.
@@ -148,12 +148,14 @@ def write_manifest(out: Path, parts: Parts, config: PrepareConfig, about: Mappin
             left = ", ".join(f"{name}: {count}" for name, count in sorted(counts.items())) or "none was accepted"
             raise InputError(f"{out}: no clip is left for the set ({left}); `what-if` shows which bound to lift")
     write_preferences(out)
-    buckets = {bucket.name: bucket for bucket in config.encode.buckets}
+    buckets, encoder = {bucket.name: bucket for bucket in config.encode.buckets}, read_text_encoder(out)
     manifest = {
         "format": _FORMAT,
         **about,
+        "latent_dtype": config.encode.dtype,
+        "text_encoder": None if encoder is None else encoder.model_dump(mode="json"),
+        "text_dtype": config.embed.dtype,
         "suffix": config.embed.suffix,
-        "largest_only": config.encode.largest_only,
         "counts": {name: counts.pop(name) for name in SETS} | {"left_out": dict(sorted(counts.items()))},
         "buckets": {
             name: buckets[name].model_dump(mode="json") | {side: found[side] for side in SETS}
@@ -175,10 +177,16 @@ def read_manifest(out: Path) -> dict[str, Any]:
     path = out / MANIFEST_NAME
     try:
         content = json.loads(read_text_file(path, _MAX_JSON_BYTES))
-        if content["format"] != _FORMAT or not isinstance(content["shards"], dict):
+        if content["format"] != _FORMAT:
             raise ValueError(f"of format {content['format']}")
+        shards, files = content["shards"], content["files"]
+        whole = all(
+            type(one["bytes"]) is int and type(one["sha256"]) is str for one in [*shards.values(), *files.values()]
+        )
+        if not whole or type(content["codec"]) is not str or type(content["suffix"]) is not str:
+            raise ValueError("a value has another type")
         return content
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: damaged ({str(error)[:200]}); run the step manifest again") from None
@@ -234,14 +242,14 @@ def withdraw(
         How many samples were taken out, and the shards that held them.
 
     Raises:
-        InputError: the set has no manifest, or none of its samples are of these. SampleError: a shard is damaged.
+        InputError: the set has no manifest. SampleError: a shard is damaged.
         OSError: the file system failed.
     """
     manifest, before = read_manifest(out), Withdrawn.read(out)
     asked = Withdrawn(frozenset(videos), frozenset(licences))
-    Withdrawn(before.videos | asked.videos, before.licences | asked.licences).write(out)
     gone: dict[str, set[str]] = {}  # shard → clips
     samples: set[str] = set()
+    its_videos = set(asked.videos)  # also those of the licences, so that encoding needs only these
     with ExitStack() as stack:
         provenance = _ProvenanceFile(stack, out / PROVENANCE_NAME)
         for batch in pq.ParquetFile(out / PROVENANCE_NAME).iter_batches(_ROWS):
@@ -250,6 +258,7 @@ def withdraw(
                     provenance.write(row)
                     continue
                 samples.add(row["sample"])
+                its_videos.add(row["video"])
                 manifest["counts"][row["set"]] -= 1
                 manifest["buckets"][row["bucket"]][row["set"]] -= 1
                 for shard in (row["latent_shard"], row["text_shard"]):
@@ -261,6 +270,7 @@ def withdraw(
                 if row["sample_id"] not in samples:
                     file.write(row)
     write_preferences(out)
+    Withdrawn(before.videos | its_videos, before.licences | asked.licences).write(out)
     if purge:
         for shard, clips in sorted(gone.items()):
             facts = _purge(out, shard, clips)

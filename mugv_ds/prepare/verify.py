@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -23,18 +24,20 @@ from torch import Tensor
 from mugv_ds.config.errors import InputError
 from mugv_ds.config.model import LATENT_CHANNELS
 from mugv_ds.config.schema import DataSection, FlowSection
-from mugv_ds.config.text_encoder import read_text_encoder
+from mugv_ds.config.text_encoder import TEXT_ENCODER_NAME, TextEncoderInfo, read_text_encoder
 from mugv_ds.data.manifest import Index, open_index, read_records
 from mugv_ds.data.paths import PathError, resolve, split_key
 from mugv_ds.data.readers import FlowSamples
 from mugv_ds.data.sample import LATENT_SCALE, LATENT_SHIFT, read_row, stored_text
 from mugv_ds.files.tensor_file import SampleError, load_tensors
 from mugv_ds.models.codec import LinearCodec
+from mugv_ds.models.text import MAX_TOKENS
 from mugv_ds.prepare.compare import RIGHT, Compared, compare, decode_latent, likeliest
 from mugv_ds.prepare.embed import TextEncoder
 from mugv_ds.prepare.encode import Codec
 from mugv_ds.prepare.frames import VideoError
 from mugv_ds.prepare.manifest import MANIFEST_NAME, PROVENANCE_NAME, SETS, Withdrawn, read_manifest
+from mugv_ds.prepare.rows import PROVENANCE
 
 Status = Literal["pass", "fail", "warn", "not checked"]
 
@@ -47,7 +50,6 @@ _FEW_SAMPLES = 200  # below which statistics of real videos say little
 _EQUAL_CAPTIONS = 0.01
 _TEXT_ERROR = 0.05  # of the norm, of features that are made again; bf16 and batch mates cost 0.01
 _TEXTS = 16  # captions that are embedded again
-_MAX_TOKENS = 1 << 16
 _HASHED_BYTES = 1 << 34  # of shards, unless all samples are asked for
 _SHOWN = 3  # of what is wrong, in a message
 
@@ -118,13 +120,13 @@ class Verification:
         Raises:
             TransientError: the file system was away for minutes.
         """
-        checks = [*self._files()]
+        checks = [*self._files(), *self._damaged()]
         with tempfile.TemporaryDirectory(prefix="verify-") as folder:
             try:
                 index = open_index(self.csv_path, folder)  # anew, so that headers are read as they are now
             except InputError as error:
                 return Verified((*checks, Check("index", "fail", str(error))))
-            rows = _Rows(index, self.sample)
+            rows = _Rows(index, self.sample, self._max_tokens)
             checks += [*rows.index_and_samples(), rows.statistics(self.codec)]
             checks += [*self._texts(rows), *self._captions()]
             checks += [*self._duplicates(rows), self._split(), _loader(rows)]
@@ -134,6 +136,19 @@ class Verification:
     @property
     def _out(self) -> Path:
         return self.csv_path.parent
+
+    @property
+    def _max_tokens(self) -> int:
+        """The most tokens that a caption may have."""
+        return self._said.max_tokens if self._said else MAX_TOKENS
+
+    @cached_property
+    def _said(self) -> TextEncoderInfo | None:
+        """What text_encoder.json says; None where there is none that can be read."""
+        try:
+            return read_text_encoder(self._out)
+        except InputError:
+            return None
 
     @cached_property
     def _manifest(self) -> dict[str, Any] | None:
@@ -148,9 +163,19 @@ class Verification:
         for batch in pq.ParquetFile(self._out / PROVENANCE_NAME).iter_batches(columns=columns):
             yield from batch.to_pylist()
 
-    @property
+    @cached_property
     def _has_provenance(self) -> bool:
-        return (self._out / PROVENANCE_NAME).exists()
+        """Whether there is a provenance.parquet that can be read."""
+        try:
+            return pq.read_schema(self._out / PROVENANCE_NAME).equals(PROVENANCE)
+        except (OSError, pa.ArrowException):
+            return False
+
+    def _damaged(self) -> Iterator[Check]:
+        """What is beside the CSVs and cannot be read."""
+        for name, readable in ((PROVENANCE_NAME, self._has_provenance), (TEXT_ENCODER_NAME, self._said is not None)):
+            if (self._out / name).exists() and not readable:
+                yield Check(name, "fail", f"{name}: damaged, or of another version; run the step manifest again")
 
     def _files(self) -> Iterator[Check]:
         """Files, sizes and SHA-256 against MANIFEST.json; the codec against the one that it names."""
@@ -173,8 +198,8 @@ class Verification:
         stray = sorted(name for name in there - set(listed) if (self._out / name).is_file())
         if stray:
             yield Check("stray files", "warn", f"{_some(stray)}: not part of the set", len(stray), high=0)
-        made_by = self._manifest.get("codec", {}).get("fingerprint")
-        if self.fingerprint and made_by and self.fingerprint != made_by:
+        made_by = self._manifest["codec"]
+        if self.fingerprint is not None and self.fingerprint != made_by:
             message = f"latents were made by the codec {made_by[:12]}, and {self.fingerprint[:12]} was given"
             yield Check("codec", "fail", message)
 
@@ -198,19 +223,21 @@ class Verification:
     def _texts(self, rows: "_Rows") -> Iterator[Check]:
         """Lengths and features of captions against the encoder, or else the lengths against provenance."""
         longest = max((length for length, _ in rows.lengths.values()), default=0)
-        said = read_text_encoder(self._out)
-        limit = said.max_tokens if said else _MAX_TOKENS
+        said = self._said
         holes = [rows.index.row(row).sample_id for row, (count, last) in rows.lengths.items() if count != last]
         yield _none("text masks", holes, "masks have no holes")
         yield _held(
-            "text length", f"the longest of {len(rows.lengths)} captions has {longest} tokens", longest, high=limit
+            "text length",
+            f"the longest of {len(rows.lengths)} captions has {longest} tokens",
+            longest,
+            high=self._max_tokens,
         )
         if self.encoder is None:
             yield Check("text features", "not checked", "no text encoder was given")
             return
         if said is not None and not self.encoder.info.makes_same(said):
             yield Check("text encoder", "fail", f"the set's features are of {said}; given was {self.encoder.info}")
-        suffix = self._manifest.get("suffix", "") if self._manifest else ""
+        suffix = self._manifest["suffix"] if self._manifest else ""
         some = list(rows.lengths)[:: max(len(rows.lengths) // _TEXTS, 1)][:_TEXTS]
         captions = {row: caption for row in some if (caption := rows.index.row(row).caption)}
         if not captions:
@@ -353,8 +380,8 @@ class Verification:
 class _Rows:
     """Some rows of a set, as the trainer reads them."""
 
-    def __init__(self, index: Index, sample: int | None) -> None:
-        self.index = index
+    def __init__(self, index: Index, sample: int | None, max_tokens: int) -> None:
+        self.index, self.max_tokens = index, max_tokens
         known = index.shapes().any(axis=1)
         self._unknown = np.flatnonzero(~known).tolist()
         readable = np.flatnonzero(known)
@@ -379,7 +406,7 @@ class _Rows:
 
     def latent(self, row: int) -> Tensor:
         """Returns the latent of a row, fp32 [24, T, h, w], as the trainer has it."""
-        given = {"channels": self.channels, "max_text_tokens": _MAX_TOKENS, "with_text": False}
+        given = {"channels": self.channels, "max_text_tokens": self.max_tokens, "with_text": False}
         return read_row(self.index, row, **given).latent
 
     def text(self, row: int) -> Tensor:
@@ -397,7 +424,7 @@ class _Rows:
         wrong = []
         for row in self._chosen:
             try:
-                one = read_row(self.index, row, channels=self.channels, max_text_tokens=_MAX_TOKENS)
+                one = read_row(self.index, row, channels=self.channels, max_text_tokens=self.max_tokens)
             except (SampleError, PathError, OSError) as error:
                 wrong.append(str(error))
                 continue
@@ -410,8 +437,8 @@ class _Rows:
         """Returns what is wrong with a row that is left out of the index."""
         record = self.index.row(row)
         try:
-            stored_text(self.index.files, record.text_feat_path, self.channels, _MAX_TOKENS)
-            read_row(self.index, row, channels=self.channels, max_text_tokens=_MAX_TOKENS, with_text=False)
+            stored_text(self.index.files, record.text_feat_path, self.channels, self.max_tokens)
+            read_row(self.index, row, channels=self.channels, max_text_tokens=self.max_tokens, with_text=False)
         except (SampleError, PathError, OSError) as error:
             return str(error)
         return f"{record.sample_id}: cannot be used"
@@ -516,8 +543,7 @@ def _frames_of(shape: tuple[int, int, int], kind: str | None) -> int:
 
 def _loader(rows: _Rows) -> Check:
     """One sample of each latent shape, read by the trainer's own code."""
-    longest = max((last for _, last in rows.lengths.values()), default=1)
-    data = DataSection(manifest="train.csv", global_batch_size=1, max_text_tokens=longest)
+    data = DataSection(manifest="train.csv", global_batch_size=1, max_text_tokens=rows.max_tokens)
     samples = FlowSamples(rows.index, data, FlowSection(), rows.channels, held_out=True)
     wrong, chosen = [], rows.of_each_shape()
     for row in chosen:

@@ -6,11 +6,16 @@ import shutil
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from mugv_ds.config.errors import InputError
+from mugv_ds.config.load import load_config
+from mugv_ds.data.run_data import RunData
 from mugv_ds.data.shards import read_header
 from mugv_ds.data.storage import open_file
+from mugv_ds.models.flops import SampleCost
 from mugv_ds.prepare.manifest import COLUMNS, read_manifest, read_rows, withdraw
+from tests.helpers.dataset import write_config
 from tests.helpers.prepared import PreparedSet
 
 
@@ -53,6 +58,34 @@ def test_every_clip_is_a_row_with_all_columns(made):
             shard, key = row[column].split("#")
             with open_file(made.out / shard) as blob:
                 assert key in read_header(blob)
+
+
+def test_the_trainer_reads_the_set(made, tmp_path):
+    """By the readers and the plan of a run, whose config names the set as it lies."""
+    path = write_config(
+        tmp_path,
+        made.out / "train.csv",
+        model={"caption_channels": made.config.embed.channels},
+        data={
+            "val_manifest": str(made.out / "val.csv"),
+            "index_dir": str(tmp_path / "index"),
+            "global_batch_size": 2,
+            "max_text_tokens": 40,
+        },
+    )
+    config = load_config(path)
+    data = RunData(config, SampleCost.of(config), data_ranks=1)
+    assert data.text_encoder == made.encoder.info
+    assert data.shapes == {(2, 4, 6), (1, 4, 6)}
+    flows = data.readers.readers[0]
+    for item in range(len(data.train)):
+        (batch,) = flows.read(item, 0)
+        assert batch.fps == 24 and batch.target.shape[0] == 24
+        i = next(i for i, clip in enumerate(made.clips) if clip["clip"] == flows.name(item))
+        expected, mask = made.encoder([made.caption(i) + made.config.embed.suffix])
+        dropped = torch.equal(batch.text, flows.null_text()[0])
+        assert dropped or ((batch.text - expected[0]).abs().max() < 0.02 and batch.text_mask.equal(mask[0]))
+    assert len(data.held_out_flows().index) == len(rows(made, "val"))
 
 
 def test_rows_are_ordered_by_bucket_unit_and_clip(made):

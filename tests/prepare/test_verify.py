@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from mugv_ds.config.videovae import VideoVAEConfig
 from mugv_ds.data.shards import read_header, read_tensor, write_shard
 from mugv_ds.data.storage import open_file
 from mugv_ds.models.text import HashTextEncoder
+from mugv_ds.models.videovae import VideoVAE
+from mugv_ds.models.videovae.statistics import LatentStatistics
 from mugv_ds.prepare.compare import write_sheet
 from mugv_ds.prepare.encode import encode_frames, facts_of
 from mugv_ds.prepare.manifest import COLUMNS, read_rows
@@ -20,6 +23,7 @@ from mugv_ds.prepare.verify import Verification
 from tests.helpers.dataset import write_dataset
 from tests.helpers.film import draw_film
 from tests.helpers.prepared import PreparedSet
+from tests.helpers.vae import TINY
 
 main = runpy.run_path(str(Path(__file__).parents[2] / "tools/verify_dataset.py"))["main"]
 
@@ -43,7 +47,8 @@ def verified(made, out, name="train", **options):
 
 
 def outcome(made, out, **options) -> dict:
-    return {check.name: check for check in verified(made, out, **options).checks}
+    """Checks by name; without the source, whose decoding takes the most time, unless it is asked for."""
+    return {check.name: check for check in verified(made, out, **({"videos": None} | options)).checks}
 
 
 def failed(checks) -> set[str]:
@@ -108,6 +113,28 @@ def test_wrong_normalisation_is_named(made, out, kind):
     assert check.status == "fail" and f"looks like {kind} normalisation" in check.message and check.value < 0
 
 
+def test_the_codecs_own_statistics_decide_whatever_they_are(made, tmp_path):
+    """A VideoVAE whose shift and scale are those of its latents of these films."""
+    torch.manual_seed(0)
+    vae = VideoVAE(VideoVAEConfig(**{name: value for name, value in TINY.items() if name != "precision"})).eval()
+    statistics = LatentStatistics()
+    for film in made.films:
+        pixels = torch.from_numpy(film[: len(film) // 8 * 8]).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        with torch.no_grad():
+            mean, logvar = vae.posterior(pixels, allow_nonnegative=True)
+        statistics.add(mean, logvar.fill_(-30))  # encoding takes the mean
+    vae.shift, vae.scale = statistics.shift_and_scale()
+    other = PreparedSet(tmp_path, count=6, fps=30.0, lengths=(34, 34, 14), codec=vae)
+    other.run()
+    checks = outcome(other, other.out, encoder=None)
+    assert checks["normalisation"].status == "pass", checks["normalisation"]
+    shift, scale = (value[0] for value in (vae.shift, vae.scale))
+    change(other.out, lambda _, latent: latent * scale + shift)
+    assert "looks like missing" in outcome(other, other.out, encoder=None)["normalisation"].message
+    change(other.out, lambda _, latent: ((latent - shift) / scale - shift) / scale)
+    assert "looks like double" in outcome(other, other.out, encoder=None)["normalisation"].message
+
+
 def test_generated_latents_that_are_labelled_real_are_normalised_twice(made, out):
     rewrite(out, "train", [row | {"source": "real"} for row in read_rows(out / "train.csv")])
     # The loader takes the published statistics, so the hypotheses are those.
@@ -125,7 +152,7 @@ def test_generated_latents_that_are_labelled_real_are_normalised_twice(made, out
 )
 def test_other_pixels_are_named(made, out, named, pick):
     encode_otherwise(made, out, lambda film, count: pick(film, count).astype(np.uint8))
-    checks = outcome(made, out)
+    checks = outcome(made, out, videos=made.videos, encoder=None)
     assert checks["pixels"].status == "fail" and named in checks["pixels"].message
     if named == "pixels in [0, 1]":
         assert {"luma", "PSNR"} <= failed(checks)
@@ -145,7 +172,7 @@ def test_other_times_are_named(made, out, named, pick):
         return frames if len(frames) == count else at_24(film, count)
 
     encode_otherwise(made, out, chosen)
-    check = outcome(made, out)["times"]
+    check = outcome(made, out, videos=made.videos, encoder=None)["times"]
     assert check.status == "fail" and f"looks like {named}" in check.message, check
 
 
@@ -172,6 +199,15 @@ def test_missing_and_truncated_and_stray_files_are_named(made, out):
         (out / shard).unlink()
     checks = outcome(made, out)
     assert checks["index"].status == "fail" and "no row has a readable latent" in checks["index"].message
+
+
+@pytest.mark.parametrize("name", ["provenance.parquet", "text_encoder.json", "MANIFEST.json"])
+def test_a_damaged_file_beside_the_csv_is_named(made, out, name):
+    (out / name).write_bytes(b"{ no")
+    checks = outcome(made, out)
+    assert checks["files"].status == "fail" and name in checks["files"].message
+    assert name == "MANIFEST.json" or checks[name].status == "fail"
+    assert checks["loader"].status == "pass"
 
 
 def test_a_path_that_leads_out_is_named(made, out):
