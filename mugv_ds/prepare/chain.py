@@ -3,6 +3,7 @@
 scan → videos (probe) → clips (split, score) → fit, gate → text, aesthetic, safety, vlm, caption, tags → select
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,6 +169,22 @@ class Chain:
     def units(self) -> Iterator[Unit]:
         """Yields all units, in order."""
         return map(self.unit, self.scan.units)
+
+    def unreadable(self) -> UnitRows:
+        """Returns the files that could not be read, as videos with an error whose id is the hash of their path."""
+        found = [
+            {
+                "video": hashlib.sha256(source.path.encode()).hexdigest(),
+                "path": source.path,
+                "error": "unreadable",
+                "detail": source.error,
+            }
+            for source in self.scan.unreadable()
+        ]
+        extras = {step: SCHEMAS[step].empty_table() for step in self.extras}
+        return UnitRows(
+            pa.Table.from_pylist(found, rows.VIDEO), rows.CLIP.empty_table(), extras, fits=rows.FIT.empty_table()
+        )
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ class Check:
     name: str
     found: str
     bound: str
-    outcome: Literal["pass", "fail", "warn"]
+    outcome: Literal["pass", "fail", "warn", "not checked"]
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ from mugv_ds.prepare.embed import (
 )
 from mugv_ds.prepare.encode import Codec, Encoder, EncodeUnit, check_room, devices_of, extend_plan, unit_of, units_in
 from mugv_ds.prepare.executors import Crashed, Executor, refuse_crashed
-from mugv_ds.prepare.labels import read_labels
+from mugv_ds.prepare.labels import Labels, read_labels
 from mugv_ds.prepare.manifest import Parts, Withdrawn, write_manifest
 from mugv_ds.prepare.scan import Scan, read_scan, scan
 from mugv_ds.prepare.select import Selection, UnitRows, check_bounds, gate
@@ -56,7 +56,7 @@ SELECT_STEP = Step(
 )
 PER_UNIT = {"videos": "probe", "clips": "split", "fit": "fit"}  # folder → what the step is called
 STEPS = ("scan", "probe", "split", "fit", "gate", *EXTRAS, "dedup", "select", "encode", "embed", "manifest")
-_SHARDS = ("encode", "embed")
+SHARDS = ("encode", "embed")
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _FUNCTIONS = {
     "videos": units_of_work.probe_unit,
@@ -137,7 +137,8 @@ def make_shard(job: ShardJob, device: str) -> int:
     return len(table)
 
 
-def _of_text(section: EmbedSection) -> dict[str, Any]:
+def of_text(section: EmbedSection) -> dict[str, Any]:
+    """Returns what a text encoder is loaded with, beside its source and device."""
     return {
         "channels": section.channels,
         "max_tokens": section.max_tokens,
@@ -147,7 +148,7 @@ def _of_text(section: EmbedSection) -> dict[str, Any]:
 
 
 def _text_encoder(section: EmbedSection, device: str) -> TextEncoder:
-    return load_text_encoder(section.text_encoder, device=device, **_of_text(section))
+    return load_text_encoder(section.text_encoder, device=device, **of_text(section))
 
 
 class Preparation:
@@ -376,7 +377,7 @@ class Preparation:
         """
         if step == "select":
             return read_table(self._selects.path(number, self._select_key), columns)
-        if step in _SHARDS:
+        if step in SHARDS:
             return read_table(Fragments(self.folders.work / step).path(number, self._shard_keys(step)[number]), columns)
         return self.chain.unit(number).read(step, columns)
 
@@ -431,7 +432,7 @@ class Preparation:
     def _made_by(self, step: str) -> Any:
         if step == "encode":
             return self.loaders.codec_hash(self.config.encode.vae)
-        return read_text_encoder_info(self.config.embed.text_encoder, **_of_text(self.config.embed))
+        return read_text_encoder_info(self.config.embed.text_encoder, **of_text(self.config.embed))
 
     def _shard_keys(self, step: str) -> dict[int, str]:
         return self._same(f"keys of {step}", lambda: {unit.number: key for key, unit in self._shard_units(step)})
@@ -463,9 +464,25 @@ class Preparation:
             write_null_text(_text_encoder(section, devices_of(section.device)[0]), self.folders.out, section)
         return said
 
-    def _manifest(self) -> str:
+    def shard_rows(self, step: str) -> Iterator[pa.Table]:
+        """Yields the rows of encode or embed, unit by unit."""
+        return (self.read(step, number) for number in sorted(self._shard_keys(step)))
+
+    def shard_keys(self, step: str) -> dict[int, str]:
+        """Returns unit of encode or embed → key of its fragment, of units of which a clip is accepted."""
+        return dict(self._shard_keys(step))
+
+    def labels(self) -> Labels | None:
+        """Returns what people say of clips; None where the config names no file.
+
+        Raises:
+            ManifestError: the file cannot be used.
+        """
         file = self.config.labels.file
-        labels = read_labels(Path(file), {clip for clip, _ in self._clips_and_paths()}).rows if file else None
+        return read_labels(Path(file), {clip for clip, _ in self._clips_and_paths()}) if file else None
+
+    def _manifest(self) -> str:
+        labels = self.labels()
         parts = Parts(
             videos=len(self.chain.scan.units),
             encode_plan=self._plan("encode"),
@@ -473,10 +490,10 @@ class Preparation:
             read=self.read,
             key=lambda step, number: self._shard_keys(step).get(number),
             scored=[step for step in ("text", "aesthetic", "safety") if step in self.chain.extras],
-            **({} if labels is None else {"labels": labels}),
+            **({} if labels is None else {"labels": labels.rows}),
             together=list(zip(*(self.pairs()[name].to_pylist() for name in ("a", "b")), strict=True)),
         )
-        about = {"mugv_ds": version("mugv_ds"), "codec": self._made_by("encode")}
+        about = {"mugv_ds": version("mugv_ds"), "codec": self._made_by("encode"), "text": str(self._made_by("embed"))}
         counts = write_manifest(self.folders.out, parts, self.config, about)["counts"]
         left = ", ".join(f"{number:,} {name}" for name, number in counts["left_out"].items()) or "none"
         return f"{counts['train']:,} samples to train on, {counts['val']:,} held out; left out: {left}"

@@ -79,9 +79,7 @@ def test_what_is_no_video_file_is_told_and_harms_nothing(folder, kind):
     elif kind == "loop":
         odd.symlink_to(odd)
     elif kind == "not UTF-8":
-        odd = os.path.join(os.fsencode(folder), b"\xff.mp4")
-        with open(odd, "wb"):
-            pass
+        (folder / os.fsdecode(b"\xff.mp4")).touch()
     else:
         odd.mkdir()
     found = run(folder)
