@@ -1,6 +1,7 @@
-"""What people ask of a preparation: is the set right, why is a clip out, what would other bounds do, what is left over."""
+"""What people ask of a preparation: is the set right, why is a clip out, what would other bounds do, what is stale."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -86,12 +87,14 @@ def write_report(preparation: Preparation, verified: dict[str, Verified], comman
         samples={name: manifest["counts"][name] for name in SETS},
         buckets=[_bucket(bucket, manifest["buckets"], config) for bucket in config.encode.buckets],
         caption_tokens=_caption_tokens(preparation),
-        checks=[_check(name, check) for name, found in verified.items() for check in found.checks],
-        sheets=[
-            report.Sheet(one.bucket, one.sample, one.psnr, one.source, one.decoded)
-            for found in verified.values()
-            for one in found.compared
-        ],
+        verified=Verified(
+            tuple(
+                replace(check, name=f"{name}: {check.name}")
+                for name, found in verified.items()
+                for check in found.checks
+            ),
+            tuple(one for found in verified.values() for one in found.compared),
+        ),
         ties=() if (labels := preparation.labels()) is None else labels.ties,
     )
     folder = preparation.folders.work / "report"
@@ -254,12 +257,6 @@ def _bucket(bucket: BucketSection, counts: dict[str, Any], config: PrepareConfig
         tokens=patch_grid(frames, height, width).tokens,
         bytes=samples * latent_bytes(bucket, config.encode),
     )
-
-
-def _check(name: str, check: Any) -> report.Check:
-    ends = ["" if end is None else f"{end:g}" for end in (check.low, check.high)]
-    bound = f"[{', '.join(ends)}]" if any(ends) else ""
-    return report.Check(f"{name}: {check.name}", check.message, bound, check.status)
 
 
 def _caption_tokens(preparation: Preparation) -> np.ndarray | None:

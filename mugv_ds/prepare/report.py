@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import cv2
 import jinja2
@@ -22,6 +22,7 @@ from mugv_ds.prepare.charts import Mark, curve_chart, histogram_chart, number
 from mugv_ds.prepare.rows import DUPLICATE
 from mugv_ds.prepare.select import UnitRows
 from mugv_ds.prepare.summary import EXAMPLES, Bounded, Example, Histogram, Summary
+from mugv_ds.prepare.verify import Verified
 
 _TEMPLATE = "report.html"
 _QUALITY = 80  # of JPEG
@@ -91,31 +92,6 @@ Look = Callable[[Example, int, int], "np.ndarray | None"]
 
 
 @dataclass(frozen=True)
-class Check:
-    """A row of what was verified. found, bound: in words."""
-
-    name: str
-    found: str
-    bound: str
-    outcome: Literal["pass", "fail", "warn", "not checked"]
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """Decoded latents beside the frames that they were made of.
-
-    Attributes:
-        source, decoded: uint8 RGB [N, H, W, 3], the same frames. psnr: between them, in dB.
-    """
-
-    bucket: str
-    clip: str
-    psnr: float
-    source: np.ndarray = field(repr=False)
-    decoded: np.ndarray = field(repr=False)
-
-
-@dataclass(frozen=True)
 class Bucket:
     """What is in a bucket. tokens: that the model sees of a sample. steps: that an epoch of it makes, if known."""
 
@@ -136,7 +112,7 @@ class Facts:
             others `skipped` says why, for people. stale: step → fragments that no longer count.
         duplicates: as `rows.DUPLICATE`. samples: set (train, val) → rows.
         caption_tokens: captions by number of tokens before they are cut, int64 [tokens], or None.
-        checks, sheets: by verify. ties: of labels that were dropped.
+        verified: by verify, if it ran. ties: of labels that were dropped.
     """
 
     config: PrepareConfig
@@ -149,8 +125,7 @@ class Facts:
     samples: Mapping[str, int] = field(default_factory=dict)
     buckets: Sequence[Bucket] = ()
     caption_tokens: np.ndarray | None = None
-    checks: Sequence[Check] = ()
-    sheets: Sequence[Sheet] = ()
+    verified: Verified | None = None
     ties: Sequence[str] = ()
 
 
@@ -245,8 +220,7 @@ def _numbers(summary: Summary, facts: Facts) -> dict[str, Any]:
             "clips": len(facts.duplicates),
             "groups": {str(size): n for size, n in sorted(summary.group_sizes.items())},
         },
-        "checks": [vars(check) for check in facts.checks],
-        "sheets": [{"bucket": s.bucket, "clip": s.clip, "psnr": s.psnr} for s in facts.sheets],
+        "verified": None if facts.verified is None else facts.verified.report(),
         "licences": [
             {"licence": licence, "origin": origin, **_licence(found)}
             for (licence, origin), found in sorted(summary.licences.items())
@@ -289,6 +263,7 @@ def _page(summary: Summary, facts: Facts, numbers: Mapping[str, Any], look: Look
         "bytes": _bytes,
         "time": _time,
     }
+    compared = facts.verified.compared if facts.verified else ()
     meanings = {name: _MEANINGS.get(name, _meaning(name)) for name in numbers["reasons"]}
     return environment.get_template(_TEMPLATE).render(
         numbers=numbers,
@@ -304,8 +279,8 @@ def _page(summary: Summary, facts: Facts, numbers: Mapping[str, Any], look: Look
         charts=list(_charts(summary, facts)),
         cut=_CUT,
         groups=[_group(of, rows, summary, look) for of, rows in summary.groups],
-        sheets=[(sheet, _image(_rows_of(sheet.source)), _image(_rows_of(sheet.decoded))) for sheet in facts.sheets],
-        failed=sum(check.outcome == "fail" for check in facts.checks),
+        sheets=[(one, _image(_rows_of(one.source)), _image(_rows_of(one.decoded))) for one in compared],
+        failed=sum(check.status == "fail" for check in facts.verified.checks) if facts.verified else 0,
     )
 
 

@@ -242,7 +242,7 @@ def test_an_id_that_is_twice_is_refused(tmp_path):
 
 @pytest.mark.long
 def test_a_million_clips_take_less_than_a_gibibyte(tmp_path):
-    """Duplicates and selection of 1,000,000 generated clips of 50,000 videos, with captions, in a process of its own."""
+    """Duplicates and selection of 1,000,000 generated clips of 50,000 videos, with captions, in one process."""
     command = [sys.executable, "-m", "tests.helpers.many_clips", "1000000", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     print(done.stdout)

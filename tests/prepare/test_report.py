@@ -13,12 +13,14 @@ import pyarrow as pa
 import pytest
 
 from mugv_ds.config.prepare_schema import PrepareConfig
+from mugv_ds.prepare.compare import Compared
 from mugv_ds.prepare.dedup import DedupRows, find_pairs
-from mugv_ds.prepare.report import Bucket, Check, Facts, Sheet, plain, write_report
+from mugv_ds.prepare.report import Bucket, Facts, plain, write_report
 from mugv_ds.prepare.rows import PAIR
 from mugv_ds.prepare.screen import Blocklist, Screening, Source, Sources
 from mugv_ds.prepare.select import Selection
 from mugv_ds.prepare.summary import Histogram
+from mugv_ds.prepare.verify import Check, Verified
 from mugv_ds.prepare.whatif import what_if
 from tests.helpers.prepared_rows import clip, flipped, hashes_of, unit, video
 
@@ -82,12 +84,15 @@ def facts(selection, **changes):
             Bucket("720x1280x120f24", 3, 15.0, 54000, 3 << 23),
         ],
         "caption_tokens": np.bincount(np.random.default_rng(2).poisson(140, 500)),
-        "checks": [
-            Check("normalisation", "looks right", "the likeliest of three is right", "pass"),
-            Check("PSNR of decoded frames", "21.3 dB", "at least 24 dB", "fail"),
-            Check("equal captions", "1.4%", "at most 1%", "warn"),
-        ],
-        "sheets": [Sheet("352x640x48f24", "0" * 32, 31.25, frames, frames)],
+        "verified": Verified(
+            (
+                Check("normalisation", "pass", "the likeliest of three is right"),
+                Check("PSNR", "fail", "median 21.3 dB", 21.3, low=24.0),
+                Check("equal captions", "warn", "1.40% of 42 rows", 0.014, high=0.01),
+                Check("text features", "not checked", "no text encoder was given"),
+            ),
+            (Compared("0" * 32, "352x640x48f24", 31.25, (0.5, 0.5), 0.0, {}, {}, frames, frames),),
+        ),
         "ties": (f"clip {HOSTILE}: 1 say good, 1 bad",),
     }  # fmt: skip
     return Facts(**known | changes)
@@ -177,7 +182,7 @@ def test_every_section_tells_its_numbers(report, page):
         "PSNR 31.2 dB",
     ):
         assert said in text
-    for said in ("✓ pass", "✗ fail", "! warn", "CC-BY 4.0", "archive", "stays", "+"):
+    for said in ("✓ pass", "✗ fail", "! warn", "not checked", "at least 24", "CC-BY 4.0", "archive", "stays", "+"):
         assert said in text
     assert json.loads((report[0] / "report.json").read_text()) == json.loads(json.dumps(numbers))
 
@@ -238,23 +243,19 @@ FLAGS = (
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
-@pytest.mark.parametrize("width", [400, 1400])
-def test_a_browser_shows_it(report, tmp_path, width):
-    """The page is framed, as headless Chromium draws no window narrower than 500 pixels; beside it is red."""
-    picture, frame = tmp_path / "page.png", tmp_path / "frame.html"
+def test_a_browser_shows_it_at_two_widths(report, tmp_path):
+    """In frames beside each other, as headless Chromium draws no window narrower than 500 pixels."""
+    widths, height, picture, frames = (400, 1400), 2400, tmp_path / "page.png", tmp_path / "frames.html"
     url = (report[0] / "index.html").as_uri()
-    frame.write_text(
-        f'<body style="margin:0;background:#f00"><iframe src="{url}" width="{width}" height="1600" frameborder="0">'
-    )
-    window = [f"--window-size={max(width, 600)},1600", f"--screenshot={picture}"]
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path}/profile", *window, frame.as_uri()]
+    framed = [f'<iframe src="{url}" width="{width}" height="{height}" frameborder="0"></iframe>' for width in widths]
+    frames.write_text(f'<body style="margin:0; display:flex">{"".join(framed)}')
+    window = [f"--window-size={sum(widths)},{height}", f"--screenshot={picture}"]
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path}/profile", *window, frames.as_uri()]
     done = subprocess.run(command, capture_output=True, timeout=120, check=False)
     assert picture.exists(), done.stderr.decode()[-2000:]
-    pixels = cv2.imread(str(picture))[:, :, ::-1]
-    assert (pixels[:, width:] == [255, 0, 0]).all()
-    page = pixels[:, :width]
-    assert len(np.unique(page.reshape(-1, 3), axis=0)) > 50  # text, bars and charts, not a blank page
-    sides = page[:, [0, 1, -2, -1]].reshape(-1, 3)
-    assert (
-        len(np.unique(sides, axis=0)) <= 4
-    )  # nothing reaches out of it: only the page's ground and the line below nav
+    pixels = cv2.imread(str(picture))
+    for page in np.split(pixels, [widths[0]], axis=1):
+        assert len(np.unique(page.reshape(-1, 3), axis=0)) > 100  # text, bars, pictures: not a blank page
+        below = page[400:]  # the links at the top
+        edges = below[:, [0, 1, 2, -3, -2, -1]].reshape(-1, 3)
+        assert len(np.unique(edges, axis=0)) == 1  # the ground alone: nothing reaches out of the page
