@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from mugv_ds.config.prepare_schema import PrepareConfig
 from mugv_ds.config.videovae import VideoVAEConfig
 from mugv_ds.data.shards import read_header, read_tensor, write_shard
 from mugv_ds.data.storage import open_file
@@ -22,7 +23,7 @@ from mugv_ds.prepare.manifest import COLUMNS, read_rows
 from mugv_ds.prepare.verify import Verification
 from tests.helpers.dataset import write_dataset
 from tests.helpers.film import draw_film
-from tests.helpers.prepared import PreparedSet
+from tests.helpers.prepared import CONFIG, PreparedSet
 from tests.helpers.vae import TINY
 
 main = runpy.run_path(str(Path(__file__).parents[2] / "tools/verify_dataset.py"))["main"]
@@ -297,3 +298,16 @@ def test_a_film_that_was_replaced_is_told(made, tmp_path):
     for path in videos.iterdir():
         write_film(path, draw_film("another", 40, (32, 48)), np.arange(40) / 30)
     assert {"PSNR", "luma"} & failed(outcome(made, made.out, videos=videos))
+
+
+def test_stills_are_compared_as_pictures(tmp_path):
+    buckets = [{"height": 32, "width": 48, "frames": frames, "fps": 24} for frames in (16, 1)]
+    config = PrepareConfig.model_validate_json(json.dumps(CONFIG | {"encode": {"buckets": buckets, "device": "cpu"}}))
+    stills = PreparedSet(tmp_path, count=6, lengths=(20, 9), config=config)
+    stills.run()
+    kinds = [row["kind"] for name in ("train", "val") for row in read_rows(stills.out / f"{name}.csv")]
+    assert sorted(kinds) == ["image"] * 3 + ["video"] * 3
+    found = verified(stills, stills.out, "train")
+    assert found.passed and {len(one.times) > 0 for one in found.compared} == {True, False}
+    encode_otherwise(stills, stills.out, lambda film, count: np.repeat(film[:1, ..., ::-1], count, axis=0))
+    assert "BGR" in outcome(stills, stills.out, videos=stills.videos)["pixels"].message
