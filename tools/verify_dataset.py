@@ -21,7 +21,7 @@ from mugv_ds.files.atomic import write_atomically
 from mugv_ds.files.fingerprint import fingerprint
 from mugv_ds.models.text import MAX_TOKENS, load_text_encoder
 from mugv_ds.prepare.compare import write_sheet
-from mugv_ds.prepare.verify import Verification
+from mugv_ds.prepare.verify import LEAST_PSNR, Verification
 from mugv_ds.weights.codec import load_codec
 from mugv_ds.weights.published import PublishedWeights
 
@@ -60,6 +60,7 @@ def verify(args: argparse.Namespace) -> int:
         args.videos,
         args.decode,
         None if args.all else args.sample,
+        args.psnr,
     ).run()
     print("\n".join(verified.lines()))
     if args.json is not None:
@@ -84,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--decode", type=int, default=8, help="samples to decode (default: %(default)s)")
     parser.add_argument("--sample", type=int, default=200, help="rows to read, evenly spread (default: %(default)s)")
+    parser.add_argument("--psnr", type=float, default=LEAST_PSNR, help="least of the median (default: %(default)s dB)")
     parser.add_argument("--all", action="store_true", help="read all rows, and hash all shards")
     parser.add_argument("--json", type=Path, help="file to write the outcome to")
     parser.add_argument("--sheet", type=Path, help="PNG to write of decoded frames below those of their source")

@@ -371,6 +371,14 @@ class ValidationSection(Section):
     share: float = Field(0.01, ge=0, le=0.9, description="Share of the source videos.")
 
 
+class VerifySection(Section):
+    """What is looked at of the finished set."""
+
+    decode: int = Field(8, ge=0, le=10_000, description="Samples of each CSV that are decoded beside their source.")
+    sample: int = Field(200, ge=1, le=10**8, description="Rows of each CSV that are read, spread evenly.")
+    psnr: float = Field(24.0, ge=0, le=100, description="Least PSNR in dB of the median sample, decoded.")
+
+
 class PrepareConfig(Section):
     """How a training set is made of raw videos."""
 
@@ -393,6 +401,7 @@ class PrepareConfig(Section):
     encode: EncodeSection = Field(EncodeSection(), description="Latents.")
     embed: EmbedSection = Field(EmbedSection(), description="Text features.")
     validation: ValidationSection = Field(ValidationSection(), description="The held-out part.")
+    verify: VerifySection = Field(VerifySection(), description="What is looked at of the finished set.")
 
     @property
     def max_seconds(self) -> float:

@@ -34,11 +34,8 @@ _REPAIRED = ("crashed", "timed_out", "changed_while_reading")  # errors of video
 _STRIP = 8  # frames of a clip that is explained
 
 
-def verify(preparation: Preparation, decode: int = 8, sample: int | None = 200) -> dict[str, Verified]:
-    """Verifies the set: name of each CSV that has rows → the outcome.
-
-    Args:
-        decode: samples of each that are decoded beside their source. sample: rows that are read; None for all.
+def verify(preparation: Preparation) -> dict[str, Verified]:
+    """Verifies the set, as the section verify asks: name of each CSV that has rows → the outcome.
 
     Raises:
         InputError: there is no set, or the weights cannot be read. TransientError: the file system was away.
@@ -55,8 +52,9 @@ def verify(preparation: Preparation, decode: int = 8, sample: int | None = 200) 
             preparation.loaders.codec_hash(config.encode.vae),
             encoder,
             folders.videos,
-            decode,
-            sample,
+            config.verify.decode,
+            config.verify.sample,
+            config.verify.psnr,
         ).run()
         for name in SETS
         if counts[name]

@@ -104,6 +104,7 @@ class Verification:
             statistics are compared with the published ones.
         encoder: of the captions. videos: folder of the videos.
         decode: samples that are decoded. sample: rows that are read, spread evenly; None for all.
+        least_psnr: in dB, of the median sample.
     """
 
     csv_path: Path
@@ -113,6 +114,7 @@ class Verification:
     videos: Path | None = None
     decode: int = 8
     sample: int | None = _FEW_SAMPLES
+    least_psnr: float = LEAST_PSNR
 
     def run(self) -> Verified:
         """Returns the outcome of all checks; what is wrong with the set is not raised.
@@ -374,7 +376,7 @@ class Verification:
                 wrong.append(f"{record.sample_id}: {error}")
         wrong += [f"{name}: not in {PROVENANCE_NAME}" for name in chosen]
         checks = [_none("source", wrong, f"{len(compared)} samples decoded, and their videos read")]
-        return checks + list(_compared_checks(compared)), tuple(compared)
+        return checks + list(_compared_checks(compared, self.least_psnr)), tuple(compared)
 
 
 class _Rows:
@@ -554,13 +556,13 @@ def _loader(rows: _Rows) -> Check:
     return _none("loader", wrong, f"a sample of each of {len(chosen)} latent shapes, as the trainer reads it")
 
 
-def _compared_checks(compared: Sequence[Compared]) -> Iterator[Check]:
+def _compared_checks(compared: Sequence[Compared], least_psnr: float) -> Iterator[Check]:
     if not compared:
         return
     psnr = sorted(one.psnr for one in compared)
     median = psnr[len(psnr) // 2]
     yield _held(
-        "PSNR", f"median {median:.1f} dB, least {psnr[0]:.1f} dB of {len(psnr)} samples", median, low=LEAST_PSNR
+        "PSNR", f"median {median:.1f} dB, least {psnr[0]:.1f} dB of {len(psnr)} samples", median, low=least_psnr
     )
     worst = max(compared, key=lambda one: abs(one.luma[1] - one.luma[0]))
     message = f"{worst.sample}: luma {worst.luma[0]:.3f} of the source, {worst.luma[1]:.3f} decoded"

@@ -53,7 +53,7 @@ def draw_sources(folder: Path) -> None:
     with (folder / _CSV).open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["path", "licence", "allowed", "consent", "origin", "note"])
-        writer.writerow(["unlicensed.mp4", "", "no", "", "drawn", "nobody knows whose it is"])
+        writer.writerow(["unlicensed.mp4", "", "", "", "drawn", "nobody knows whose it is"])
         writer.writerow(["*", "CC0-1.0", "yes", "not needed", "drawn", ""])
 
 
