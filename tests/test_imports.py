@@ -23,7 +23,7 @@ ALLOWED = {
     "engine": {"config", "data", "files", "models", "objectives", "parallel"},
     "plan": {"config", "data", "models", "objectives", "parallel"},
     "sampling": {"config", "data", "files", "models", "objectives", "parallel"},
-    "prepare": {"config", "data", "models", "objectives"},
+    "prepare": {"config", "data", "files", "models", "objectives"},
     "train.py": {
         *("checkpoint", "config", "data", "engine", "models", "objectives", "parallel", "plan", "sampling", "weights"),
     },

@@ -54,7 +54,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), schema: type[Sc
     try:
         # As JSON text, not as Python objects, so that strict mode takes a list for a tuple.
         config = schema.model_validate_json(json.dumps(merged))
-        check_deepspeed_section(config.deepspeed)
+        check_deepspeed_section(getattr(config, "deepspeed", {}))  # preparing data has none
     except ValidationError as error:
         raise ConfigError(_explain(error, layers, path, schema)) from None
     except ConfigError as error:

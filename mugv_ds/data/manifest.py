@@ -26,6 +26,7 @@ import pyarrow as pa
 from mugv_ds.config.errors import InputError
 from mugv_ds.config.model import LATENT_STRIDE as STRIDE
 from mugv_ds.config.model import MAX_LATENT_SIDE
+from mugv_ds.config.regular_file import open_regular
 from mugv_ds.data.buckets import Shape as Shape  # what others take from here
 from mugv_ds.data.headers import SIZES, Latents, declared_shapes, read_shapes
 from mugv_ds.data.index import (
@@ -315,9 +316,9 @@ def read_records(
             messages that lack the line; by default as a manifest of latents asks.
 
     Raises:
-        ManifestError, PathError: see `build_index`.
+        ManifestError, PathError: see `build_index`. NotRegularError: it is a folder, FIFO or device.
     """
-    with _reading(csv_path), csv_path.open("rb") as file:
+    with _reading(csv_path), open_regular(csv_path) as file:
         reader = csv.reader(_lines(csv_path, file), strict=True)
         rows = _rows(csv_path, reader)
         line, header = next(rows, (1, None))

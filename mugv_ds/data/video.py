@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mugv_ds.config.errors import InputError
 from mugv_ds.config.regular_file import open_regular
+from mugv_ds.data.containers import OPTIONS
 
 # A crf of 18 is called visually lossless; small clips of flat colour show losses sooner, and bits are cheap here.
 # mbtree is off because with it x264's AVX-512 code was measured to write other bytes and pixels at each run.
@@ -34,7 +35,6 @@ _GIF_SIDE, _GIF_FPS = 320, 16.0
 # Colours are converted in one thread: for every frame PyAV would start as many threads as there are cores, which takes
 # several times as long as converting a small frame.
 _THREADS = 1
-_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts"
 _SHEET_FRAME_WIDTH = 128  # frames of small videos are enlarged to about this many pixels
 _SHEET_LARGEST = 320  # and those of large ones made smaller to this many, on their longer side
 _SHEET_FRAMES = 6
@@ -173,7 +173,7 @@ def read_clip(path: str | Path, start: int, count: int) -> np.ndarray:
         ValueError: it cannot be decoded as video, or has fewer frames.
     """
     try:
-        with av.open(str(path), options={"format_whitelist": _CONTAINERS}) as container:
+        with av.open(str(path), options=dict(OPTIONS)) as container:
             if not container.streams.video:
                 raise ValueError(f"{path}: holds no video stream")
             wanted = islice(container.decode(container.streams.video[0]), start, start + count)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -136,6 +137,10 @@ class T5TextEncoder:
             logger.warning("%d of %d texts are cut to %d tokens", cut, len(texts), self.max_tokens)
         return [one if len(one) <= self.max_tokens else [*one[: self.max_tokens - 1], one[-1]] for one in ids]
 
+    def length(self, text: str) -> int:
+        """Returns how many tokens a text has, uncut, with the end token."""
+        return len(self._tokenizer(text, verbose=False)["input_ids"])
+
     def _refuse_infinite(self, feature_blC: Tensor, texts: list[str]) -> None:
         for feature_lC, text in zip(feature_blC, texts, strict=True):
             if not feature_lC.isfinite().all():
@@ -188,13 +193,17 @@ class HashTextEncoder:
         features_BLC = torch.zeros(len(texts), self.max_tokens, self.channels)
         mask_BL = torch.zeros(len(texts), self.max_tokens, dtype=torch.bool)
         for row, text in enumerate(texts):
-            words = re.findall(r"\w+", text.lower())
+            words = _words(text)
             if not 1 <= len(words) <= self.max_tokens:
                 raise InputError(f"text must have 1 to {self.max_tokens} words, got {len(words)}: {text[:80]!r}")
             vectors = torch.stack([_word_vector(word, self.channels) for word in words])
             features_BLC[row, : len(words)] = vectors + self._positions[: len(words)]
             mask_BL[row, : len(words)] = True
         return features_BLC, mask_BL
+
+    def length(self, text: str) -> int:
+        """Returns how many words a text has."""
+        return len(_words(text))
 
 
 def read_text_encoder_info(
@@ -266,11 +275,11 @@ def encoder_files(source: str | Path, revision: str | None = None) -> list[Path]
     return files
 
 
-def save_features(path: str | Path, y: Tensor, mask: Tensor) -> None:
+def save_features(path: str | Path | BinaryIO, y: Tensor, mask: Tensor) -> None:
     """Writes one text's features in the published format, without the padding.
 
     Args:
-        path: file to write.
+        path: file to write; an open one gives the same bytes whatever its name.
         y: features [max_tokens, C].
         mask: bool [max_tokens], True on real tokens.
     """
@@ -388,6 +397,10 @@ def _t5_info(
         max_tokens=max_tokens,
         fingerprint=fingerprint,
     )
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
 
 
 def _word_vector(word: str, channels: int) -> Tensor:
