@@ -177,3 +177,66 @@ def test_one_permutation_of_each_row_is_made_for_an_epoch_and_kept(monkeypatch):
         assert held <= (160 if 10 < i % per_epoch < per_epoch - 4 else 320)
     assert made == sorted(set(made), key=made.index), "none is made twice"
     assert {visit for _, visit in made} <= {0, 1, 2, 3}
+
+
+def weighted(sizes, batches, weights, seed=0):
+    shapes = mixed(sizes)
+    return shapes, Order(shapes, dict(zip(SHAPES, batches, strict=False)), seed, weights)
+
+
+def drawn_weights(sizes, seed=0):
+    return np.random.default_rng(seed).uniform(0.2, 5, sum(sizes))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batches", "seed"), [((40, 30, 8), (4, 4, 2), 0), ((3, 200), (8, 16), 5), ((9,), (1,), 1)]
+)
+def test_rows_are_played_in_proportion_to_their_weights(sizes, batches, seed):
+    """To a few times over any number of epochs, not by chance; and never twice under one visit number."""
+    weights = drawn_weights(sizes, seed)
+    shapes, o = weighted(sizes, batches, weights, seed)
+    epochs = 60
+    steps = steps_of(o, epochs)
+    seen = Counter(chain.from_iterable(zip(s.rows, s.visits, strict=True) for s in steps))
+    assert set(seen.values()) == {1}
+    played = Counter(row for row, _ in seen)
+    for shape, rows in zip(*group_by_shape(shapes), strict=True):
+        due = epochs * o.per_epoch[shape] * weights[rows] / weights[rows].sum()
+        batch = dict(zip(SHAPES, batches, strict=False))[shape]
+        assert (
+            np.abs([played[row] for row in rows.tolist()] - due).max()
+            < 3 + batch * weights[rows].max() / weights[rows].sum() + 1
+        )
+    total = sum(o.per_epoch.values())
+    assert abs(total - sum(sizes)) <= len(sizes), "an epoch is as long as without weights"
+    share = np.array([weights[rows].sum() for rows in group_by_shape(shapes)[1]]) / weights.sum()
+    assert np.abs(np.array(list(o.per_epoch.values())) - share * sum(sizes)).max() <= 1
+
+
+def test_within_a_visit_a_row_comes_as_often_as_its_weight_rounded_down_or_up():
+    weights = np.array([0.25, 0.5, 1.0, 2.5, 5.0, 0.75])
+    _, o = weighted((6,), (1,), weights)
+    steps = steps_of(o, 80)
+    assert o.per_epoch == {SHAPES[0]: 6}
+    for epoch in range(80):
+        counts = Counter(row for s in steps if s.epoch == epoch for row in s.rows)
+        due = weights * 6 / weights.sum()
+        assert all(np.floor(x) <= counts[row] <= np.ceil(x) for row, x in enumerate(due)), epoch
+
+
+def test_weights_change_nothing_else():
+    """Any order of lookups gives the same steps, steps are whole, and weights that are alike play as often."""
+    sizes, batches = (7, 90, 12), (4, 8, 1)
+    weights = drawn_weights(sizes)
+    shapes, one = weighted(sizes, batches, weights)
+    forward = [one.step(i) for i in range(80)]
+    _, other = weighted(sizes, batches, weights)
+    assert [other.step(i) for i in reversed(range(80))] == forward[::-1]
+    for s in forward:
+        assert len(s.rows) == dict(zip(SHAPES, batches, strict=True))[s.shape] and {
+            tuple(shapes[r]) for r in s.rows
+        } == {s.shape}
+    assert [weighted(sizes, batches, 3 * weights)[1].step(i).rows for i in range(20)] == [s.rows for s in forward[:20]]
+    assert [weighted(sizes, batches, weights, 1)[1].step(i).rows for i in range(20)] != [s.rows for s in forward[:20]]
+    alike = steps_of(weighted(sizes, batches, np.ones(109))[1], 12)
+    assert max(Counter(chain.from_iterable(s.rows for s in alike)).values()) <= 13

@@ -1,6 +1,7 @@
 """What the steps of a run hold, from several streams."""
 
 from collections import Counter, defaultdict
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -111,3 +112,26 @@ def test_shares_that_vanish_together_are_an_error():
     never = Stream("images", 0, shapes(3, 0, 0), {SMALL: BatchSize(1, 1)}, share=((0, 0.0),))
     with pytest.raises(ConfigError, match="every group's share is 0"):
         Plan([never], 0)
+
+
+def test_weights_of_streams_and_companions():
+    """Companions are drawn as often as their weights say; the plan's identity changes with any of them."""
+    random = np.random.default_rng(0)
+    weighted = [replace(stream, weights=random.uniform(0.5, 2, len(stream.shapes))) for stream in STREAMS]
+    chance = random.uniform(0.2, 5, len(COMPANION.shapes))
+    plan = Plan(weighted, 1, replace(COMPANION, weights=chance))
+    steps = [plan.step(position) for position in range(2000)]
+    assert [Plan(weighted, 1, replace(COMPANION, weights=chance)).step(i) for i in (1999, 7)] == [steps[1999], steps[7]]
+    for shape in {step.shape for step in steps}:
+        items = np.flatnonzero((COMPANION.shapes == shape).all(axis=1))
+        drawn = Counter(ref.item for step in steps if step.shape == shape for ref in step.companions)
+        due = chance[items] / chance[items].sum() * drawn.total()
+        assert (np.abs(np.array([drawn[item] for item in items.tolist()]) - due) < 6 * np.sqrt(due) + 1).all()
+    plain = Plan(STREAMS, 1, COMPANION).identity()
+    others = [
+        Plan(weighted, 1, COMPANION).identity(),
+        Plan(STREAMS, 1, replace(COMPANION, weights=chance)).identity(),
+        Plan(weighted, 1, replace(COMPANION, weights=chance)).identity(),
+    ]
+    assert "the rows' weights" not in plain and all(other | plain == other for other in others)
+    assert len({other["the rows' weights"] for other in others}) == 3

@@ -1,4 +1,7 @@
-"""The sets of a run agree on what made their text features."""
+"""The sets of a run agree on what made their text features, and rows are played by their weights."""
+
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -42,3 +45,39 @@ def test_a_set_of_another_encoder_is_refused(tmp_path, config, name, key):
         ConfigError, match=f"data.manifest: text features of hash of width 16 .*; {key}: of hash of width 18"
     ):
         open_data(config)
+
+
+def weigh(manifest: Path, weights: list) -> None:
+    lines = manifest.read_text().splitlines()
+    rows = [f"{line},{weight}" for line, weight in zip(lines[1:], weights, strict=True)]
+    manifest.write_text("\n".join([f"{lines[0]},weight", *rows]) + "\n")
+
+
+@pytest.mark.parametrize("mixture", [(), ({"name": "all", "share": [[0, 1.0]]},)], ids=["alone", "in a group"])
+def test_rows_are_played_by_their_weight(tmp_path, mixture):
+    """A row that does not say has weight 1; a set whose weights are all alike is played as without."""
+    manifest = write_dataset(tmp_path, [(1, 4, 4)] * 12)
+    config = load_config(write_config(tmp_path, manifest, data={"mixture": mixture}))
+    plain = open_data(config)
+    weigh(manifest, [0.7] * 12)
+    alike = open_data(config)
+    assert alike.order() == plain.order() and alike.plan.step(7) == plain.plan.step(7)
+    manifest.unlink()
+    manifest = write_dataset(tmp_path, [(1, 4, 4)] * 12)
+    weigh(manifest, [3, 0.5, *[""] * 10])
+    data = open_data(config)
+    assert set(data.order()) - set(plain.order()) == {"the rows' weights"}
+    played = Counter(ref.item for position in range(900) for ref in data.plan.step(position).refs)
+    unit = 900 * 4 / 13.5
+    assert all(abs(played[row] - unit * weight) < 3 for row, weight in enumerate([3, 0.5, *[1] * 10]))
+
+
+def test_a_row_so_heavy_that_it_would_fill_a_step_is_told(tmp_path, caplog):
+    manifest = write_dataset(tmp_path, [(1, 4, 4)] * 12 + [(2, 4, 4)] * 12)
+    weigh(manifest, [200, *[1] * 23])
+    data = open_data(load_config(write_config(tmp_path, manifest)))
+    assert (
+        "train: 12 rows or pairs of 1 shapes, (1, 4, 4), are so few of their shape, or so unlike in weight"
+        in caplog.text
+    )
+    assert {data.plan.step(position).shape for position in range(40)} == {(2, 4, 4)}

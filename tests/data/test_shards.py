@@ -203,7 +203,7 @@ HOSTILE = {
     "not UTF-8": (framed(b'{"\xff\xfe": {}}'), "not UTF-8 at byte 2"),
     "UTF-16": (framed(json.dumps(GOOD).encode("utf-16")), "not UTF-8"),
     "a million brackets": (framed('{"a":' + "[" * 10**6), "its header is damaged"),
-    "a million objects": (framed('{"a":' * 10**6), "its header is damaged"),
+    "many objects": (framed('{"a":' * 10**5), "its header is damaged"),
     "a number of 5000 digits": (framed('{"a": ' + "9" * 5000 + "}"), "its header is damaged"),
     "a tensor twice": (twice('"data_offsets": [12, 16]}', ', "b": {}'), "a key of it occurs twice"),
     "a field twice": (twice('"dtype": "BF16"', ', "dtype": "BF16"'), "a key of it occurs twice"),
@@ -285,7 +285,7 @@ def sparse(path: Path, header: bytes, size: int) -> None:
 BOMBS = {
     "a header of 4 GB": lambda path: sparse(path, (1 << 32).to_bytes(8, "little"), (1 << 32) + 100),
     "a file of a terabyte": lambda path: sparse(path, framed("{}", b""), 1 << 40),
-    "4 MB of brackets": lambda path: path.write_bytes(framed('{"a":' + "[],[" * (1 << 20) + "]")),
+    "4 MB of brackets": lambda path: path.write_bytes(framed('{"a":' + "[],[" * ((1 << 20) - 20))),
     "4 MB of empty lists": lambda path: path.write_bytes(framed('{"a":[' + "[]," * ((1 << 22) // 3 - 10) + "[]]}")),
     "4 MB of numbers": lambda path: path.write_bytes(framed('{"a":[' + "1," * ((1 << 21) - 10) + "1]}")),
     "4 MB of tensors": lambda path: path.write_bytes(
