@@ -124,8 +124,8 @@ class AestheticSection(Section):
 
     clip: str | None = Field(None, description="Folder of the CLIP model (safetensors); null: the step is skipped.")
     head: str | None = Field(None, description="File of the head, .safetensors or .pth of tensors.")
-    device: str = Field("auto", description="Where to; auto: CUDA if there is one.")
-    batch: int = Field(32, ge=1, le=4096, description="Frames that are embedded together.")
+    device: str = Field("auto", description="Where to; auto: all CUDA devices, or the CPU.")
+    batch: int = Field(32, ge=1, le=4096, description="Frames that are embedded together, of whole clips.")
 
 
 class SafetySection(Section):

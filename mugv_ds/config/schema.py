@@ -117,14 +117,23 @@ class GroupSection(Section):
 class DataSection(Section):
     """The training set, and the batches that are made of it."""
 
-    manifest: str = Field(description="CSV of the training set; paths in it are relative to its folder.")
+    manifest: str = Field(
+        description="CSV of the training set; paths in it are relative to its folder, or to data.root."
+    )
     val_manifest: str | None = Field(None, description="CSV of held-out samples for the validation loss.")
+    root: str | None = Field(
+        None,
+        description="Folder or fsspec URL (s3://bucket/set) that the paths in all CSVs of the run, and "
+        "data.null_text_path, are relative to; by default each CSV's folder. The CSVs themselves, their index and "
+        "text_encoder.json stay local. Credentials and options are those that fsspec finds in the environment; they "
+        "must permit to list and to read. s3:// needs s3fs, gs:// gcsfs, https:// aiohttp.",
+    )
     index_dir: str | None = Field(
         None, description="Folder of the memory-mapped index; by default .index beside the CSV."
     )
     null_text_path: str | None = Field(
         None,
-        description="Text features that replace a dropped caption, relative to the CSV's folder: those of the negative "
+        description="Text features that replace a dropped caption, a path as those in the CSV: those of the negative "
         "prompt, so that training sees what guidance subtracts. Required when flow.caption_drop > 0.",
     )
     global_batch_size: Samples = Field(description="Samples an optimizer step, over all ranks and accumulation.")

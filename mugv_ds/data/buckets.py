@@ -14,6 +14,11 @@ each k is played once in its epoch; the intervals [kG, (k+1)G) partition the str
 [vn, (v+1)n) of the stream are a permutation of the rows. Nothing is dropped by rounding: what does not fill a step at
 the end of one epoch opens the bucket's first step of the next. A bucket with fewer than G rows has several visits in a
 step, and epochs without one.
+
+With weights, n is what the rows of the bucket are due of as many samples as the set has rows, Σw of the bucket over Σw
+of the set, rounded; and a visit is a systematic sample of n rows: those that lie at the points (u + k)·Σw/n, 0 ≤ k < n,
+of the rows' weights laid end to end, in an order drawn for the visit. A row is in it ⌊x⌋ or ⌈x⌉ times, x = n·w/Σw. The
+offset u moves on by the golden ratio from visit to visit, so that of V visits it is in V·x up to a few.
 """
 
 from bisect import bisect_right
@@ -28,6 +33,7 @@ from mugv_ds.data.noise import generator
 
 Shape = tuple[int, int, int]  # (T, H, W) of a latent
 
+_GOLDEN = (5**0.5 - 1) / 2  # of all rotations of the circle, that whose points are spread most evenly
 _RECENT = 8  # steps: a loader reads ahead, for a while in another epoch than its caller
 
 
@@ -87,7 +93,8 @@ class Step:
         epoch: epoch of the whole set, counted from 0.
         shape: (T, H, W) of all its latents.
         rows: rows of the manifest, as many as the shape's global batch size.
-        visits: how many times each of `rows` was visited before.
+        visits: how many times each of `rows` was visited before; with weights, a number that none of its other playings
+            has.
     """
 
     index: int
@@ -108,23 +115,44 @@ class Order:
             made of them, which are not copied.
         batch: G, the samples of a step, by latent shape.
         seed: seed of the permutations.
+        weights: float [n], how often a row is played in proportion to others; None: all as often.
+
+    Attributes:
+        per_epoch: samples of each shape in an epoch, which its steps hold within rounding: as many as it has rows, or
+            as its rows' weights make due.
 
     Raises:
         ValueError: no row can be read.
     """
 
-    def __init__(self, shapes: np.ndarray | Buckets, batch: Mapping[Shape, int], seed: int) -> None:
-        self.seed = seed
+    def __init__(
+        self,
+        shapes: np.ndarray | Buckets,
+        batch: Mapping[Shape, int],
+        seed: int,
+        weights: np.ndarray | None = None,
+    ) -> None:
+        self.seed, self._weights = seed, weights
         buckets = shapes if isinstance(shapes, Buckets) else Buckets(shapes, sort_by_shape(shapes))
         self._shapes, self._buckets = list(buckets.by_shape), list(buckets.by_shape.values())
         if not self._buckets:
             raise ValueError("no row of the manifest has a readable latent")
         self._batches = np.array([batch[shape] for shape in self._shapes])
-        self._sizes = np.array([len(bucket) for bucket in self._buckets])
+        self._sizes, self._repeats = np.array([len(bucket) for bucket in self._buckets]), 1
+        if weights is not None:
+            self._sizes, self._repeats = self._weigh(weights)
+        self.per_epoch = dict(zip(self._shapes, self._sizes.tolist(), strict=True))
         self._playlist = lru_cache(2)(self._make_playlist)
         self._recent_epochs: deque[int] = deque(maxlen=_RECENT)
         self._permuted: dict[int, dict[int, np.ndarray]] = {}  # by visit and bucket, of the epochs played recently
         self._tail = lru_cache(4 * len(self._buckets))(self._make_tail)
+
+    def _weigh(self, weights: np.ndarray) -> tuple[np.ndarray, int]:
+        """Returns n of every bucket, and a number that no row is played so often as in a visit."""
+        total = np.array([weights[bucket].sum(dtype=np.float64) for bucket in self._buckets])
+        most = np.array([weights[bucket].max() for bucket in self._buckets])
+        sizes = np.maximum(np.rint(total / total.sum() * self._sizes.sum()).astype(np.int64), 1)
+        return sizes, int((most * sizes / total).max()) + 2
 
     @property
     def samples_per_step(self) -> float:
@@ -163,7 +191,7 @@ class Order:
         No visit is later than the epoch, as the positions are below (epoch + 1)·n; and of earlier visits there are
         fewer rows than a step, as the positions are above epoch·n − G.
         """
-        size = len(self._buckets[bucket])
+        size = int(self._sizes[bucket])
         rows: list[int] = []
         visits: list[int] = []
         for visit in range(start // size, (stop - 1) // size + 1):
@@ -173,8 +201,8 @@ class Order:
             else:
                 tail = self._tail(bucket, visit)
                 part = tail[len(tail) - size + first : len(tail) - size + last]
-            rows += part.tolist()
-            visits += [visit] * len(part)
+            rows += (part // self._repeats).tolist()
+            visits += (visit * self._repeats + part % self._repeats).tolist()
         return tuple(rows), tuple(visits)
 
     def _whole(self, bucket: int, visit: int) -> np.ndarray:
@@ -192,5 +220,14 @@ class Order:
         return rows[-int(self._batches[bucket]) :].copy()
 
     def _permute(self, bucket: int, visit: int) -> np.ndarray:
-        """Returns a bucket's rows in the order of a visit."""
-        return generator("visit", self.seed, *self._shapes[bucket], visit).permutation(self._buckets[bucket])
+        """Returns a bucket's rows in the order of a visit, each as row · repeats + how many times it came before."""
+        rows, shape = self._buckets[bucket], self._shapes[bucket]
+        draw = generator("visit", self.seed, *shape, visit)
+        if self._weights is None:
+            return draw.permutation(rows)
+        size, ends = int(self._sizes[bucket]), np.cumsum(self._weights[rows], dtype=np.float64)
+        offset = (generator("weights", self.seed, *shape).random() + visit * _GOLDEN) % 1
+        points = (offset + np.arange(size)) * (ends[-1] / size)
+        picked = np.minimum(np.searchsorted(ends, points, "right"), len(rows) - 1)
+        before = np.arange(size) - np.searchsorted(picked, picked)
+        return draw.permutation(rows[picked] * np.int64(self._repeats) + before)

@@ -7,6 +7,7 @@ Shape suffixes: B clips, F frames, H and W height and width, C = 24 latent chann
 
 import hashlib
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -28,6 +29,7 @@ from mugv_ds.data.paths import ManifestError, check_lexically, resolve
 from mugv_ds.data.patience import read_patiently
 from mugv_ds.data.plan import Plan, Stream
 from mugv_ds.data.readers import Sources
+from mugv_ds.data.storage import Folder
 from mugv_ds.data.video import read_clip, read_still
 from mugv_ds.files.tensor_file import SampleError
 
@@ -166,6 +168,9 @@ class Clips:
         """Returns the rows that have as many frames, ascending."""
         return self._long_enough
 
+    def fetch(self, items: Sequence[tuple[int, int | None]]) -> None:
+        """Nothing: videos are decoded from local files as they are read."""
+
     def read(self, item: int, visit: int | None) -> list[ClipBatch]:
         """One clip, as a `ClipBatch` without the first dimension; visit None marks a filler.
 
@@ -175,7 +180,7 @@ class Clips:
         key = (self.seed, self.name(item), visit or 0)
         draw = noise.generator("clip", *key).random
         start = 0 if self.held_out else int(draw() * (self.index.frames[item] - self.frames + 1))
-        frames = read_patiently(lambda: self.index.read_frames(item, start, self.frames), self.index.root)
+        frames = read_patiently(lambda: self.index.read_frames(item, start, self.frames), Folder(self.index.root))
         where = (0.5, 0.5) if self.held_out else (draw(), draw())
         weight = torch.tensor(0.0 if visit is None else 1.0)
         return [ClipBatch(cover_and_crop(frames, self.size, where), noise.gaussian(*key, self.latent_shape), weight)]

@@ -1,4 +1,4 @@
-"""The shapes of latents from the headers of their files: of a few in threads, of many in processes and by parts.
+"""The shapes of latents that have files of their own, from the headers: few in threads, many in processes and by parts.
 
 Reading a header is half Python and half waiting, so many are read by a process for each CPU with a few threads each. A
 part, the rows between two multiples of 50,000, is kept in a file as soon as it is known: a build that is killed goes on
@@ -9,9 +9,10 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context, parent_process
@@ -25,9 +26,10 @@ from mugv_ds.config.errors import TrainingError, TransientError
 from mugv_ds.config.model import LATENT_STRIDE as STRIDE
 from mugv_ds.config.model import MAX_LATENT_SIDE
 from mugv_ds.data.buckets import Shape
-from mugv_ds.data.paths import ManifestError, PathError, resolve
+from mugv_ds.data.paths import ManifestError, PathError
 from mugv_ds.data.patience import read_patiently
 from mugv_ds.data.progress import Progress
+from mugv_ds.data.storage import Files
 from mugv_ds.files.atomic import write_atomically
 from mugv_ds.files.tensor_file import SampleError, UnsafeFileError, check_latent, load_tensors
 
@@ -36,7 +38,10 @@ SIZES = ("num_frames", "height", "width")
 _FEW = 20_000  # headers, 12 s of one core; starting a process takes 3 s of one
 _PART_ROWS = 50_000
 _TASK_ROWS = 100
-_THREADS_ALONE, _THREADS_OF_MANY = 16, 4  # opening files is waiting, on a network file system most of all
+THREADS_ALONE, THREADS_OF_MANY = 16, 4  # opening files is waiting, on a network file system most of all
+
+_NO_PART = "%s: not a part of this manifest; its latents' headers are read again"
+TOO_LARGE = f"(T, H, W) = {{}}; the model has positions for sides of at most {MAX_LATENT_SIDE}"
 
 logger = logging.getLogger(__name__)
 
@@ -54,16 +59,18 @@ class Latents:
     """What the CSV says of the rows' latents.
 
     Attributes:
-        csv_path: the CSV.
+        csv_path: the CSV. files: where its paths lead.
         lines: int64 [rows], where each row starts.
         sizes: int32 [rows, 3], num_frames, height and width; 0 where the CSV does not say.
-        paths: of the latents, relative to the CSV's folder.
+        paths: of the latents, as `Index` keeps them. single: bool [rows], True for a latent with a file of its own.
     """
 
     csv_path: Path
+    files: Files
     lines: np.ndarray
     sizes: np.ndarray
     paths: pa.ChunkedArray
+    single: np.ndarray
 
     def take(self, rows: np.ndarray) -> list[Latent]:
         """The latents of these rows, which ascend."""
@@ -75,13 +82,18 @@ class Latents:
 
 def declared_shapes(sizes: np.ndarray) -> np.ndarray:
     """(T, H, W) of the rows that say num_frames, height and width, zeros for others; both int32 [rows, 3]."""
-    shapes = -(-sizes // STRIDE)  # the pixels are multiples of the stride, the frames need not be
+    shapes = latent_sizes(sizes)
     shapes[~sizes.all(axis=1)] = 0
     return shapes
 
 
+def latent_sizes(sizes: np.ndarray) -> np.ndarray:
+    """Of frames and pixels, those of latents; 0 of 0. Pixels are multiples of the stride, frames need not be."""
+    return -(-sizes // STRIDE)
+
+
 def read_shapes(latents: Latents, shapes: np.ndarray, parts: Path) -> list[str]:
-    """Puts (T, H, W) of the latents whose shapes are not known into `shapes`; zeros stay where a file is bad.
+    """Puts (T, H, W) of the single latents whose shapes are not known into `shapes`; zeros stay where a file is bad.
 
     Args:
         latents: of all rows.
@@ -97,15 +109,15 @@ def read_shapes(latents: Latents, shapes: np.ndarray, parts: Path) -> list[str]:
     """
     for start in range(0, len(shapes), _PART_ROWS):
         _fill_from_part(parts, start, shapes[start : start + _PART_ROWS])
-    unknown = np.flatnonzero(~shapes.any(axis=1))
+    unknown = np.flatnonzero(~shapes.any(axis=1) & latents.single)
     if len(unknown) <= _FEW:
-        with ThreadPoolExecutor(_THREADS_ALONE) as threads:
+        with ThreadPoolExecutor(THREADS_ALONE) as threads:
             tasks = latents.take(unknown) if len(unknown) else []
-            return _put(shapes, unknown, threads.map(partial(stored_shape, latents.csv_path), tasks))
+            return _put(shapes, unknown, threads.map(partial(stored_shape, latents.files, latents.csv_path), tasks))
     return _read_many(latents, shapes, unknown, parts)
 
 
-def stored_shape(csv_path: Path, latent: Latent) -> Shape | str:
+def stored_shape(files: Files, csv_path: Path, latent: Latent) -> Shape | str:
     """(T, H, W) from the header of a row's latent, or what is wrong with the file.
 
     Raises:
@@ -114,12 +126,12 @@ def stored_shape(csv_path: Path, latent: Latent) -> Shape | str:
     """
     where = f"{csv_path}:{latent.line}"
 
-    def read() -> tuple[Path, Shape]:
-        path = resolve(csv_path.parent, latent.path)
-        return path, tuple(check_latent(load_tensors(path), path).shape[1:])
+    def read() -> Shape:
+        with files.whole(latent.path) as path:
+            return tuple(check_latent(load_tensors(path), path).shape[1:])
 
     try:
-        path, shape = read_patiently(read, csv_path.parent)
+        shape = read_patiently(read, files)
     except UnsafeFileError as error:
         raise UnsafeFileError(f"{where}: {error}") from error
     except TransientError as error:
@@ -128,41 +140,61 @@ def stored_shape(csv_path: Path, latent: Latent) -> Shape | str:
         if isinstance(error.__cause__, PathError):
             raise PathError(f"{where}: latent_path: {error}") from error
         return f"{where}: {error}"
-    for name, size, stored in zip(SIZES, latent.sizes, shape, strict=True):
+    name = f"{files}/{latent.path}"
+    refuse_contradiction(where, latent.sizes, shape, name)
+    if max(shape[1:]) > MAX_LATENT_SIDE:
+        return f"{where}: {name}: {TOO_LARGE.format(shape)}"
+    return shape
+
+
+def refuse_contradiction(where: str, sizes: Sequence[int], shape: Shape, name: str) -> None:
+    """Raises ManifestError if a row's num_frames, height and width (0: not said) are not those of its latent."""
+    for column, size, stored in zip(SIZES, sizes, shape, strict=True):
         declared = -(-size // STRIDE)
         if declared not in (0, stored):
-            raise ManifestError(f"{where}: {name} = {size} means {declared} in the latent, but {path} has {stored}")
-    if max(shape[1:]) > MAX_LATENT_SIDE:
-        return f"{where}: {path}: (T, H, W) = {shape}; the model has positions for sides of at most {MAX_LATENT_SIDE}"
-    return shape
+            raise ManifestError(f"{where}: {column} = {size} means {declared} in the latent, but {name} has {stored}")
 
 
 def _read_many(latents: Latents, shapes: np.ndarray, unknown: np.ndarray, parts: Path) -> list[str]:
     """As `read_shapes`, of the rows `unknown`, in processes; each part is kept when it is known."""
     bad: list[str] = []
     done, progress = 0, Progress(str(latents.csv_path))
-    processes = ProcessPoolExecutor(
+    read = partial(_read_task, latents.files, latents.csv_path)
+    with processes(latents.csv_path, parts, lambda: f"{done:,} of {len(unknown):,}") as pool:
+        for start in range(0, len(shapes), _PART_ROWS):
+            first, last = np.searchsorted(unknown, [start, start + _PART_ROWS])
+            if first == last:
+                continue
+            tasks = [unknown[i : min(i + _TASK_ROWS, last)] for i in range(first, last, _TASK_ROWS)]
+            for rows, answer in zip(tasks, pool.map(read, map(latents.take, tasks)), strict=True):
+                bad += _put(shapes, rows, iter(answer))
+                done += len(rows)
+                progress.tell(f"headers of {done:,} of {len(unknown):,} latents read")
+            _keep_part(parts, start, shapes[start : start + _PART_ROWS])
+    return bad
+
+
+@contextmanager
+def processes(csv_path: Path, parts: Path, done: Callable[[], str]) -> Iterator[ProcessPoolExecutor]:
+    """A process for each CPU, which read headers.
+
+    Args:
+        csv_path, parts, done: of what, the folder of what is kept, and how much is done, for messages.
+
+    Raises:
+        TrainingError: one of them was killed.
+    """
+    pool = ProcessPoolExecutor(
         len(os.sched_getaffinity(0)), mp_context=get_context("spawn"), initializer=_begin_process
     )
     try:
-        with processes:
-            for start in range(0, len(shapes), _PART_ROWS):
-                first, last = np.searchsorted(unknown, [start, start + _PART_ROWS])
-                if first == last:
-                    continue
-                tasks = [unknown[i : min(i + _TASK_ROWS, last)] for i in range(first, last, _TASK_ROWS)]
-                answers = processes.map(partial(_read_task, latents.csv_path), map(latents.take, tasks))
-                for rows, answer in zip(tasks, answers, strict=True):
-                    bad += _put(shapes, rows, iter(answer))
-                    done += len(rows)
-                    progress.tell(f"headers of {done:,} of {len(unknown):,} latents read")
-                _keep_part(parts, start, shapes[start : start + _PART_ROWS])
+        with pool:
+            yield pool
     except BrokenProcessPool as error:
         raise TrainingError(
-            f"{latents.csv_path}: a process that read latents' headers was killed, as the system does when memory runs "
-            f"out, after {done:,} of {len(unknown):,}; start again, what is in {parts} is kept"
+            f"{csv_path}: a process that read latents' headers was killed, as the system does when memory runs out, "
+            f"after {done()}; start again, what is in {parts} is kept"
         ) from error
-    return bad
 
 
 def _put(shapes: np.ndarray, rows: np.ndarray, found: Iterator[Shape | str]) -> list[str]:
@@ -176,10 +208,10 @@ def _put(shapes: np.ndarray, rows: np.ndarray, found: Iterator[Shape | str]) -> 
     return bad
 
 
-def _read_task(csv_path: Path, task: list[Latent]) -> list[Shape | str]:
+def _read_task(files: Files, csv_path: Path, task: list[Latent]) -> list[Shape | str]:
     """What a process does at a time."""
-    with ThreadPoolExecutor(_THREADS_OF_MANY) as threads:
-        return list(threads.map(partial(stored_shape, csv_path), task))
+    with ThreadPoolExecutor(THREADS_OF_MANY) as threads:
+        return list(threads.map(partial(stored_shape, files, csv_path), task))
 
 
 def _begin_process() -> None:
@@ -198,28 +230,43 @@ def _part_path(parts: Path, start: int) -> Path:
 
 
 def _keep_part(parts: Path, start: int, shapes: np.ndarray) -> None:
-    """Writes a part, unless another builder has just finished the index and removed the folder of its parts."""
-    parts.mkdir(parents=True, exist_ok=True)
-    try:
-        with write_atomically(_part_path(parts, start)) as stream:
-            np.save(stream, shapes, allow_pickle=False)
-    except FileNotFoundError:
-        if parts.exists():
-            raise
+    write_part(_part_path(parts, start), shapes)
 
 
 def _fill_from_part(parts: Path, start: int, shapes: np.ndarray) -> None:
     """Puts what a part knows into `shapes`, where these are zeros; a damaged part is told and not used."""
     path = _part_path(parts, start)
-    try:
-        part = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
+    if not path.exists():
         return
-    except (ValueError, EOFError) as error:
-        logger.warning("%s: damaged (%s); its latents' headers are read again", path, error)
+    part = read_part(path, shapes.dtype)
+    if part is None:
         return
-    if part.dtype != shapes.dtype or part.shape != shapes.shape or (part < 0).any():
-        logger.warning("%s: not a part of this manifest; its latents' headers are read again", path)
+    if part.shape != shapes.shape or (part < 0).any():
+        logger.warning(_NO_PART, path)
         return
     unknown = ~shapes.any(axis=1)
     shapes[unknown] = part[unknown]
+
+
+def write_part(path: Path, part: np.ndarray) -> None:
+    """Writes a part, unless another builder has just finished the index and removed the folder of its parts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with write_atomically(path) as stream:
+            np.save(stream, part, allow_pickle=False)
+    except FileNotFoundError:
+        if path.parent.exists():
+            raise
+
+
+def read_part(path: Path, dtype: np.dtype) -> np.ndarray | None:
+    """A part of that dtype; None, and a warning, if it is damaged."""
+    try:
+        part = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        logger.warning("%s: damaged (%s); its latents' headers are read again", path, error)
+        return None
+    if part.dtype != dtype:
+        logger.warning(_NO_PART, path)
+        return None
+    return part

@@ -5,37 +5,54 @@ They lie in one folder, named by the CSV's digest and the version of their forma
     .arrow        the columns of the CSV
     .shapes.npy   int32 [rows, 3], (T, H, W) of every row's latent; zeros where it could not be read
     .buckets.npy  int32, the rows whose latents could be read, sorted by shape
+    .places.npy   `PLACES` [rows], where the tensors of every row lie in shards; absent if no row has one in a shard
     .json         facts by which the others are checked; written last, without it there is no index
 """
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import chain
+from math import prod
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Features, Value
 
+from mugv_ds.config.model import LATENT_CHANNELS
 from mugv_ds.config.model import LATENT_STRIDE as STRIDE
 from mugv_ds.data.buckets import Buckets, Shape, sort_by_shape
-from mugv_ds.data.paths import resolve
+from mugv_ds.data.paths import SHARD_SUFFIX, split_key
+from mugv_ds.data.shards import DTYPES, Entry
+from mugv_ds.data.storage import Files, Folder, Range
 from mugv_ds.files.atomic import write_atomically
 
-VERSION = 2  # part of the files' names: a change of what they hold must raise it
-FEATURES = Features(
+VERSION = 3  # part of the files' names: a change of what they hold must raise it
+_NUMBER = pa.int16()  # of a value in a chunk, which has 10,000 rows
+
+
+def _few(value: pa.DataType, number: pa.DataType = _NUMBER) -> pa.DataType:
+    """The type of a column with few values: each chunk of rows has them once, and for every row the number of one."""
+    return pa.dictionary(number, value)
+
+
+SCHEMA = pa.schema(
     {
-        **dict.fromkeys(
-            (
-                *("sample_id", "source", "latent_path", "text_feat_path"),
-                *("caption", "kind", "label", "pair_id"),
-            ),
-            Value("string"),
-        ),
-        "fps": Value("float64"),
-        "rank": Value("int32"),
+        "sample_id": pa.string(),
+        **dict.fromkeys(("source", "kind", "label"), _few(pa.string(), pa.int8())),
+        **dict.fromkeys(("latent_path", "text_feat_path", "caption", "pair_id"), _few(pa.string())),
+        **dict.fromkeys(("fps", "weight"), _few(pa.float64())),
+        "rank": _few(pa.int32()),
     }
+)
+CODES = ("", *DTYPES)  # of dtypes; 0: not in a shard, or not read
+PLACES = np.dtype(
+    [
+        *(("latent_offset", "<u4"), ("latent_crc", "<u4"), ("text_offset", "<u4"), ("text_crc", "<u4")),
+        *(("text_tokens", "<u2"), ("text_channels", "<u2"), ("latent_dtype", "u1"), ("text_dtype", "u1")),
+    ]
 )
 
 
@@ -46,10 +63,11 @@ class Row:
     Attributes:
         sample_id: unique in the manifest.
         source: "generated" (latent already normalised) or "real" (raw).
-        latent_path, text_feat_path: relative to the CSV's folder; `Index.resolve` opens them up.
+        latent_path, text_feat_path: as in the CSV; `Index.files` opens them up.
         latent_shape: (T, H, W) of the latent; (0, 0, 0) where it could not be read.
+        latent_entry, text_entry: where they lie in shards; None for files of their own, and where it could not be read.
         fps: frames a second, None where the manifest does not say.
-        caption, kind, label, pair_id, rank: as in the CSV, None where it does not say.
+        caption, kind, label, pair_id, rank, weight: as in the CSV, None where it does not say.
     """
 
     sample_id: str
@@ -57,12 +75,15 @@ class Row:
     latent_path: str
     text_feat_path: str
     latent_shape: Shape
+    latent_entry: Entry | None
+    text_entry: Entry | None
     fps: float | None
     caption: str | None
     kind: str | None
     label: str | None
     pair_id: str | None
     rank: int | None
+    weight: float | None
 
     @property
     def height(self) -> int:
@@ -80,8 +101,9 @@ class Facts:
     """What was true of an index when it was complete.
 
     Attributes:
-        root: folder of the CSV. rows: of the CSV. csv_bytes: size of the CSV. arrow_bytes: size of the Arrow file.
+        root: where its paths lead. rows: of the CSV. csv_bytes: size of the CSV. arrow_bytes: size of the Arrow file.
         shapes, buckets, sample_ids: hex SHA-256 of what decides the order of training.
+        places: hex SHA-256 of where tensors lie in shards, None if no row has one in a shard.
     """
 
     root: str
@@ -91,6 +113,7 @@ class Facts:
     shapes: str
     buckets: str
     sample_ids: str
+    places: str | None
 
     @classmethod
     def of(cls, path: Path) -> "Facts":
@@ -107,37 +130,39 @@ class Index:
 
     Args:
         path: Arrow file of `build_index`.
-        root: folder that the rows' paths are relative to.
+        root: folder of the CSV.
+        files: where the rows' paths lead.
 
     Attributes:
-        root: as given.
+        root, files: as given.
         digest: SHA-256 of the CSV, in hex; the identity of the data set.
 
     Raises:
         OSError, ValueError, TypeError: a file of the index is missing or damaged.
     """
 
-    def __init__(self, path: Path, root: Path) -> None:
-        self.root = root
+    def __init__(self, path: Path, root: Path, files: Files) -> None:
+        self.root, self.files = root, files
         self.digest = digest_of(path)
         self._path = path
         self._facts = Facts.of(path)
         self._columns = open_columns(path)
 
     def __reduce__(self) -> tuple:
-        return Index, (self._path, self.root)
+        return Index, (self._path, self.root, self.files)
 
     def __len__(self) -> int:
         return self._facts.rows
 
     @property
     def content(self) -> str:
-        """Hex SHA-256 of what ranks must agree on: the CSV, the number of its rows and the shapes of the latents.
+        """Hex SHA-256 of what ranks must agree on: the CSV, the number of its rows, the latents' shapes and the shards.
 
         Two ranks that built the index for themselves differ in it where one could read a latent that the other could
         not.
         """
-        return hashlib.sha256(f"{self.digest} {self._facts.rows} {self._facts.shapes}".encode()).hexdigest()
+        parts = (self.digest, self._facts.rows, self._facts.shapes, self._facts.places)
+        return hashlib.sha256(" ".join(str(part) for part in parts if part is not None).encode()).hexdigest()
 
     def ids_digest(self) -> str:
         """Hex SHA-256 of the sample ids in the order of the rows."""
@@ -152,7 +177,38 @@ class Index:
         if not 0 <= i < len(self):
             raise IndexError(f"{self.root}: row {i} of {len(self)}")
         record = {name: column[i].as_py() for name, column in self._columns.items()}
-        return Row(latent_shape=tuple(self._shapes[i].tolist()), **record)
+        for name in ("latent_path", "text_feat_path"):
+            record[name] = whole_path(record[name], record["sample_id"])
+        shape = tuple(self._shapes[i].tolist())
+        return Row(latent_shape=shape, **self._entries(i, shape), **record)
+
+    def _entries(self, i: int, shape: Shape) -> dict[str, Entry | None]:
+        """Where the tensors of a row lie in shards, by the names of `Row`."""
+        if self._places is None:
+            return {"latent_entry": None, "text_entry": None}
+        place = dict(zip(PLACES.names, self._places[i].item(), strict=True))
+        return {
+            f"{side}_entry": _entry(CODES[place[f"{side}_dtype"]], dims, place[f"{side}_offset"], place[f"{side}_crc"])
+            for side, dims in (
+                ("latent", (LATENT_CHANNELS, *shape)),
+                ("text", (place["text_tokens"], place["text_channels"])),
+            )
+        }
+
+    def fetch(self, wanted: Iterable[tuple[int, bool]]) -> None:
+        """Gets the tensors in shards of rows that are about to be read, where that saves time; see `Files.fetch`.
+
+        Args:
+            wanted: row, and whether its text features are read too.
+        """
+        self.files.fetch(chain.from_iterable(self._ranges(i, with_text) for i, with_text in wanted))
+
+    def _ranges(self, i: int, with_text: bool) -> Iterator[Range]:
+        row = self.row(i)
+        text = [(row.text_feat_path, row.text_entry)] if with_text else []
+        for path, entry in [(row.latent_path, row.latent_entry), *text]:
+            if entry is not None:
+                yield Range(split_key(path)[0], entry.offset, entry.size)
 
     def shapes(self) -> np.ndarray:
         """(T, H, W) of every row's latent: int32 [n, 3], memory-mapped and read-only; zeros where it could not be read.
@@ -161,21 +217,22 @@ class Index:
         """
         return self._shapes
 
+    def places(self) -> np.ndarray | None:
+        """Where the tensors of every row lie in shards: `PLACES` [rows], memory-mapped; None if none lies in one."""
+        return self._places
+
     def buckets(self) -> Buckets:
         """The rows of each latent shape, memory-mapped; the same object at each call."""
         return self._buckets
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """A column of the CSV that rows have too, memory-mapped; null where the CSV does not say.
+        """A column of the CSV that rows have too; null where the CSV does not say.
 
         Raises:
             KeyError: there is no such column.
         """
-        return self._columns[name]
-
-    def resolve(self, relative: str) -> Path:
-        """The file that a row's path names; see `resolve`."""
-        return resolve(self.root, relative)
+        column = self._columns[name]
+        return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
     @cached_property
     def _shapes(self) -> np.ndarray:
@@ -184,6 +241,10 @@ class Index:
     @cached_property
     def _buckets(self) -> Buckets:
         return Buckets(self._shapes, _mapped(self._path.with_suffix(".buckets.npy")))
+
+    @cached_property
+    def _places(self) -> np.ndarray | None:
+        return None if self._facts.places is None else _mapped(self._path.with_suffix(".places.npy"))
 
 
 def digest_of(path: Path) -> str:
@@ -197,18 +258,32 @@ def open_columns(path: Path) -> dict[str, pa.ChunkedArray]:
     Raises:
         OSError, ValueError: the file is missing or damaged.
     """
-    table = Dataset.from_file(str(path)).data
-    # Rows are taken from the columns directly: the formatting of `Dataset` takes several times as long.
+    table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
     return dict(zip(table.column_names, table.columns, strict=True))
 
 
-def complete(path: Path, shapes: np.ndarray, csv_path: Path, csv_bytes: int) -> None:
+def kept_path(path: str, sample_id: str) -> str:
+    """A path as the index keeps it: without a key that is the sample's id, so that rows of a shard have the same."""
+    return path.removesuffix(sample_id) if path.endswith(f"{SHARD_SUFFIX}#{sample_id}") else path
+
+
+def whole_path(kept: str, sample_id: str) -> str:
+    """The path of the CSV of what `kept_path` made of it."""
+    return kept + sample_id if kept.endswith(f"{SHARD_SUFFIX}#") else kept
+
+
+def _entry(dtype: str, shape: tuple[int, ...], offset: int, crc: int) -> Entry | None:
+    return Entry(dtype, shape, offset, prod(shape) * DTYPES[dtype].itemsize, crc) if dtype else None
+
+
+def complete(path: Path, shapes: np.ndarray, places: np.ndarray | None, root: str, csv_bytes: int) -> None:
     """Makes an index of the Arrow file at `path`.
 
     Args:
         path: Arrow file with the columns of the CSV.
         shapes: int32 [rows, 3], (T, H, W) of every row's latent.
-        csv_path: the CSV. csv_bytes: its size.
+        places: `PLACES` [rows]; None if no row has a tensor in a shard.
+        root: where its paths lead. csv_bytes: size of the CSV.
 
     Raises:
         OSError: the file system failed.
@@ -216,14 +291,17 @@ def complete(path: Path, shapes: np.ndarray, csv_path: Path, csv_bytes: int) -> 
     buckets = sort_by_shape(shapes)
     write_array(path.with_suffix(".shapes.npy"), shapes)
     write_array(path.with_suffix(".buckets.npy"), buckets)
+    if places is not None:
+        write_array(path.with_suffix(".places.npy"), places)
     facts = Facts(
-        root=str(csv_path.parent.resolve()),
+        root=root,
         rows=len(shapes),
         csv_bytes=csv_bytes,
         arrow_bytes=path.stat().st_size,
         shapes=_digest(shapes),
         buckets=_digest(buckets),
         sample_ids=digest_of_strings(open_columns(path)["sample_id"]),
+        places=None if places is None else _digest(places),
     )
     with write_atomically(path.with_suffix(".json")) as stream:
         stream.write(json.dumps(asdict(facts), indent=1).encode())
@@ -235,7 +313,7 @@ def fault(path: Path) -> str | None:
     What decides the order of training is read and compared by its digests: 0.1 s for a million rows.
     """
     try:
-        index, facts = Index(path, path.parent), Facts.of(path)
+        index, facts = Index(path, path.parent, Folder(path.parent)), Facts.of(path)
         shapes, buckets = index.shapes(), _mapped(path.with_suffix(".buckets.npy"))
         ids = index.column("sample_id")
         if path.stat().st_size != facts.arrow_bytes:
@@ -243,6 +321,8 @@ def fault(path: Path) -> str | None:
         if len(ids) != facts.rows or shapes.shape != (facts.rows, 3):
             return f"{path}: {len(ids)} rows, {len(shapes)} shapes, not the {facts.rows} of the CSV"
         found = {"shapes": _digest(shapes), "buckets": _digest(buckets), "sample_ids": digest_of_strings(ids)}
+        if (places := index.places()) is not None:
+            found["places"] = _digest(places) if (places.dtype, len(places)) == (PLACES, facts.rows) else ""
     except (OSError, ValueError, TypeError, KeyError) as error:
         return f"{path}: {str(error).partition(chr(10))[0]}"
     return next((f"{path}: its {name} are damaged" for name, is_ in found.items() if is_ != getattr(facts, name)), None)

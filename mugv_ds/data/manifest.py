@@ -22,28 +22,42 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
-from datasets.arrow_writer import ArrowWriter
 
 from mugv_ds.config.errors import InputError
 from mugv_ds.config.model import LATENT_STRIDE as STRIDE
 from mugv_ds.config.model import MAX_LATENT_SIDE
+from mugv_ds.config.regular_file import open_regular
 from mugv_ds.data.buckets import Shape as Shape  # what others take from here
 from mugv_ds.data.headers import SIZES, Latents, declared_shapes, read_shapes
-from mugv_ds.data.index import FEATURES, VERSION, Facts, Index, complete, digest_of, fault, open_columns
+from mugv_ds.data.index import (
+    PLACES,
+    SCHEMA,
+    VERSION,
+    Facts,
+    Index,
+    complete,
+    digest_of,
+    fault,
+    kept_path,
+    open_columns,
+)
 from mugv_ds.data.index import Row as Row
-from mugv_ds.data.paths import ManifestError, PathError, check_lexically
+from mugv_ds.data.paths import ManifestError, PathError, check_lexically, split_key
+from mugv_ds.data.places import Rows, read_places, shard_numbers
 from mugv_ds.data.progress import Progress
+from mugv_ds.data.storage import Files, Folder, files_below
 from mugv_ds.files.atomic import write_atomically
 
 REQUIRED_COLUMNS = ("sample_id", "source", "latent_path", "text_feat_path")
+_PATHS = ("latent_path", "text_feat_path")
 CHOICES = {"source": ("generated", "real"), "kind": ("image", "video"), "label": ("good", "bad")}
 
 _INTEGER_COLUMNS = (*SIZES, "rank")
-_OPTIONAL_COLUMNS = ("fps", "caption", "kind", "label", "pair_id", *_INTEGER_COLUMNS)
+_OPTIONAL_COLUMNS = ("fps", "weight", "caption", "kind", "label", "pair_id", *_INTEGER_COLUMNS)
 _MAX_SIDE = MAX_LATENT_SIDE * STRIDE
 # Sides are bounded by the model's positions. For frames it has no bound; a hundred thousand are an hour.
 _RANGES = {"num_frames": (1, 100_000), "height": (1, _MAX_SIDE), "width": (1, _MAX_SIDE), "rank": (0, 999_999)}
-_FPS = (0.1, 1000.0)
+_NUMBERS = {"fps": (0.1, 1000.0), "weight": (1e-3, 1e3)}
 
 _MAX_LINE_BYTES = 1 << 20
 _MAX_COLUMNS = 1000
@@ -56,19 +70,20 @@ logger = logging.getLogger(__name__)
 Record = dict[str, Any]
 
 
-def open_index(csv_path: str | Path, index_dir: str | Path | None = None) -> Index:
+def open_index(csv_path: str | Path, index_dir: str | Path | None = None, root: str | None = None) -> Index:
     """Opens the index of a manifest, building it first where there is none for the CSV's present content.
 
     Args:
         csv_path: the manifest.
         index_dir: folder of the index; by default `.index` beside the CSV.
+        root: folder or URL that the manifest's paths are relative to; by default the CSV's folder.
 
     Raises:
-        ManifestError, PathError, UnsafeFileError, TrainingError: see `build_index`.
+        ManifestError, PathError, UnsafeFileError, TrainingError, ConfigError: see `build_index`.
     """
     csv_path = Path(csv_path)
-    path = build_index(csv_path, index_dir)
-    index = Index(path, csv_path.parent)
+    path = build_index(csv_path, index_dir, root)
+    index = Index(path, csv_path.parent, _files(csv_path, root))
     unreadable = int((~index.shapes().any(axis=1)).sum())
     if unreadable:
         logger.warning(
@@ -82,13 +97,19 @@ def open_index(csv_path: str | Path, index_dir: str | Path | None = None) -> Ind
     return index
 
 
-def build_index(csv_path: str | Path, index_dir: str | Path | None = None) -> Path:
+def _files(csv_path: Path, root: str | None) -> Files:
+    return Folder(csv_path.parent) if root is None else files_below(root)
+
+
+def build_index(csv_path: str | Path, index_dir: str | Path | None = None, root: str | None = None) -> Path:
     """Writes the index of a manifest and returns the path of its Arrow file; an index that holds is left as it is.
 
     Columns `sample_id, source, latent_path, text_feat_path` are required; `fps, height, width, num_frames, caption,
-    kind, label, pair_id, rank` are optional, as are their values; others are ignored. A latent's shape comes from
-    num_frames, height and width (pixels) when a row has all three, and from the header of the latent's file otherwise.
-    A latent whose header is bad is logged and indexed with shape (0, 0, 0): one bad file of 12 M must not stop a run.
+    kind, label, pair_id, rank, weight` are optional, as are their values; others are ignored. A path is a file's, or
+    `….safetensors#key` for a tensor in a shard (see `data.shards`), whose header is read. The shape of a latent that
+    has a file of its own comes from num_frames, height and width (pixels) when a row has all three, and from the file's
+    header otherwise. A row with a bad header, or with a tensor that its shard does not have, is logged and indexed with
+    shape (0, 0, 0): one bad file of 12 M must not stop a run.
 
     A killed build leaves no index, and what it has read of headers serves the next one (see `data.headers`). Headers
     are not read again either of rows that an older CSV had, if the present one only has more rows at its end. Two
@@ -97,18 +118,21 @@ def build_index(csv_path: str | Path, index_dir: str | Path | None = None) -> Pa
     Args:
         csv_path: the manifest.
         index_dir: folder of the index; by default `.index` beside the CSV.
+        root: folder or URL that the manifest's paths are relative to; by default the CSV's folder.
 
     Raises:
         ManifestError: the CSV cannot be read, is not a manifest or changes meanwhile; no row has a readable latent; or
             the index cannot be written.
-        PathError: a path is absolute, leads out of the CSV's folder, or is no regular file.
+        PathError: a path is absolute, leads out of the folder or URL, or is no regular file.
         UnsafeFileError: a latent's file asks for more than tensors.
+        ConfigError: fsspec cannot open the URL.
         TrainingError: the file system failed, or a process that reads headers was killed.
     """
     csv_path = Path(csv_path)
-    digest = hash_csv(csv_path)
+    digest, files = hash_csv(csv_path), _files(csv_path, root)
     folder = csv_path.parent / ".index" if index_dir is None else Path(index_dir)
-    path = folder / f"{digest}.v{VERSION}.arrow"
+    of_root = "" if root is None else f"{hashlib.sha256(root.encode()).hexdigest()[:12]}."
+    path = folder / f"{digest}.{of_root}v{VERSION}.arrow"
     with _writing(folder):
         if path.with_suffix(".json").exists():
             why = fault(path)
@@ -118,7 +142,7 @@ def build_index(csv_path: str | Path, index_dir: str | Path | None = None) -> Pa
             path.with_suffix(".json").unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            _build(csv_path, path)
+            _build(csv_path, path, files)
         except InputError:
             if not path.with_suffix(".json").exists():  # else another builder has completed it meanwhile
                 path.unlink(missing_ok=True)
@@ -126,45 +150,62 @@ def build_index(csv_path: str | Path, index_dir: str | Path | None = None) -> Pa
     return path
 
 
-def _build(csv_path: Path, path: Path) -> None:
+def _build(csv_path: Path, path: Path, files: Files) -> None:
     """Writes an index, its facts last, and removes the parts that it was made of."""
-    csv_bytes = csv_path.stat().st_size
+    csv_bytes, root = csv_path.stat().st_size, _root(files)
     with write_atomically(path) as stream:
         lines, sizes = _write_columns(csv_path, stream)
-    latents = Latents(csv_path, lines, sizes, open_columns(path)["latent_path"])
-    shapes, parts = declared_shapes(sizes), path.with_suffix(".parts")
-    if not shapes.any(axis=1).all():
-        known = _shapes_of_older(csv_path, csv_bytes, path.parent)
-        unknown = ~shapes[: len(known)].any(axis=1)
-        shapes[: len(known)][unknown] = known[unknown]
+    columns, parts = open_columns(path), path.with_suffix(".parts")
+    shards = {side: shard_numbers(columns, side) for side in ("latent", "text")}
+    single = shards["latent"] < 0
+    shapes = declared_shapes(sizes)
+    shapes[~single] = 0
+    sharded = any((numbers >= 0).any() for numbers in shards.values())
+    places = np.zeros(len(shapes), PLACES) if sharded else None
+    if sharded or not shapes.any(axis=1).all():
+        _take_over(csv_path, csv_bytes, path.parent, root, shapes, places)
+    latents = Latents(csv_path, files, lines, sizes, columns["latent_path"], single)
     unreadable = read_shapes(latents, shapes, parts)
+    if places is not None:
+        rows = Rows(csv_path, files, columns, lines, sizes)
+        wrong = read_places(rows, shards, shapes, places, parts)
+        without = [row for row, _ in wrong]
+        shapes[without], places[without] = 0, 0
+        unreadable += [message for _, message in sorted(wrong)]
     if not shapes.any():
         raise ManifestError(f"{csv_path}: no row has a readable latent; the first: {unreadable[0]}")
     for message in unreadable:
         logger.warning("left out: %s", message)
     if hash_csv(csv_path) != digest_of(path):
         raise ManifestError(f"{csv_path}: changed while it was being read; start again when it is complete")
-    complete(path, shapes, csv_path, csv_bytes)
+    complete(path, shapes, places, root, csv_bytes)
     shutil.rmtree(parts, ignore_errors=True)  # another builder may be removing it too
 
 
-def _shapes_of_older(csv_path: Path, csv_bytes: int, folder: Path) -> np.ndarray:
-    """The shapes of the CSV's first rows, int32 [rows, 3], from the largest index of an older CSV that it begins with.
+def _root(files: Files) -> str:
+    """What tells one place of files from another."""
+    return str(files.root.resolve()) if isinstance(files, Folder) else str(files)
 
-    Zeros are latents that could not be read then. There are no rows if there is no such index.
+
+def _take_over(csv_path: Path, csv_bytes: int, older: Path, root: str, shapes: np.ndarray, places: np.ndarray | None):
+    """Takes what is known of the CSV's first rows from the largest index of an older CSV that it begins with.
+
+    Args:
+        older: folder of indexes; one for another root is not taken.
+        shapes: int32 [rows, 3], zeros where it is not known. places: `PLACES` [rows]; None: no row has one.
     """
-    older = []
-    for file in folder.glob(f"*.v{VERSION}.json"):
+    found = []
+    for file in older.glob(f"*.v{VERSION}.json"):
         try:
             facts = Facts.of(file)
-            if facts.root == str(csv_path.parent.resolve()) and 0 < facts.csv_bytes < csv_bytes:
-                older.append((facts.csv_bytes, file.with_suffix(".arrow")))
+            if facts.root == root and 0 < facts.csv_bytes < csv_bytes:
+                found.append((facts.csv_bytes, file.with_suffix(".arrow")))
         except (OSError, ValueError, TypeError):
             continue  # damaged: it is told to who opens that index
     beginnings = []  # (index, whether its CSV ends with a complete line)
     with _reading(csv_path), csv_path.open("rb") as file:
         hashed, read, block = hashlib.sha256(), 0, b""
-        for size, path in sorted(older):
+        for size, path in sorted(found):
             while read < size and (block := file.read(min(_HASH_BYTES, size - read))):
                 hashed.update(block)
                 read += len(block)
@@ -172,9 +213,14 @@ def _shapes_of_older(csv_path: Path, csv_bytes: int, folder: Path) -> np.ndarray
                 beginnings.append((path, block.endswith(b"\n")))
     for path, whole in reversed(beginnings):
         if fault(path) is None:
-            shapes = Index(path, path.parent).shapes()
-            return shapes if whole else shapes[:-1]  # the last row may have gone on
-    return np.empty((0, 3), np.int32)
+            index = Index(path, path.parent, Folder(path.parent))
+            rows = len(index) if whole else len(index) - 1  # the last row may have gone on
+            readable = index.shapes()[:rows].any(axis=1)
+            unknown = readable & ~shapes[:rows].any(axis=1)
+            shapes[:rows][unknown] = index.shapes()[:rows][unknown]
+            if places is not None and index.places() is not None:
+                places[:rows][readable] = index.places()[:rows][readable]
+            return
 
 
 def _write_columns(csv_path: Path, stream: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
@@ -189,20 +235,22 @@ def _write_columns(csv_path: Path, stream: BinaryIO) -> tuple[np.ndarray, np.nda
         ManifestError, PathError: see `build_index`.
     """
     hashes, lines, sizes, progress = bytearray(), array("q"), array("i"), Progress(str(csv_path))
-    with ArrowWriter(stream=stream, features=FEATURES, writer_batch_size=_CHUNK_ROWS) as writer:
+    with pa.ipc.new_stream(stream, SCHEMA) as writer:
         records = read_records(csv_path)
         while chunk := list(itertools.islice(records, _CHUNK_ROWS)):
             for line, record in chunk:
-                hashes += hashlib.blake2b(record["sample_id"].encode(), digest_size=16).digest()
+                sample_id = record["sample_id"]
+                hashes += hashlib.blake2b(sample_id.encode(), digest_size=16).digest()
                 lines.append(line)
-                sizes.extend(record[name] or 0 for name in SIZES)
-            columns = {name: [record[name] for _, record in chunk] for name in FEATURES}
-            writer.write_table(pa.table(columns, schema=FEATURES.arrow_schema))
+                sizes.extend([record[name] or 0 for name in SIZES])
+                for name in _PATHS:
+                    record[name] = kept_path(record[name], sample_id)
+            columns = [pa.array([record[field.name] for _, record in chunk], field.type) for field in SCHEMA]
+            writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
             progress.tell(f"{len(lines):,} rows read")
         if not lines:
             raise ManifestError(f"{csv_path}:1: only a header, no samples")
         _check_unique(csv_path, np.frombuffer(hashes, np.uint64).reshape(-1, 2), lines)
-        writer.finalize(close_stream=False)
     return np.frombuffer(lines, np.int64), np.frombuffer(sizes, np.int32).reshape(-1, 3)
 
 
@@ -268,9 +316,9 @@ def read_records(
             messages that lack the line; by default as a manifest of latents asks.
 
     Raises:
-        ManifestError, PathError: see `build_index`.
+        ManifestError, PathError: see `build_index`. NotRegularError: it is a folder, FIFO or device.
     """
-    with _reading(csv_path), csv_path.open("rb") as file:
+    with _reading(csv_path), open_regular(csv_path) as file:
         reader = csv.reader(_lines(csv_path, file), strict=True)
         rows = _rows(csv_path, reader)
         line, header = next(rows, (1, None))
@@ -338,10 +386,11 @@ def _convert(record: Record) -> None:
     for name, choices in CHOICES.items():
         if record[name] not in choices and (record[name] is not None or name in REQUIRED_COLUMNS):
             raise ManifestError(f"unknown {name} {record[name] or ''!r}: must be {' or '.join(choices)}")
-    for name in ("latent_path", "text_feat_path"):
-        check_lexically(record[name] or "", name)
-    if record["fps"] is not None:
-        record["fps"] = _fps(record["fps"])
+    for name in _PATHS:
+        _check_file(split_key(record[name] or "")[0], name)
+    for name in _NUMBERS:
+        if record[name] is not None:
+            record[name] = _number(name, record[name])
     for name in _INTEGER_COLUMNS:
         if record[name] is not None:
             record[name] = whole_number(name, record[name])
@@ -350,15 +399,18 @@ def _convert(record: Record) -> None:
             raise ManifestError(f"{name} = {record[name]}: must be a multiple of {STRIDE} pixels")
 
 
-@lru_cache  # a column has few different values
-def _fps(text: str) -> float:
+_check_file = lru_cache(1 << 10)(check_lexically)  # rows of a shard follow each other as a rule
+
+
+@lru_cache(1 << 12)  # such a column has few different values
+def _number(name: str, text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    smallest, largest = _FPS
+    smallest, largest = _NUMBERS[name]
     if not smallest <= value <= largest:
-        raise ManifestError(f"fps = {text!r}: must be a number from {smallest:g} to {largest:g}")
+        raise ManifestError(f"{name} = {text!r}: must be a number from {smallest:g} to {largest:g}")
     return value
 
 

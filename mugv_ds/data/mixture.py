@@ -98,6 +98,19 @@ def group_shapes(index: Index, groups: Sequence[GroupSection]) -> list[np.ndarra
     return masked
 
 
+def row_weights(index: Index) -> np.ndarray | None:
+    """How often rows are played in proportion to others, from the column `weight`, 1 where it does not say.
+
+    Returns:
+        float64 [rows]; None if all are alike.
+    """
+    column = index.column("weight")
+    if column.null_count == len(column):
+        return None
+    weights = column.fill_null(1.0).to_numpy()
+    return None if (weights == weights[0]).all() else weights
+
+
 def _share(points: Points, step: np.ndarray | int) -> np.ndarray:
     """Returns the share at these steps."""
     return np.interp(step, *zip(*points, strict=True))

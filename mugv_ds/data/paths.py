@@ -1,4 +1,4 @@
-"""The paths of a manifest: relative to its folder, and of regular files in it."""
+"""The paths of a manifest: relative to its folder, and of regular files in it, or of tensors in shards."""
 
 import errno
 import posixpath
@@ -8,7 +8,11 @@ from pathlib import Path
 
 from mugv_ds.config.errors import InputError
 
+SHARD_SUFFIX = ".safetensors"
+
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+_IN_A_SHARD = f"{SHARD_SUFFIX}#"
+_MAX_KEY = 200
 
 
 class ManifestError(InputError):
@@ -60,3 +64,22 @@ def check_lexically(relative: str, name: str = "path") -> None:
         raise PathError(f"{name} {relative!r}: a URL or pipe; must be a file in the CSV's folder")
     if ".." in relative and posixpath.normpath(relative).partition("/")[0] == "..":
         raise PathError(f"{name} {relative!r}: leads out of the CSV's folder")
+
+
+def split_key(path: str) -> tuple[str, str | None]:
+    """The file of a manifest's path, and the key of the tensor in it if the path is `….safetensors#key`, else None.
+
+    Raises:
+        PathError: a shard is followed by what cannot be a key.
+    """
+    file, mark, key = path.partition(_IN_A_SHARD)
+    if not mark:
+        return path, None
+    check_key(key)
+    return file + SHARD_SUFFIX, key
+
+
+def check_key(key: str) -> None:
+    """Raises PathError if no tensor of a shard may be called `key`: 1 to 200 printable characters without `#`."""
+    if not 0 < len(key) <= _MAX_KEY or not key.isprintable() or "#" in key:
+        raise PathError(f"{key[:50]!r} cannot be the key of a tensor: 1 to {_MAX_KEY} printable characters without #")

@@ -1,14 +1,13 @@
-"""Reading files whose disk may fail: whose fault a failure is, and how long it is waited for."""
+"""Reading files whose disk or store may fail: whose fault a failure is, and how long it is waited for."""
 
 import logging
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 from mugv_ds.config.errors import TransientError
 from mugv_ds.data.paths import PathError
+from mugv_ds.data.storage import Files
 from mugv_ds.files.retry import READ_WAITS, TRANSIENT
 from mugv_ds.files.tensor_file import SampleError
 
@@ -19,14 +18,14 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-def read_patiently(read: Callable[[], T], root: Path) -> T:
+def read_patiently(read: Callable[[], T], files: Files) -> T:
     """Returns what `read` returns, and decides of a failure whose fault it is: the file's, or the file system's.
 
     A file that cannot be opened though its folder can be read is a bad file, as one with a bad content is. A file
-    system that is away is waited for, some minutes.
+    system or store that is away is waited for, some minutes.
 
     Args:
-        read: reads files below `root`; it is called again after a failure.
+        read: reads some of `files`; it is called again after a failure.
 
     Raises:
         SampleError: a file cannot be used; of a path that leads somewhere it must not, too.
@@ -38,20 +37,13 @@ def read_patiently(read: Callable[[], T], root: Path) -> T:
         except PathError as error:
             raise SampleError(str(error)) from error
         except OSError as error:
-            is_away = not _is_readable(root)
+            is_away = not files.is_readable()
             if error.errno not in TRANSIENT and not is_away:
-                raise SampleError(f"{error.filename or root}: {error.strerror}") from error
+                raise SampleError(f"{error.filename or files}: {error.strerror}") from error
             if wait in (_LONG_WAITS[0], None) and not is_away:
-                raise SampleError(f"{error.filename or root}: {error.strerror}, time and again") from error
+                raise SampleError(f"{error.filename or files}: {error.strerror}, time and again") from error
             if wait is None:
-                raise TransientError(f"{root}: {error}; the file system has been away for minutes") from error
+                raise TransientError(f"{files}: {error}; the file system has been away for minutes") from error
             logger.warning("%s; trying again in %g s", error, wait)
             time.sleep(wait)
     raise AssertionError("unreachable: the last attempt returns or raises")
-
-
-def _is_readable(root: Path) -> bool:
-    try:
-        return any(os.scandir(root))  # a mount that is gone leaves an empty folder
-    except OSError:
-        return False

@@ -36,6 +36,7 @@ class Stream:
         item_size: samples of an item.
         share: of the samples of the run, see `Mixture`.
         buckets: made of `shapes`, where they are mapped from a file; None has the plan make them.
+        weights: float [n], how often an item is played in proportion to the others; None: all as often.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Stream:
     item_size: int = 1
     share: Points = ((0, 1.0),)
     buckets: Buckets | None = None
+    weights: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,13 @@ class Companion:
 
     Attributes:
         source: the reader. shapes: int [n, 3]. ratio: samples for each one of the stream's.
+        weights: float [n], how likely a sample is drawn in proportion to the others; None: all alike.
     """
 
     source: int
     shapes: np.ndarray
     ratio: float
+    weights: np.ndarray | None = None
 
     def count(self, samples: int) -> int:
         """Companions of a step with so many samples."""
@@ -117,6 +121,7 @@ class Plan:
 
     Attributes:
         streams, companion: as given. mean_samples: of the steps of each stream, without companions.
+        per_epoch: items of each shape in an epoch of each stream.
 
     Raises:
         ConfigError: a stream has no readable item, or no companion has the shape of some item.
@@ -132,12 +137,14 @@ class Plan:
                 stream.shapes if stream.buckets is None else stream.buckets,
                 {shape: size.step for shape, size in stream.sizes.items()},
                 seed,
+                stream.weights,
             )
             for stream in streams
         ]
         self.mean_samples = [
             stream.item_size * order.samples_per_step for stream, order in zip(streams, self._orders, strict=True)
         ]
+        self.per_epoch = [order.per_epoch for order in self._orders]
         self._mixture = Mixture([stream.share for stream in streams], self.mean_samples)
         self.step = lru_cache(4)(self.step)  # asked for by the loop and, ahead of it, by the loader
         if companion is not None:
@@ -154,10 +161,14 @@ class Plan:
 
         Plans that agree in all parts play the same items at the same positions, on any layout.
         """
-        shapes = hashlib.sha256()
+        shapes, weights = hashlib.sha256(), hashlib.sha256()
+        weighted = False
         for stream in (*self.streams, *filter(None, [self.companion])):
             shapes.update(f"{stream.source} {stream.shapes.shape}".encode())
             shapes.update(np.ascontiguousarray(stream.shapes, np.int32).data)
+            if stream.weights is not None:
+                weighted = True
+                weights.update(np.ascontiguousarray(stream.weights, np.float64).data)
         sizes = [
             f"{'×'.join(map(str, shape))}: {size.step * stream.item_size}"
             for stream in self.streams
@@ -169,7 +180,7 @@ class Plan:
             "the batch sizes": ", ".join(sizes),
             "the streams' shares": json.dumps([stream.share for stream in self.streams]),
             "the SFT samples of a step": str(self.companion and self.companion.ratio),
-        }
+        } | ({"the rows' weights": weights.hexdigest()} if weighted else {})
 
     def turn(self, position: int) -> int:
         """Number of the stream that plays at a position."""
@@ -196,6 +207,11 @@ class Plan:
         """Companions by chance; the position takes the place of the visit, so none meets the same noise again."""
         if self.companion is None:
             return ()
-        rows = self._companions[shape]
-        drawn = generator("companion", self._seed, position).integers(len(rows), size=self.companion.count(samples))
+        rows, weights = self._companions[shape], self.companion.weights
+        draw, count = generator("companion", self._seed, position), self.companion.count(samples)
+        if weights is None:
+            drawn = draw.integers(len(rows), size=count)
+        else:
+            share = weights[rows].astype(np.float64)
+            drawn = draw.choice(len(rows), size=count, p=share / share.sum())
         return tuple(SampleRef(self.companion.source, int(rows[i]), position) for i in drawn)

@@ -53,6 +53,7 @@ class Replacing:
             UnsafeFileError: a file asks for more than tensors.
             ConfigError, InputError, TransientError: see `data.readers`.
         """
+        self.sources.fetch(refs)
         read = [self._read(ref) for ref in refs]
         batch = stack(sample for samples, _ in read for sample in samples)
         return Reading(batch, tuple(bad for _, bad in read if bad is not None))

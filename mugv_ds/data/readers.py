@@ -21,7 +21,7 @@ from mugv_ds.data.buckets import Buckets, sort_by_shape
 from mugv_ds.data.manifest import Index
 from mugv_ds.data.patience import read_patiently
 from mugv_ds.data.plan import SampleRef
-from mugv_ds.data.sample import SampleError, read_row, read_text
+from mugv_ds.data.sample import SampleError, read_row, stored_text
 from mugv_ds.objectives import flow
 
 Key = tuple[int, str, int]  # seed, sample or pair, visit: what randomness is drawn from
@@ -73,6 +73,8 @@ class Reader(Protocol):
 
     def name(self, item: int) -> str: ...
 
+    def fetch(self, items: Sequence[tuple[int, int | None]]) -> None: ...
+
     def read(self, item: int, visit: int | None) -> list[Batch]: ...
 
     def time(self, item: int, visit: int) -> float: ...
@@ -115,6 +117,10 @@ class FlowSamples:
         """The timestep in [0, 1000] of a (row, visit), without reading it."""
         return self.draw_time(item, (self.seed, self.name(item), visit), self._quarter(item))
 
+    def fetch(self, items: Sequence[tuple[int, int | None]]) -> None:
+        """Gets what `read` is about to be asked for, where that saves time; items: (item, visit)."""
+        self.fetch_rows((row, (self.seed, self.name(row), visit or 0)) for row, visit in items)
+
     def read(self, item: int, visit: int | None) -> list[Batch]:
         """One sample, as a `Batch` without the first dimension; visit None marks a filler.
 
@@ -136,6 +142,13 @@ class FlowSamples:
         """The quarter of the timesteps that a held-out row is measured in; those of one shape take turns."""
         return turn_of(self.alike(item), item) if self.held_out and self.shapes[item].any() else 0
 
+    def fetch_rows(self, rows: Iterable[tuple[int, Key]]) -> None:
+        """Gets what `sample` is about to be asked for, of rows with what is drawn from their keys."""
+        self.index.fetch((row, not self._drops_caption(key)) for row, key in rows)
+
+    def _drops_caption(self, key: Key) -> bool:
+        return not self.held_out and noise.caption_uniform(*key) < self.flow.caption_drop
+
     def sample(self, row_number: int, visit: int | None, key: Key, quarter: int, with_content: bool = False) -> Batch:
         """Does as `read`, for a row with what is drawn from `key`.
 
@@ -145,9 +158,9 @@ class FlowSamples:
         """
         tokens = self.data.max_text_tokens
         row = self.index.row(row_number)
-        drop = not self.held_out and noise.caption_uniform(*key) < self.flow.caption_drop
+        drop = self._drops_caption(key)
         given = {"channels": self.channels, "max_text_tokens": tokens, "with_text": not drop}
-        sample = read_patiently(lambda: read_row(self.index, row_number, **given), self.index.root)
+        sample = read_patiently(lambda: read_row(self.index, row_number, **given), self.index.files)
         x0, frames = sample.latent, sample.latent.shape[1]
         text, text_mask = self.null_text() if drop else (sample.text, sample.text_mask)
 
@@ -210,16 +223,14 @@ class FlowSamples:
         return self.flow.shift
 
     def null_text(self) -> tuple[Tensor, Tensor]:
-        """Features and mask of `data.null_text_path`; see `read_text`.
+        """Features and mask of `data.null_text_path`; see `stored_text`.
 
         Raises:
             ConfigError: they cannot be used. TransientError: the file system failed for minutes.
         """
-        index, path = self.index, self.data.null_text_path
+        files, path = self.index.files, self.data.null_text_path
         try:
-            return read_patiently(
-                lambda: read_text(index.resolve(path), self.channels, self.data.max_text_tokens), index.root
-            )
+            return read_patiently(lambda: stored_text(files, path, self.channels, self.data.max_text_tokens), files)
         except SampleError as error:  # no sample is at fault, so none is to be replaced
             raise ConfigError(f"data.null_text_path: {error}") from error
 
@@ -261,6 +272,12 @@ class AnnotatedSamples:
     def time(self, item: int, visit: int) -> float:
         """The timestep in [0, 1000] of an (item, visit), without reading it."""
         return self.samples.draw_time(int(self.rows[item, 0]), self._key(item, visit), self._quarter(item))
+
+    def fetch(self, items: Sequence[tuple[int, int | None]]) -> None:
+        """See `FlowSamples.fetch`."""
+        self.samples.fetch_rows(
+            (row, self._key(item, visit)) for item, visit in items for row in self.rows[item].tolist()
+        )
 
     def read(self, item: int, visit: int | None) -> list[Batch]:
         """The samples of an item; of a pair the better one first.
@@ -347,6 +364,12 @@ class Sources:
 
     readers: tuple[Reader, ...]
 
+    def fetch(self, refs: Sequence[SampleRef]) -> None:
+        """Gets what the refs of a micro-batch need at once, where reading one after the other would take longer."""
+        for source in sorted({ref.source for ref in refs}):
+            self.readers[source].fetch([(ref.item, ref.visit) for ref in refs if ref.source == source])
+
     def __call__(self, refs: Sequence[SampleRef]) -> Batch:
         """The batch of refs, all of one latent shape; see `FlowSamples.read` for the errors."""
+        self.fetch(refs)
         return stack(sample for ref in refs for sample in self.readers[ref.source].read(ref.item, ref.visit))

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from math import ceil
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +16,7 @@ from mugv_ds.config.text_encoder import TEXT_ENCODER_NAME, TextEncoderInfo, agre
 from mugv_ds.data.buckets import group_by_shape
 from mugv_ds.data.budget import BatchSize, Workload, batch_sizes
 from mugv_ds.data.manifest import Index, Shape, open_index
-from mugv_ds.data.mixture import group_shapes
+from mugv_ds.data.mixture import group_shapes, row_weights
 from mugv_ds.data.pairs import labels, pairs
 from mugv_ds.data.plan import Companion, Plan, Stream
 from mugv_ds.data.readers import AnnotatedSamples, FlowSamples, Reader, Sources
@@ -66,7 +67,7 @@ class RunData:
         sources = config.preference.sources if config.preference else ()
 
         def open_(path: str | None) -> Index | None:
-            return None if path is None else opener(partial(open_index, path, config.data.index_dir))
+            return None if path is None else opener(partial(open_index, path, config.data.index_dir, config.data.root))
 
         self.train: Index = open_(config.data.manifest)
         self.validation = open_(config.data.val_manifest)
@@ -170,7 +171,8 @@ class RunData:
         if preference is None:
             return Plan(self._flow_streams(), seed)
         flows, *annotated = self.readers.readers
-        companion = Companion(0, flows.shapes, preference.sft_ratio) if preference.sft_weight > 0 else None
+        weights = row_weights(self.train)
+        companion = Companion(0, flows.shapes, preference.sft_ratio, weights) if preference.sft_weight > 0 else None
         streams = [
             self._stream(
                 Stream(
@@ -201,15 +203,15 @@ class RunData:
         few = {
             shape: rows
             for shape, rows in groups.items()
-            if (step := stream.sizes[shape].step) > 1 and -(-step // len(rows)) > limit * step
+            if (step := stream.sizes[shape].step) > 1 and _most_of_a_row(step, rows, stream.weights) > limit * step
         }
         if not few:
             return stream
         rows = np.concatenate(list(few.values()))
         what = (
             f"{stream.name}: {len(rows)} rows or pairs of {len(few)} shapes, {', '.join(map(str, list(few)[:4]))}"
-            f"{', …' * (len(few) > 4)}, are so few of their shape that one would fill more than data.max_row_share = "
-            f"{limit:g} of a step"
+            f"{', …' * (len(few) > 4)}, are so few of their shape, or so unlike in weight, that one would fill more "
+            f"than data.max_row_share = {limit:g} of a step"
         )
         if len(few) == len(groups):
             raise ConfigError(f"{what}, and there are no others; add rows, or lower data.global_batch_size")
@@ -220,11 +222,19 @@ class RunData:
 
     def _flow_streams(self) -> list[Stream]:
         """The groups of data.mixture or, without one, all of the training set."""
-        mixture = self._config.data.mixture
+        mixture, weights = self._config.data.mixture, row_weights(self.train)
         if not mixture:
-            shapes = self.train.shapes()
-            return [self._stream(Stream(_ALONE, 0, shapes, self._batch_sizes(shapes), buckets=self.train.buckets()))]
+            shapes, buckets = self.train.shapes(), self.train.buckets()
+            alone = Stream(_ALONE, 0, shapes, self._batch_sizes(shapes), buckets=buckets, weights=weights)
+            return [self._stream(alone)]
         return [
-            self._stream(Stream(group.name, 0, shapes, self._batch_sizes(shapes), share=group.share))
+            self._stream(Stream(group.name, 0, shapes, self._batch_sizes(shapes), share=group.share, weights=weights))
             for group, shapes in zip(mixture, group_shapes(self.train, mixture), strict=True)
         ]
+
+
+def _most_of_a_row(step: int, rows: np.ndarray, weights: np.ndarray | None) -> int:
+    """Times that a row is in a step of so many samples of its shape, whose rows are given."""
+    if weights is None:
+        return -(-step // len(rows))
+    return ceil(step * float(weights[rows].max() / weights[rows].sum()))

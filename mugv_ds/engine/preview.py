@@ -94,7 +94,9 @@ class Previews:
     def _prompt(self, index: Index, row: int, channels: int) -> Prompt:
         tokens = self._data.max_text_tokens
         try:
-            sample = read_patiently(lambda: read_row(index, row, channels=channels, max_text_tokens=tokens), index.root)
+            sample = read_patiently(
+                lambda: read_row(index, row, channels=channels, max_text_tokens=tokens), index.files
+            )
         except SampleError as error:
             raise ConfigError(f"preview.manifest: {error}; repair the file or leave the row out") from error
         return Prompt(sample.row, sample.text, sample.text_mask, sample.latent[:, :1].clone())

@@ -69,13 +69,13 @@ def check_dense(
     return value.detach()
 
 
-def check_latent(value: Any, path: Path) -> Tensor:
-    """`value` if it is a dense floating tensor [24, T, H, W] with T, H, W ≥ 1; costs no memory.
+def check_latent(value: Any, name: str | Path) -> Tensor:
+    """`value` if it is a dense floating tensor [24, T, H, W] with T, H, W ≥ 1; costs no memory. `name` is the file's.
 
     Raises:
         SampleError: it is something else.
     """
-    latent = check_dense(value, str(path), dtypes=FLOAT_DTYPES)
+    latent = check_dense(value, str(name), dtypes=FLOAT_DTYPES)
     if latent.dim() != 4 or latent.shape[0] != LATENT_CHANNELS or 0 in latent.shape:
-        raise SampleError(f"{path}: shape {list(latent.shape)}, expected [{LATENT_CHANNELS}, T, H, W] with T, H, W ≥ 1")
+        raise SampleError(f"{name}: shape {list(latent.shape)}, expected [{LATENT_CHANNELS}, T, H, W] with T, H, W ≥ 1")
     return latent

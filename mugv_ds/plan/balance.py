@@ -134,9 +134,9 @@ def seldom_played(plan: Plan) -> int:
     """Counts the rows of latent shapes that have fewer than a step holds; such a step comes in some epochs only."""
     return sum(
         stream.item_size * len(items)
-        for stream in plan.streams
+        for stream, per_epoch in zip(plan.streams, plan.per_epoch, strict=True)
         for shape, items in zip(*group_by_shape(stream.shapes), strict=True)
-        if len(items) < stream.sizes[shape].step
+        if per_epoch[shape] < stream.sizes[shape].step
     )
 
 

@@ -56,26 +56,26 @@ def weights(config: PrepareConfig) -> str:
         raise WeightsError(str(error)) from None
 
 
-def load(config: PrepareConfig) -> Score:
+def load(config: PrepareConfig, device: str = "cpu") -> Score:
     """Loads CLIP and the head; returns what scores clips.
 
     `aesthetic` is the mean score of the first, the middle and the last frame; `embedding` the mean of their embeddings,
     again of length 1. Frames are embedded in batches that depend on the clips given alone: a frame's last bits depend
     on those beside it, so the same bytes come only of the same list of clips.
 
+    Args:
+        device: where to; `aesthetic.device` says which there are to choose from.
+
     Raises:
         WeightsError: the files are not CLIP's or the head's, or are not whole.
     """
     section = config.aesthetic
-    device = section.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     model = _load_clip(Path(section.clip)).to(device)
     head = load_head(_head_file(section.head), model.config.projection_dim).to(device)
     prepare, side = _preparation(model.config.image_size)
 
     @torch.no_grad()
-    def score(clips: Sequence[ClipView]) -> list[Row]:
+    def score_together(clips: Sequence[ClipView]) -> list[Row]:
         frames: list[Tensor] = []
 
         def read(clip: ClipView) -> Row:
@@ -83,23 +83,24 @@ def load(config: PrepareConfig) -> Score:
             return {}
 
         rows = score_each(clips, read)
-        good = [row for row in rows if row["error"] is None]
-        embedding_NE = torch.cat(
-            [
-                nn.functional.normalize(model(pixel_values=batch.to(device)).image_embeds, dim=-1)
-                for batch in torch.cat(frames).split(section.batch)
-            ]
-            if frames
-            else [torch.empty(0, model.config.projection_dim, device=device)]
-        )
+        if not frames:
+            return rows
+        embedding_NE = nn.functional.normalize(model(pixel_values=torch.cat(frames).to(device)).image_embeds, dim=-1)
         scores = head(embedding_NE).view(-1, _FRAMES).mean(dim=1).tolist()
-        means = nn.functional.normalize(embedding_NE.view(len(good), _FRAMES, -1).mean(dim=1), dim=-1)
+        means = nn.functional.normalize(embedding_NE.unflatten(0, (-1, _FRAMES)).mean(dim=1), dim=-1)
+        good = [row for row in rows if row["error"] is None]
         for row, value, embedding in zip(good, scores, means.half().cpu().numpy(), strict=True):
             if np.isfinite(value) and np.isfinite(embedding).all():
                 row |= {"aesthetic": value, "embedding": embedding}
             else:
                 row["error"] = f"an aesthetic score of {value}"
         return rows
+
+    together = max(1, section.batch // _FRAMES)  # clips
+
+    def score(clips: Sequence[ClipView]) -> list[Row]:
+        starts = range(0, len(clips), together)
+        return [row for start in starts for row in score_together(clips[start : start + together])]
 
     return score
 

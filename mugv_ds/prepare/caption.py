@@ -16,7 +16,7 @@ from mugv_ds.prepare.endpoint import Answer, Endpoint, Prompt, Question, missing
 from mugv_ds.prepare.given import CaptionFile, sidecar_caption
 from mugv_ds.prepare.prompts import caption_prompt, filter_prompt
 from mugv_ds.prepare.units import Step, digest
-from mugv_ds.prepare.views import ClipView, Row, Score, words
+from mugv_ds.prepare.views import ClipView, Row, Score, why
 
 STEP = Step("caption", 1, fields=("caption.sidecar", "vlm.merge"))
 
@@ -98,7 +98,7 @@ def load(config: PrepareConfig, work: Path) -> Score:
             try:
                 caption, source = sidecar_caption(clip), "sidecar"
             except (InputError, OSError) as error:
-                return {"error": words(error)}
+                return {"error": why(clip, error)}
         return None if caption is None else {"caption": caption.strip(), "reason": fault(caption), "source": source}
 
     def score(clips: Sequence[ClipView]) -> list[Row]:

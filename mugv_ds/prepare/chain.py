@@ -3,6 +3,7 @@
 scan → videos (probe) → clips (split, score) → fit, gate → text, aesthetic, safety, vlm, caption, tags → select
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from mugv_ds.prepare.split import split
 from mugv_ds.prepare.units import FragmentError, Fragments, Step, digest, read_table
 from mugv_ds.prepare.views import ClipView, Score
 
-GATE_STEP = Step("gate", 1, fields=("select", "screen"), reads=("clips",))
+GATE_STEP = Step("gate", 1, fields=("select", "screen", "dedup.mean"), reads=("clips", "fit"))
 
 # The costly steps, in their order: each a module with STEP, why_skipped, weights and load.
 EXTRAS: dict[str, ModuleType] = {module.STEP.name: module for module in (text, aesthetic, safety, vlm, caption, tags)}
@@ -108,7 +109,7 @@ class Unit:
         for step in (step for step in EXTRAS if step in self.keys):
             table = self.read(step) if self.found(step) else SCHEMAS[step].empty_table()
             extras[step] = table.filter(pc.is_in(table["clip"], value_set=clips["clip"]))
-        return UnitRows(videos, clips, extras, pa.table(columns, schema=rows.COPY))
+        return UnitRows(videos, clips, extras, pa.table(columns, schema=rows.COPY), self.read("fit"))
 
     def uncovered(self, step: str) -> list[str]:
         """Returns the clips that the gate lets in and of which an extra step has no row, in order."""
@@ -150,11 +151,12 @@ class Chain:
         config, weights, videos = self.config, self._weights, self.scan.videos(number)
         probed = probe.STEP.key(config, videos, weights["videos"])
         cut = scores.STEP.key(config, [probed])
+        fitted = FIT_STEP.key(config, [cut])
         keys = {
             "videos": probed,
             "clips": cut,
-            "fit": FIT_STEP.key(config, [cut]),
-            "gate": GATE_STEP.key(config, [cut], self.screening_hash),
+            "fit": fitted,
+            "gate": GATE_STEP.key(config, [cut, fitted], self.screening_hash),
         }
         # A clip's id stands for its pixels, so what is known of it stays, whatever clips there are beside it.
         keys |= {name: EXTRAS[name].STEP.key(config, weights=weights[name]) for name in self.extras if name != "tags"}
@@ -167,6 +169,22 @@ class Chain:
     def units(self) -> Iterator[Unit]:
         """Yields all units, in order."""
         return map(self.unit, self.scan.units)
+
+    def unreadable(self) -> UnitRows:
+        """Returns the files that could not be read, as videos with an error whose id is the hash of their path."""
+        found = [
+            {
+                "video": hashlib.sha256(source.path.encode()).hexdigest(),
+                "path": source.path,
+                "error": "unreadable",
+                "detail": source.error,
+            }
+            for source in self.scan.unreadable()
+        ]
+        extras = {step: SCHEMAS[step].empty_table() for step in self.extras}
+        return UnitRows(
+            pa.Table.from_pylist(found, rows.VIDEO), rows.CLIP.empty_table(), extras, fits=rows.FIT.empty_table()
+        )
 
 
 @dataclass(frozen=True)

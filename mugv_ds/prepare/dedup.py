@@ -37,6 +37,7 @@ _CHECKED = 1 << 18  # pairs that are compared at a time
 _NEAR = 64  # in a run of equal keys, a clip is compared with as many after it: all of them in all but odd sets
 
 _PERMUTATIONS, _ROWS = 128, 8  # of MinHash; 16 bands of 8 rows meet with probability 0.95 at a likeness of 0.8
+_BANDS_OF_CAPTIONS = _PERMUTATIONS // _ROWS
 _FACTORS, _SUMMANDS = np.random.PCG64(0).random_raw(2 * _PERMUTATIONS).reshape(2, -1)
 _FACTORS |= np.uint64(1)
 _WORD = re.compile(r"\w+")
@@ -263,7 +264,7 @@ class _Store:
     def __init__(self, folder: Path, units: Iterable[DedupRows], embeddings: bool) -> None:
         self._folder = folder
         self.width = seen = 0
-        names = ("ids", "videos", "hashes", "mirrors", "captioned", "signatures", "embedded", "embeddings")
+        names = ("ids", "videos", "hashes", "mirrors", "captioned", "signatures", "bands", "embedded", "embeddings")
         with ExitStack() as stack:
             files = {name: stack.enter_context((folder / name).open("wb")) for name in names}
             for unit in units:
@@ -277,6 +278,8 @@ class _Store:
                     there, found = signatures(texts.to_pylist())
                     (seen + there).astype(np.int32).tofile(files["captioned"])
                     found.tofile(files["signatures"])
+                    bands = found.reshape(len(found), _BANDS_OF_CAPTIONS, _ROWS).astype(np.uint64) * _FACTORS[:_ROWS]
+                    (bands.sum(axis=2) >> np.uint64(32)).astype(np.uint32).tofile(files["bands"])
                 if embeddings and unit.embeddings is not None:
                     vectors = unit.embeddings["embedding"].take(
                         pc.index_in(clips["clip"], value_set=unit.embeddings["clip"])
@@ -310,11 +313,11 @@ class _Store:
         return self._rows("signatures", np.uint32, _PERMUTATIONS)[captions]
 
     def bands(self, band: int) -> np.ndarray:
-        """Returns a hash of one band of each caption's signature, uint64 [captions], below 2³²."""
-        keys, all_rows = np.empty(len(self.captioned), np.uint64), self._rows("signatures", np.uint32, _PERMUTATIONS)
+        """Returns a hash of one band of each caption's signature, uint32 [captions]."""
+        path, keys = self._folder / "bands", np.empty(len(self.captioned), np.uint32)
         for start in range(0, len(keys), _CHECKED):
-            rows = all_rows[start : start + _CHECKED, band * _ROWS : (band + 1) * _ROWS].astype(np.uint64)
-            keys[start : start + _CHECKED] = (rows * _FACTORS[:_ROWS]).sum(axis=1) >> np.uint64(32)
+            part = np.fromfile(path, np.uint32, _CHECKED * _BANDS_OF_CAPTIONS, offset=start * _BANDS_OF_CAPTIONS * 4)
+            keys[start : start + _CHECKED] = part.reshape(-1, _BANDS_OF_CAPTIONS)[:, band]
         return keys
 
     def vectors(self, embeddings: np.ndarray) -> np.ndarray:
@@ -473,8 +476,8 @@ def _runs(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 def _caption_candidates(store: _Store) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields pairs of clips whose captions share a band of their signatures."""
-    for band in range(_PERMUTATIONS // _ROWS):
-        table = np.sort((store.bands(band) << np.uint64(32)) | store.captioned.astype(np.uint64))
+    for band in range(_BANDS_OF_CAPTIONS):
+        table = np.sort((store.bands(band).astype(np.uint64) << np.uint64(32)) | store.captioned.astype(np.uint64))
         for at, to in _runs(table >> np.uint64(32)):
             yield tuple((table[end] & np.uint64(0xFFFFFFFF)).astype(np.int64) for end in (at, to))
 

@@ -12,8 +12,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,6 +27,7 @@ from mugv_ds.config.model import LATENT_CHANNELS, LATENT_STRIDE
 from mugv_ds.config.prepare_schema import BucketSection, EncodeSection
 from mugv_ds.data.patience import read_patiently
 from mugv_ds.data.shards import write_shard
+from mugv_ds.data.storage import Folder
 from mugv_ds.files.tensor_file import SampleError
 from mugv_ds.models.codec import LinearCodec
 from mugv_ds.models.videovae import VideoVAE, check_conv3d
@@ -189,7 +192,7 @@ def units_in(plan: pa.Table) -> Iterator[tuple[int, pa.Table]]:
     """Yields the number and the rows of each unit of a plan."""
     numbers = plan["unit"].to_numpy()
     starts = np.flatnonzero(np.diff(numbers, prepend=-1))
-    for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(numbers)], strict=True):
+    for start, stop in pairwise([*starts.tolist(), len(numbers)]):
         yield int(numbers[start]), plan.slice(start, stop - start)
 
 
@@ -290,7 +293,7 @@ class Encoder:
                 raise SampleError(str(error)) from None
 
         try:
-            return read_patiently(read, self._videos)
+            return read_patiently(read, Folder(self._videos))
         except SampleError as error:
             return str(error)
 
@@ -311,7 +314,9 @@ def encode_frames(codec: Codec, frames: Tensor) -> Tensor:
 
 def mean_luma(frames: np.ndarray) -> float:
     """Returns the mean luma of uint8 RGB frames [F, H, W, 3] in [0, 1], by the weights of BT.601."""
-    red, green, blue = frames.reshape(-1, 3).mean(axis=0, dtype=np.float64)
+    red, green, blue = np.mean(
+        [cv2.mean(frame)[:3] for frame in frames], axis=0
+    )  # NumPy's mean takes ten times as long
     return float(0.299 * red + 0.587 * green + 0.114 * blue) / 255
 
 

@@ -267,7 +267,8 @@ class _Answers:
         for line in lines:
             try:
                 found = json.loads(line)
-                known[found.pop("key")] = Answer(**found)
+                key = found.pop("key")
+                known[key] = Answer(**found)
             except (ValueError, TypeError, KeyError, AttributeError):
                 continue  # torn
         return known

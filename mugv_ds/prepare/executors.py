@@ -8,10 +8,12 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
+
+from pebble import ProcessExpired, ProcessPool
 
 from mugv_ds.config.errors import InputError, Stopped, TrainingError
 
@@ -55,7 +57,11 @@ class Stop:
 
 
 class Executor(Protocol):
-    """Runs the units of a step."""
+    """Runs the units of a step; a context, which ends what it has started."""
+
+    def __enter__(self) -> "Executor": ...
+
+    def __exit__(self, *_: object) -> None: ...
 
     def on_cpus(self, function: Callable[[Job], Any], jobs: Iterable[Job]) -> Iterator[Done | Crashed]:
         """Yields the jobs as they are done, each in a process with one CPU.
@@ -74,7 +80,7 @@ class Executor(Protocol):
 
 
 class Local:
-    """Processes of this machine.
+    """Processes of this machine, which are kept from step to step until the executor is closed as a context.
 
     Args:
         workers: how many at a time use a CPU. stop: asked between units.
@@ -82,58 +88,67 @@ class Local:
 
     def __init__(self, workers: int, stop: Stop) -> None:
         self._workers, self._stop = workers, stop
+        self._pools: dict[str, ProcessPool] = {}  # by device; "" for CPUs
+
+    def __enter__(self) -> "Local":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in self._pools.values():
+            pool.stop()  # there is nothing left to wait for, or nobody wants it
+            pool.join()
+        self._pools.clear()
 
     def on_cpus(self, function: Callable[[Job], Any], jobs: Iterable[Job]) -> Iterator[Done | Crashed]:
         """See `Executor`."""
-        yield from self._run([self._workers], lambda _pool: (function,), jobs)
+        yield from self._run({"": (self._workers, (function,))}, jobs)
 
     def on_devices(
         self, function: Callable[[Job, str], Any], jobs: Iterable[Job], devices: Sequence[str]
     ) -> Iterator[Done | Crashed]:
         """See `Executor`."""
-        yield from self._run([1] * len(devices), lambda pool: (_on_device, function, devices[pool]), jobs)
+        yield from self._run({device: (1, (_on_device, function, device)) for device in devices}, jobs)
 
-    def _run(self, sizes: Sequence[int], call: Callable[[int], tuple], jobs: Iterable[Job]) -> Iterator[Done | Crashed]:
-        """Runs the jobs in pools of so many processes each; `call` gives what a pool calls before the job."""
-        from pebble import ProcessPool
+    def _pool(self, name: str, size: int) -> ProcessPool:
+        if name not in self._pools:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["mugv_ds.prepare.run"])  # then they start in no time
+            self._pools[name] = ProcessPool(size, context=context, initializer=_begin)
+        return self._pools[name]
 
-        waiting = iter(jobs)
-        context = multiprocessing.get_context("forkserver")
-        pools = [ProcessPool(size, context=context, initializer=_begin) for size in sizes]
-        running: dict[Future, tuple[int, Any, int]] = {}
+    def _run(self, places: Mapping[str, tuple[int, tuple]], jobs: Iterable[Job]) -> Iterator[Done | Crashed]:
+        """Runs the jobs in pools. places: name of a pool → its processes, and what is called with a job as last."""
+        waiting, running = iter(jobs), {}
 
-        def start(pool: int, job: Any, tries: int) -> None:
-            first, *rest = call(pool)
-            running[pools[pool].schedule(first, (*rest, job))] = pool, job, tries
+        def start(name: str, job: Any, tries: int) -> None:
+            size, (function, *rest) = places[name]
+            running[self._pool(name, size).schedule(function, (*rest, job))] = name, job, tries
 
-        def start_next(pool: int) -> None:
+        def start_next(name: str) -> None:
             for job in waiting:
-                start(pool, job, 1)
+                start(name, job, 1)
                 return
 
-        finished = False
+        for name, (size, _) in places.items():
+            for _ in range(size + 1):  # one more than run, so that none waits
+                start_next(name)
         try:
-            for pool, size in enumerate(sizes):
-                for _ in range(size + 1):  # one more than run, so that none waits
-                    start_next(pool)
             while running:
                 self._stop.check()
                 for future in wait(running, timeout=_WAIT_S, return_when=FIRST_COMPLETED).done:
-                    pool, job, tries = running.pop(future)
+                    name, job, tries = running.pop(future)
                     why = _death_of(future)
                     if why is None:
-                        start_next(pool)
+                        start_next(name)
                         yield Done(job, future.result())
                     elif tries < _TRIES:
-                        start(pool, job, tries + 1)
+                        start(name, job, tries + 1)
                     else:
-                        start_next(pool)
+                        start_next(name)
                         yield Crashed(job, why)
-            finished = True
         finally:
-            for one in pools:
-                one.close() if finished else one.stop()
-                one.join()
+            for future in running:
+                future.cancel()
 
 
 class Ray:
@@ -159,6 +174,12 @@ class Ray:
         except (ConnectionError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"--ray {address}: no cluster there ({reason}); start one, or take auto") from None
+
+    def __enter__(self) -> "Ray":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ray.shutdown()
 
     def on_cpus(self, function: Callable[[Job], Any], jobs: Iterable[Job]) -> Iterator[Done | Crashed]:
         """See `Executor`."""
@@ -243,8 +264,6 @@ def _begin() -> None:
 
 def _death_of(future: Future) -> str | None:
     """Returns in words how the process of a job died; None if it did not."""
-    from pebble import ProcessExpired
-
     error = future.exception()
     if not isinstance(error, ProcessExpired):
         return None

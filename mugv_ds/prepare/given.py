@@ -15,7 +15,7 @@ from mugv_ds.data.paths import PathError, check_lexically, resolve
 from mugv_ds.prepare.views import ClipView
 
 _MAX_SIDECAR_BYTES = 1 << 16
-_ROWS = 10_000
+_ROWS = 1000
 _TABLE = "CREATE TABLE {} (key TEXT PRIMARY KEY, line INTEGER, caption TEXT) WITHOUT ROWID"
 
 

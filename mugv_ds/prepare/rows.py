@@ -192,3 +192,38 @@ PAIR = pa.schema([("a", _s), ("b", _s), ("kind", _s), ("distance", _d)])
 DUPLICATE = pa.schema([("clip", _s), ("of", _s), ("kind", _s), ("distance", _d)])
 # One row a clip that people labelled.
 LABEL = pa.schema([("clip", _s), ("label", _s), ("pair_id", _s), ("rank", _i)])
+
+# One row a sample, in the order of train.csv and val.csv, whose rows alternate.
+PROVENANCE = pa.schema(
+    [
+        ("sample", _s),
+        ("set", _s),  # train or val
+        ("clip", _s),
+        ("bucket", _s),
+        ("video", _s),
+        ("path", _s),  # relative to the folder of videos
+        ("licence", _s),
+        ("origin", _s),
+        ("first_pts", pa.int64()),  # of the clip
+        ("last_pts", pa.int64()),
+        ("start_pts", pa.int64()),  # of the sample's first frame
+        *((f"crop_{side}", _i) for side in SIDES),
+        ("left", _d),  # share of the picture that the bucket leaves
+        ("time_error", _d),  # as in FIT
+        ("repeated_frames", _d),
+        ("pixel_luma", _d),  # mean of the encoded pixels, in [0, 1]
+        ("tokens", _i),
+        ("cut_tokens", _i),
+        ("caption_source", _s),
+        ("composite", _d),
+        *((name, _d) for name in ("sharp_min", "sharp_med", "sharp_max", "motion", "motion_min", "motion_max")),
+        *((name, _d) for name in ("repeated", "shake", "luma", "dark", "bright", "area")),
+        ("phash", _hashes),
+        ("overlay", _d),
+        ("aesthetic", _d),
+        ("nsfw", _d),
+        ("faces", _i),
+        ("latent_shard", _s),
+        ("text_shard", _s),
+    ]
+)

@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -18,12 +18,16 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
 from mugv_ds.config.errors import ConfigError, InputError
-from mugv_ds.config.prepare_schema import EmbedSection, EncodeSection, PrepareConfig
-from mugv_ds.config.text_encoder import TextEncoderInfo, read_text_encoder
+from mugv_ds.config.prepare_schema import EmbedSection, PrepareConfig
+from mugv_ds.config.text_encoder import read_text_encoder
 from mugv_ds.data.progress import Progress
 from mugv_ds.files.atomic import write_atomically
+from mugv_ds.models.compile import compile_video_vae
+from mugv_ds.models.text import load_text_encoder, read_text_encoder_info
+from mugv_ds.models.videovae import VideoVAE
 from mugv_ds.prepare import chain as units_of_work
 from mugv_ds.prepare import rows
 from mugv_ds.prepare.caption import check_given
@@ -40,17 +44,20 @@ from mugv_ds.prepare.embed import (
 )
 from mugv_ds.prepare.encode import Codec, Encoder, EncodeUnit, check_room, devices_of, extend_plan, unit_of, units_in
 from mugv_ds.prepare.executors import Crashed, Executor, refuse_crashed
-from mugv_ds.prepare.labels import read_labels
+from mugv_ds.prepare.labels import Labels, read_labels
 from mugv_ds.prepare.manifest import Parts, Withdrawn, write_manifest
 from mugv_ds.prepare.scan import Scan, read_scan, scan
 from mugv_ds.prepare.select import Selection, UnitRows, check_bounds, gate
 from mugv_ds.prepare.units import Fragments, Step, digest, read_table, write_table
 
 DEDUP_STEP = Step("dedup", 1, fields=("dedup",))
-SELECT_STEP = Step("select", 1, fields=("select", "screen", "balance", "dedup"))
+SELECT_STEP = Step(
+    "select", 1, fields=("select", "screen", "balance", "dedup", "vlm.threshold", "split.min_seconds", "encode.buckets")
+)
 PER_UNIT = {"videos": "probe", "clips": "split", "fit": "fit"}  # folder → what the step is called
 STEPS = ("scan", "probe", "split", "fit", "gate", *EXTRAS, "dedup", "select", "encode", "embed", "manifest")
-_SHARDS = {"encode": rows.ENCODE, "embed": rows.EMBED}
+SHARDS = ("encode", "embed")
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _FUNCTIONS = {
     "videos": units_of_work.probe_unit,
     "clips": units_of_work.split_unit,
@@ -81,17 +88,14 @@ def locked(work: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Loaders:
-    """What loads weights, which this room may not: functions of modules, so that they can be sent to processes.
+    """What reads the codec's weights, which this room may not: functions of modules, so that they can be sent.
 
     Attributes:
-        codec: (EncodeSection, device) → the codec there. codec_hash: EncodeSection → what tells its weights apart.
-        text_encoder: (EmbedSection, device) → the encoder there. text_info: EmbedSection → what it is.
+        codec: (path, dtype=, device=) → the codec. codec_hash: path → what tells its weights apart.
     """
 
-    codec: Callable[[EncodeSection, str], Codec]
-    codec_hash: Callable[[EncodeSection], str]
-    text_encoder: Callable[[EmbedSection, str], TextEncoder]
-    text_info: Callable[[EmbedSection], TextEncoderInfo]
+    codec: Callable[..., Codec]
+    codec_hash: Callable[[str], str]
 
 
 @dataclass(frozen=True)
@@ -122,13 +126,29 @@ def make_shard(job: ShardJob, device: str) -> int:
     if name not in _makers:
         config, folders = job.config, job.folders
         if job.step == "encode":
-            codec = job.loaders.codec(config.encode, device)
+            codec = job.loaders.codec(config.encode.vae, dtype=_DTYPES[config.encode.dtype], device=device)
+            if isinstance(codec, VideoVAE) and device.startswith("cuda"):
+                compile_video_vae(codec, shapes=len(config.encode.buckets))
             _makers[name] = Encoder(codec, folders.videos, folders.out, config.encode)
         else:
-            _makers[name] = Embedder(job.loaders.text_encoder(config.embed, device), folders.out, config.embed)
+            _makers[name] = Embedder(_text_encoder(config.embed, device), folders.out, config.embed)
     table = _makers[name](job.unit)
     Fragments(job.folders.work / job.step).write(job.unit.number, job.key, table)
     return len(table)
+
+
+def of_text(section: EmbedSection) -> dict[str, Any]:
+    """Returns what a text encoder is loaded with, beside its source and device."""
+    return {
+        "channels": section.channels,
+        "max_tokens": section.max_tokens,
+        "revision": section.revision,
+        "dtype": _DTYPES[section.dtype],
+    }
+
+
+def _text_encoder(section: EmbedSection, device: str) -> TextEncoder:
+    return load_text_encoder(section.text_encoder, device=device, **of_text(section))
 
 
 class Preparation:
@@ -243,7 +263,7 @@ class Preparation:
             paths = {video: source.path for video, source in unit.paths.items()}
             clips = unit.read("clips", ("clip", "video", "reason")).to_pylist()
             yield from ((row["clip"] or "", paths[row["video"]]) for row in clips)
-            yield from (("", path) for path in paths.values())
+            yield from (("", source.path) for source in unit.sources)
 
     def _on_cpus(self, step: str, function: Callable[[Job], int], jobs: list[Job]) -> str:
         return self._gather(step, self._executor.on_cpus(function, jobs), len(jobs))
@@ -349,26 +369,25 @@ class Preparation:
 
     # -- latents and features -----------------------------------------------------------------------------------------
 
-    def read(self, step: str, number: int) -> pa.Table:
+    def read(self, step: str, number: int, columns: Sequence[str] | None = None) -> pa.Table:
         """Returns a step's rows of a unit of videos; of encode and embed, of a unit of theirs.
 
         Raises:
             FragmentError: they are not there, or damaged.
         """
         if step == "select":
-            return read_table(self._selects.path(number, self._select_key), schema=rows.SELECT)
-        if step in _SHARDS:
-            path = Fragments(self.folders.work / step).path(number, self._shard_keys(step)[number])
-            return read_table(path, schema=_SHARDS[step])
-        return self.chain.unit(number).read(step)
+            return read_table(self._selects.path(number, self._select_key), columns)
+        if step in SHARDS:
+            return read_table(Fragments(self.folders.work / step).path(number, self._shard_keys(step)[number]), columns)
+        return self.chain.unit(number).read(step, columns)
 
     def _accepted(self) -> Iterator[tuple[int, pa.Array]]:
         """Yields each unit of videos with the ids of its clips that are accepted."""
         withdrawn = Withdrawn.read(self.folders.out)
         for number in self.chain.scan.units:
             table = self.read("select", number)
-            allowed = table["accepted"].to_numpy() & ~withdrawn.mask(table["video"], table["licence"])
-            yield number, table["clip"].filter(pa.array(allowed)).combine_chunks()
+            chosen = table.filter(table["accepted"]).select(["clip", "video", "licence"]).to_pylist()
+            yield number, pa.array([row["clip"] for row in chosen if not withdrawn.holds(row)], pa.string())
 
     def _plan(self, step: str) -> pa.Table:
         """Returns the units of encode or embed. Those that have no fragment are planned anew after other decisions."""
@@ -412,8 +431,8 @@ class Preparation:
 
     def _made_by(self, step: str) -> Any:
         if step == "encode":
-            return self.loaders.codec_hash(self.config.encode)
-        return self.loaders.text_info(self.config.embed)
+            return self.loaders.codec_hash(self.config.encode.vae)
+        return read_text_encoder_info(self.config.embed.text_encoder, **of_text(self.config.embed))
 
     def _shard_keys(self, step: str) -> dict[int, str]:
         return self._same(f"keys of {step}", lambda: {unit.number: key for key, unit in self._shard_units(step)})
@@ -442,22 +461,39 @@ class Preparation:
         if not (self.folders.out / NULL_TEXT_PATH).exists() or read_text_encoder(self.folders.out) != self._made_by(
             "embed"
         ):
-            write_null_text(
-                self.loaders.text_encoder(section, devices_of(section.device)[0]), self.folders.out, section
-            )
+            write_null_text(_text_encoder(section, devices_of(section.device)[0]), self.folders.out, section)
         return said
 
+    def shard_rows(self, step: str) -> Iterator[pa.Table]:
+        """Yields the rows of encode or embed, unit by unit."""
+        return (self.read(step, number) for number in sorted(self._shard_keys(step)))
+
+    def shard_keys(self, step: str) -> dict[int, str]:
+        """Returns unit of encode or embed → key of its fragment, of units of which a clip is accepted."""
+        return dict(self._shard_keys(step))
+
+    def labels(self) -> Labels | None:
+        """Returns what people say of clips; None where the config names no file.
+
+        Raises:
+            ManifestError: the file cannot be used.
+        """
+        file = self.config.labels.file
+        return read_labels(Path(file), {clip for clip, _ in self._clips_and_paths()}) if file else None
+
     def _manifest(self) -> str:
-        labels = read_labels(self.config.labels, self._clips_and_paths()) if self.config.labels.file else None
+        labels = self.labels()
         parts = Parts(
+            videos=len(self.chain.scan.units),
             encode_plan=self._plan("encode"),
             embed_plan=self._plan("embed"),
             read=self.read,
             key=lambda step, number: self._shard_keys(step).get(number),
             scored=[step for step in ("text", "aesthetic", "safety") if step in self.chain.extras],
-            **({} if labels is None else {"labels": labels}),
+            **({} if labels is None else {"labels": labels.rows}),
             together=list(zip(*(self.pairs()[name].to_pylist() for name in ("a", "b")), strict=True)),
         )
-        about = {"mugv_ds": version("mugv_ds"), "codec": self._made_by("encode")}
-        said = write_manifest(self.folders.out, parts, self.config, about)
-        return ", ".join(f"{count:,} {name}" for name, count in said.items() if isinstance(count, int))
+        about = {"mugv_ds": version("mugv_ds"), "codec": self._made_by("encode"), "text": str(self._made_by("embed"))}
+        counts = write_manifest(self.folders.out, parts, self.config, about)["counts"]
+        left = ", ".join(f"{number:,} {name}" for name, number in counts["left_out"].items()) or "none"
+        return f"{counts['train']:,} samples to train on, {counts['val']:,} held out; left out: {left}"

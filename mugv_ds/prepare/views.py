@@ -94,7 +94,11 @@ class ClipView:
 
 
 def score_each(clips: Sequence[ClipView], score: Callable[[ClipView], Row]) -> list[Row]:
-    """Returns one row a clip: what `score` returns, with the clip's id; or its id and `error`, if decoding fails."""
+    """Returns one row a clip: what `score` returns, with the clip's id; or its id and `error`, if decoding fails.
+
+    Raises:
+        OSError: the folder of videos is gone.
+    """
     rows = []
     for clip in clips:
         try:
@@ -105,7 +109,13 @@ def score_each(clips: Sequence[ClipView], score: Callable[[ClipView], Row]) -> l
 
 
 def why(clip: ClipView, error: Exception) -> str:
-    """Returns the words of an error for a clip's row, which must not depend on where the folder of videos lies."""
+    """Returns the words of an error for a clip's row, which must not depend on where the folder of videos lies.
+
+    Raises:
+        OSError: the error itself, if that folder is gone, as when a mount vanishes: it tells nothing about the clip.
+    """
+    if isinstance(error, OSError) and not clip.root.is_dir():
+        raise error
     return words(error).replace(f"{clip.root}/", "")
 
 

@@ -643,6 +643,6 @@ def test_a_file_system_that_fails_under_a_latent(tmp_path, monkeypatch):
     monkeypatch.setattr(headers, "load_tensors", lambda path: one[path.name](path))
     monkeypatch.setattr("mugv_ds.data.patience.time.sleep", lambda seconds: None)
     assert open_index(rows).shapes().any(axis=1).tolist() == [False, True]
-    monkeypatch.setattr("mugv_ds.data.patience._is_readable", lambda root: False)
+    monkeypatch.setattr("mugv_ds.data.storage.Folder.is_readable", lambda folder: False)
     with pytest.raises(TransientError, match=r"train\.csv:2: .*Input/output error.*away for minutes"):
         open_index(rows, tmp_path / "other")

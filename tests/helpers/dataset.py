@@ -2,9 +2,12 @@
 
 import csv
 import json
+from collections.abc import Container
 from pathlib import Path
 
 import torch
+
+from mugv_ds.data.shards import write_shard
 
 CHANNELS, TEXT_TOKENS = 16, 6
 
@@ -62,3 +65,29 @@ def write_config(folder: Path, manifest: Path, **sections: dict) -> Path:
     path = folder / "config.json"
     path.write_text(json.dumps(config))
     return path
+
+
+def shard_dataset(manifest: Path, rows: Container[int], size: int = 3, name: str = "sharded") -> Path:
+    """Writes the tensors of `rows` of a data set into shards of `size` samples, and a manifest of the same samples.
+
+    Their files are removed; the other rows keep theirs.
+    """
+    root, sharded = manifest.parent, manifest.with_name(f"{name}.csv")
+    with manifest.open(newline="") as file:
+        records = list(csv.DictReader(file))
+    moved = [record for i, record in enumerate(records) if i in rows]
+    for unit in range(0, len(moved), size):
+        members = moved[unit : unit + size]
+        for column, folder in (("latent_path", "latents"), ("text_feat_path", "text_features")):
+            shard, tensors = f"{folder}/{name}{unit // size:06}.safetensors", {}
+            for record in members:
+                content = torch.load(root / record[column], weights_only=True)
+                tensors[record["sample_id"]] = content if column == "latent_path" else content["y"][0, 0]
+                (root / record[column]).unlink()
+                record[column] = f"{shard}#{record['sample_id']}"
+            write_shard(root / shard, tensors)
+    with sharded.open("w", newline="") as file:
+        writer = csv.DictWriter(file, records[0])
+        writer.writeheader()
+        writer.writerows(records)
+    return sharded

@@ -1,97 +1,172 @@
-"""Rows of a preparation as its steps would write them, of good clips unless told otherwise; no video is decoded."""
+"""A small set, made by the steps from encoding on, of films whose clips and captions are given."""
 
-import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
+from einops import rearrange
+from safetensors.torch import save_file
 
-from mugv_ds.prepare.rows import AESTHETIC, CAPTION, CLIP, COPY, SAFETY, TAGS, TEXT, VIDEO, VLM
-from mugv_ds.prepare.select import UnitRows
+from mugv_ds.config.prepare_schema import PrepareConfig
+from mugv_ds.files.fingerprint import fingerprint
+from mugv_ds.models.codec import LinearCodec
+from mugv_ds.models.text import HashTextEncoder
+from mugv_ds.prepare.embed import Embedder, extend_text_plan, text_unit_of, write_null_text
+from mugv_ds.prepare.encode import Codec, Encoder, extend_plan, fit_clips, unit_of, units_in
+from mugv_ds.prepare.manifest import Parts, write_manifest
+from mugv_ds.prepare.rows import CAPTION, EMBED_PLAN, ENCODE_PLAN, LABEL, SELECT
+from mugv_ds.prepare.units import Fragments, read_table
+from tests.helpers.film import clip_row, draw_film, tables, video_row, write_film
 
-EXTRAS = {"text": TEXT, "aesthetic": AESTHETIC, "safety": SAFETY, "vlm": VLM, "caption": CAPTION, "tags": TAGS}
-
-_VIDEO = {
-    "error": None,
-    "codec": "h264",
-    "width": 1280,
-    "height": 720,
-    "sample_aspect": 1.0,
-    "rotation": 0,
-    "hdr": False,
-    "time_base": 1 / 24,
-    "claimed": 10.0,
-    "duration": 10.0,
-    "frames": 240,
-    "fps": 24.0,
-    "bitrate": 0.1,
-    "interlaced": 0.0,
-    "bytes": 1000,
+SIZE = (32, 48)
+CONFIG = {
+    "encode": {
+        "buckets": [
+            {"height": 32, "width": 48, "frames": 16, "fps": 24},
+            {"height": 32, "width": 48, "frames": 8, "fps": 24},
+        ],
+        "device": "cpu",
+    },
+    "embed": {"text_encoder": "hash", "channels": 16, "max_tokens": 40, "suffix": " in colour"},
+    "validation": {"share": 0.25},
 }
-_CLIP = {
-    "reason": None,
-    "first_pts": 0,
-    "last_pts": 119,
-    "start": 0.0,
-    "duration": 5.0,
-    "frames": 120,
-    "fps": 24.0,
-    "width": 1280,
-    "height": 720,
-    "sharp_min": 400.0,
-    "sharp_med": 500.0,
-    "sharp_max": 600.0,
-    "motion": 5.0,
-    "area": 1.0,
-    "repeated": 0.0,
-    "shake": 0.001,
-    "luma": 0.5,
-    "dark": 0.1,
-    "bright": 0.1,
-}
+_COLOURS = ("red", "green", "blue", "white", "black", "amber", "violet", "teal")
 
 
-def video_id(name: str) -> str:
-    """Returns what looks like the SHA-256 of a file."""
-    return hashlib.sha256(name.encode()).hexdigest()
+def fit_codec(films: Sequence[np.ndarray], blocks: int = 200) -> LinearCodec:
+    """As `LinearCodec.fit` of films [8n, H, W, 3], from few blocks and in a fraction of the time."""
+    films = [film[: len(film) // 8 * 8] for film in films]
+    every_NP = np.concatenate(
+        [rearrange(film, "(t p) (h q) (w r) c -> (t h w) (c p q r)", p=8, q=8, r=8) for film in films]
+    )
+    chosen_NP = every_NP[:: max(len(every_NP) // blocks, 1)].astype(np.float32) / 127.5 - 1
+    codec = LinearCodec()
+    codec.mean.copy_(torch.from_numpy(chosen_NP.mean(axis=0)))
+    centred_NP = torch.from_numpy(chosen_NP).double() - codec.mean
+    variance_N, vectors_NN = torch.linalg.eigh(centred_NP @ centred_NP.T)  # far smaller than of the values of a block
+    singular_C, vectors_NC = variance_N[-24:].flip(0).sqrt(), vectors_NN[:, -24:].flip(1)
+    codec.basis.copy_((centred_NP.T @ vectors_NC / singular_C).T)
+    codec.scale.copy_(singular_C / len(chosen_NP) ** 0.5)
+    return codec
 
 
-def clip_id(name: str) -> str:
-    """Returns what looks like a clip's id."""
-    return hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
+@dataclass
+class PreparedSet:
+    """Films of 24 frames a second, a clip or more of each, and what becomes of them.
 
+    Args:
+        root: folder in which videos, work and out are made. count: of the films. per_part: films of a unit.
+        lengths: frames of the films, in turn; those of fewer than 16 go to the bucket of 8.
+    """
 
-def hashes_of(name: str) -> list[int]:
-    """Returns 8 hashes that are like no other clip's."""
-    generator = np.random.Generator(np.random.PCG64(int(clip_id(name)[:8], 16)))
-    return generator.integers(1, 1 << 63, 8, dtype=np.uint64).tolist()
+    root: Path
+    count: int = 8
+    per_part: int = 3
+    lengths: tuple[int, ...] = (20, 20, 20, 12)
+    fps: float = 24.0
+    config: PrepareConfig = field(default_factory=lambda: PrepareConfig.model_validate_json(json.dumps(CONFIG)))
+    labels: list[dict] = field(default_factory=list)
+    together: list[tuple[str, str]] = field(default_factory=list)
+    accepted: set[str] | None = None  # clips; None for all
+    codec: Codec | None = None  # None: fitted to the films
 
+    def __post_init__(self) -> None:
+        self.videos, self.work, self.out = (self.root / name for name in ("videos", "work", "out"))
+        for folder in (self.videos, self.work, self.out):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.films = [
+            draw_film(f"set {i}", self.lengths[i % len(self.lengths)], SIZE, step=1.5) for i in range(self.count)
+        ]
+        self.codec_path = self.root / "codec.safetensors"
+        if self.codec is None:
+            self.codec = fit_codec(self.films)
+        save_file(self.codec.state_dict(), self.codec_path)
+        self.encoder = HashTextEncoder(self.config.embed.channels, self.config.embed.max_tokens)
+        self.rows = [
+            video_row(write_film(self.videos / f"{i}.mp4", film, np.arange(len(film)) / self.fps))
+            for i, film in enumerate(self.films)
+        ]
+        self.clips = [clip_row(row, SIZE) for row in self.rows]
 
-def flipped(hashes: list[int], bits: int, seed: int = 0) -> list[int]:
-    """Returns the hashes with as many bits of each changed."""
-    generator = np.random.default_rng(seed)
-    masks = [sum(1 << int(bit) for bit in generator.permutation(64)[:bits]) for _ in hashes]
-    return [one ^ mask for one, mask in zip(hashes, masks, strict=True)]
+    @cached_property
+    def parts(self) -> list[dict[str, pa.Table]]:
+        """The fragments of each unit of videos."""
+        found = []
+        for start in range(0, self.count, self.per_part):
+            numbers = range(start, min(start + self.per_part, self.count))
+            part = tables([self.rows[i] for i in numbers], [self.clips[i] for i in numbers])
+            part["fit"] = fit_clips(part["clips"], part["videos"], self.config.encode)
+            part["select"] = pa.Table.from_pylist([self.selected(i) for i in numbers], SELECT)
+            captions = [{"clip": self.clips[i]["clip"], "caption": self.caption(i), "source": "file"} for i in numbers]
+            part["caption"] = pa.Table.from_pylist(captions, CAPTION)
+            found.append(part)
+        return found
 
+    def accept(self, clips: Sequence[str]) -> None:
+        """Selects these clips alone."""
+        self.accepted = set(clips)
+        self.__dict__.pop("parts", None)
 
-def video(name: str, **values) -> dict:
-    """Returns a row of `VIDEO`; its path is name.mp4 unless given."""
-    return {"video": video_id(name), "path": f"{name}.mp4"} | _VIDEO | values
+    def caption(self, i: int) -> str:
+        return f'clouds of {_COLOURS[i % 8]}, "number {i}",\nthat drift'
 
+    def selected(self, i: int) -> dict:
+        clip = self.clips[i]
+        return {
+            "clip": clip["clip"],
+            "video": clip["video"],
+            "path": self.rows[i]["path"],
+            "licence": "CC-BY" if i % 2 else "CC0",
+            "origin": "drawn",
+            "accepted": self.accepted is None or clip["clip"] in self.accepted,
+            "weight": 1.0 + i / 4,
+            "group": _COLOURS[i % 8],
+        }
 
-def clip(name: str, of: str, **values) -> dict:
-    """Returns a row of `CLIP`, clip `name` of video `of`."""
-    hashes = {"phash": hashes_of(name), "phash_mirror": hashes_of(f"{name} mirrored")}
-    return {"clip": clip_id(name), "video": video_id(of)} | _CLIP | hashes | values
+    def read(self, step: str, unit: int, columns: Sequence[str]) -> pa.Table:
+        if step in ("encode", "embed"):
+            return read_table(Fragments(self.work / step).path(unit, self.key(step, unit)), list(columns))
+        return self.parts[unit][step].select(list(columns))
 
+    def key(self, step: str, unit: int) -> str | None:
+        return self.keys[step].get(unit)
 
-def unit(videos: list[dict], clips: list[dict], copies: list[dict] = (), **extras: list[dict]) -> UnitRows:
-    """Returns the rows of a unit. extras: step → rows, of which each names its clip."""
-    tables = {
-        name: _table([row | {"clip": clip_id(row["clip"])} for row in rows], EXTRAS[name])
-        for name, rows in extras.items()
-    }
-    return UnitRows(_table(videos, VIDEO), _table(clips, CLIP), tables, _table(list(copies), COPY))
+    def run(self) -> dict:
+        """Encodes, embeds and writes the manifest, which is returned."""
+        encode, embed = self.config.encode, self.config.embed
+        fits = [(number, part["fit"]) for number, part in enumerate(self.parts)]
+        self.encode_plan = extend_plan(ENCODE_PLAN.empty_table(), fits, encode)
+        texts = [(number, part["select"]["clip"].to_pylist()) for number, part in enumerate(self.parts)]
+        self.embed_plan = extend_text_plan(EMBED_PLAN.empty_table(), texts, embed)
+        self.keys = {"encode": {}, "embed": {}}
+        encoder = Encoder(self.codec, self.videos, self.out, encode)
+        for number, rows in units_in(self.encode_plan):
+            unit = unit_of(rows, self.read, encode)
+            self.keys["encode"][number] = unit.key(fingerprint([self.codec_path]), encode)
+            self._once("encode", number, encoder, unit)
+        embedder = Embedder(self.encoder, self.out, embed)
+        for number, rows in units_in(self.embed_plan):
+            unit = text_unit_of(rows, self.read)
+            self.keys["embed"][number] = unit.key(self.encoder.info, embed)
+            self._once("embed", number, embedder, unit)
+        write_null_text(self.encoder, self.out, embed)
+        return self.write()
 
+    def _once(self, step: str, number: int, make, unit) -> None:
+        fragments, key = Fragments(self.work / step), self.keys[step][number]
+        if not fragments.path(number, key).exists():
+            fragments.write(number, key, make(unit))
 
-def _table(rows: list[dict], schema: pa.Schema) -> pa.Table:
-    return pa.Table.from_pylist([{name: row.get(name) for name in schema.names} for row in rows], schema)
+    def write(self) -> dict:
+        """Writes the manifest, which is returned."""
+        labels = pa.Table.from_pylist(self.labels, LABEL)
+        parts = Parts(
+            len(self.parts), self.encode_plan, self.embed_plan, self.read, self.key, (), labels, self.together
+        )
+        about = {"codec": fingerprint([self.codec_path])}
+        return write_manifest(self.out, parts, self.config, about)

@@ -63,14 +63,14 @@ def test_a_key_follows_from_captions_suffix_and_encoder(encoder):
     known = unit()
     changed = type(known)(0, (("a", "Another caption."), *known.captions[1:]))
     keys = {
-        known.key(encoder, SECTION),
-        changed.key(encoder, SECTION),
-        known.key(encoder, SECTION.model_copy(update={"suffix": ""})),
-        known.key(T5TextEncoder(TINY_T5, dtype=torch.bfloat16, max_tokens=20), SECTION),
+        known.key(encoder.info, SECTION),
+        changed.key(encoder.info, SECTION),
+        known.key(encoder.info, SECTION.model_copy(update={"suffix": ""})),
+        known.key(T5TextEncoder(TINY_T5, dtype=torch.bfloat16, max_tokens=20).info, SECTION),
     }
     assert len(keys) == 4
-    assert known.key(encoder, SECTION.model_copy(update={"device": "cpu", "shard_mb": 1})) == known.key(
-        encoder, SECTION
+    assert known.key(encoder.info, SECTION.model_copy(update={"device": "cpu", "shard_mb": 1})) == known.key(
+        encoder.info, SECTION
     )
 
 

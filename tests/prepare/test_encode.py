@@ -25,6 +25,7 @@ from mugv_ds.prepare.encode import (
 )
 from mugv_ds.prepare.rows import ENCODE_PLAN
 from tests.helpers.film import clip_row, draw_film, tables, video_row, write_film
+from tests.helpers.prepared import fit_codec
 
 BUCKET = BucketSection(height=32, width=48, frames=16)
 STILL = BucketSection(height=32, width=48, frames=1)
@@ -33,8 +34,7 @@ SECTION = EncodeSection(buckets=(BUCKET, STILL), largest_only=False, device="cpu
 
 @pytest.fixture(scope="module")
 def codec() -> LinearCodec:
-    videos = np.stack([draw_film(f"fit {i}", 16, (32, 48)) for i in range(8)])
-    return LinearCodec.fit(torch.from_numpy(videos).permute(0, 4, 1, 2, 3).float() / 127.5 - 1)
+    return fit_codec([draw_film(f"fit {i}", 16, (32, 48)) for i in range(8)])
 
 
 @pytest.fixture(scope="module")

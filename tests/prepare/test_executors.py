@@ -7,24 +7,23 @@ import time
 
 import psutil
 import pytest
-from tests.helpers.units import on_device, work
 
 from mugv_ds.config.errors import Stopped, TrainingError
 from mugv_ds.prepare.executors import Crashed, Done, Local, Ray, Stop, refuse_crashed
+from tests.helpers.units import on_device, work
 
 
 @pytest.fixture(params=["local", "ray"])
 def executor(request):
     if request.param == "local":
-        yield Local(2, Stop())
-        return
-    ray = pytest.importorskip("ray")
-    yield Ray("auto", Stop())
-    ray.shutdown()
+        return Local(2, Stop())
+    pytest.importorskip("ray")
+    return Ray("auto", Stop())
 
 
 def outcomes(executor, names, folder):
-    return {one.job[0]: one for one in executor.on_cpus(work, [(name, folder) for name in names])}
+    with executor:
+        return {one.job[0]: one for one in executor.on_cpus(work, [(name, folder) for name in names])}
 
 
 def test_a_process_that_dies_harms_its_unit_alone(executor, tmp_path):
@@ -51,8 +50,11 @@ def test_signals_are_named_and_all_others_are_done(tmp_path):
 
 def test_each_process_keeps_its_device(tmp_path):
     jobs = [(f"square {n}", tmp_path) for n in range(8)]
-    found = {one.result for one in Local(2, Stop()).on_devices(on_device, jobs, ["cuda:0", "cuda:1"])}
+    with Local(2, Stop()) as executor:
+        found = {one.result for one in executor.on_devices(on_device, jobs, ["cuda:0", "cuda:1"])}
+        again = {one.result for one in executor.on_devices(on_device, jobs, ["cuda:0", "cuda:1"])}
     assert sorted(name.partition(" ")[0] for name in found) == ["cuda:0", "cuda:1"]
+    assert found == again  # what is loaded in a process serves later steps
 
 
 def test_a_run_that_is_asked_to_stop_ends_its_processes(tmp_path):

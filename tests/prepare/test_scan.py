@@ -24,13 +24,17 @@ def run(folder, **options):
     return scan(folder, folder.parent / "plan", suffixes=SUFFIXES, unit=2, **options)
 
 
+def flat(units):
+    return [path for unit in units for path in unit]
+
+
 def paths(found):
     return [[source.path for source in found.sources(unit)] for unit in found.units]
 
 
 def test_equal_contents_are_one_video_known_by_its_first_path(folder):
     found = run(folder)
-    assert sorted(sum(paths(found), [])) == ["a.mp4", "b.mp4", "c.MP4", "sub/d.mov"]
+    assert sorted(flat(paths(found))) == ["a.mp4", "b.mp4", "c.MP4", "sub/d.mov"]
     assert sum(len(found.videos(unit)) for unit in found.units) == 3
     (copies,) = ([s.path for s in found.sources(unit)] for unit in found.units if "b.mp4" in str(found.sources(unit)))
     assert copies.index("a.mp4") < copies.index("b.mp4")
@@ -75,13 +79,11 @@ def test_what_is_no_video_file_is_told_and_harms_nothing(folder, kind):
     elif kind == "loop":
         odd.symlink_to(odd)
     elif kind == "not UTF-8":
-        odd = os.path.join(os.fsencode(folder), b"\xff.mp4")
-        with open(odd, "wb"):
-            pass
+        (folder / os.fsdecode(b"\xff.mp4")).touch()
     else:
         odd.mkdir()
     found = run(folder)
-    assert len(sum(paths(found), [])) == 4
+    assert len(flat(paths(found))) == 4
     told = {source.path: source.error for source in found.unreadable()}
     assert len(told) == (0 if kind == "folder" else 1)
     assert str(folder) not in str(told)  # what is written does not depend on where the folder lies
@@ -90,7 +92,7 @@ def test_what_is_no_video_file_is_told_and_harms_nothing(folder, kind):
 def test_a_list_names_the_files(folder, tmp_path):
     listed = tmp_path / "list.txt"
     listed.write_text("c.MP4\n\nsub/../a.mp4\n")
-    assert sorted(sum(paths(run(folder, listed=listed)), [])) == ["a.mp4", "c.MP4"]
+    assert sorted(flat(paths(run(folder, listed=listed)))) == ["a.mp4", "c.MP4"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from mugv_ds.config.prepare_schema import PrepareConfig
 from mugv_ds.prepare.rows import PAIR, SELECT
 from mugv_ds.prepare.screen import Blocklist, Screening, Source, Sources
 from mugv_ds.prepare.select import EXTRAS, Ranks, Selection, check_bounds, gate, judge, limits
-from tests.helpers.prepared import clip, clip_id, flipped, hashes_of, unit, video, video_id
+from tests.helpers.prepared_rows import clip, clip_id, flipped, hashes_of, unit, video, video_id
 
 NOTHING = Screening(Sources(), Blocklist())
 NO_PAIRS = PAIR.empty_table()
@@ -130,6 +130,23 @@ def test_a_rest_of_a_scene_has_its_reason_and_nothing_else_is_asked_of_it():
     (row,) = select([one_clip({"reason": "too_short_scene"} | rest)]).to_pylist()
     (reason,) = row["reasons"]
     assert (reason["step"], reason["name"], reason["value"], reason["low"]) == ("split", "too_short_scene", 1.2, 2.0)
+
+
+def test_a_clip_that_no_bucket_takes_has_the_reason_why():
+    fits = [
+        {"clip": "good", "bucket": "352x640x48f24"},
+        {"clip": "crop", "name": "crops_too_much", "value": 0.5, "low": 0.75},
+        {"clip": "small", "name": "too_small", "value": 100.0, "low": 352.0},
+        {"clip": "narrow", "name": "too_small", "value": 400.0, "low": 640.0},
+    ]
+    small = {"width": 100, "height": 100}
+    clips = [clip("good", "v"), clip("crop", "v"), clip("small", "v", **small), clip("narrow", "v")]
+    rows = unit([video("v")], clips, fits=fits)
+    table = select([rows])
+    assert list(reasons(table).values()) == [[], ["crops_too_much"], ["too_small"], ["too_small"]]
+    (reason,) = table["reasons"].to_pylist()[1]
+    assert (reason["step"], reason["value"], reason["low"], reason["high"]) == ("fit", 0.5, 0.75, None)
+    assert gate(rows, config(), NOTHING)["open"].to_pylist() == [True, False, False, False]
 
 
 def test_the_first_source_that_fits_counts_and_its_licence_is_carried():
