@@ -152,7 +152,7 @@ def _overlaid(path: Path) -> None:
 def _truncated(path: Path) -> None:
     write_video(path, shot(8, 72))
     content = path.read_bytes()
-    path.write_bytes(content[: len(content) * 2 // 3])
+    path.write_bytes(content[: len(content) * 4 // 5])
 
 
 def _odd(path: Path) -> None:
@@ -255,8 +255,8 @@ def _doubled(path: Path) -> None:
 
 def _shaking(path: Path) -> None:
     rng = np.random.default_rng(27)
-    scene = DrawnScene(27, HEIGHT, WIDTH, contrast=0.6)
-    write_video(path, [scene.frame(number / FPS, rng.normal(0, 0.008, 2)) for number in range(_FRAMES)])
+    scene = DrawnScene(127, HEIGHT, WIDTH, speed=0.02, contrast=0.4)  # or each frame would be a cut
+    write_video(path, [scene.frame(number / FPS, rng.normal(0, 0.01, 2)) for number in range(_FRAMES)])
 
 
 def _unlicensed(path: Path) -> None:
