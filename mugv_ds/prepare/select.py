@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from mugv_ds.config.errors import ConfigError
 from mugv_ds.config.prepare_schema import Bound, PrepareConfig
 from mugv_ds.prepare.dedup import hash_matrix, ids_of, keep, least_distance
+from mugv_ds.prepare.prompts import QUESTIONS
 from mugv_ds.prepare.rows import COPY, DUPLICATE, GATE, REASON, SELECT
 from mugv_ds.prepare.screen import Screening
 
@@ -135,7 +136,7 @@ def check_bounds(config: PrepareConfig, ran: Collection[str]) -> None:
         ran: which of `EXTRAS` will run.
 
     Raises:
-        ConfigError: a bound, or another key, asks for the result of a step that is skipped.
+        ConfigError: a bound, or another key, asks for the result of a step that is skipped, or names no question.
     """
     select, balance, dedup = config.select, config.balance, config.dedup
     nsfw, faces = ("safety" in ran and getattr(config.safety, name) for name in ("nsfw", "faces"))
@@ -159,6 +160,9 @@ def check_bounds(config: PrepareConfig, ran: Collection[str]) -> None:
             raise ConfigError(
                 f"{key}: asks for a score that no clip has, as its step is skipped; {remedy}, or leave it out"
             )
+    for question in select.vlm or ():
+        if question not in QUESTIONS:
+            raise ConfigError(f"select.vlm: no question {question!r}; there are {', '.join(QUESTIONS)}")
     if balance.clip[0] > balance.clip[1]:
         raise ConfigError(f"balance.clip = {list(balance.clip)}: holds nothing; swap the two")
 

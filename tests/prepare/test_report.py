@@ -245,7 +245,7 @@ FLAGS = (
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
 def test_a_browser_shows_it_at_two_widths(report, tmp_path):
     """In frames beside each other, as headless Chromium draws no window narrower than 500 pixels."""
-    widths, height, picture, frames = (400, 1400), 2400, tmp_path / "page.png", tmp_path / "frames.html"
+    widths, height, picture, frames = (400, 1400), 1500, tmp_path / "page.png", tmp_path / "frames.html"
     url = (report[0] / "index.html").as_uri()
     framed = [f'<iframe src="{url}" width="{width}" height="{height}" frameborder="0"></iframe>' for width in widths]
     frames.write_text(f'<body style="margin:0; display:flex">{"".join(framed)}')

@@ -211,6 +211,11 @@ def test_a_bound_on_what_no_clip_will_have_is_refused_and_the_key_named(sections
     check_bounds(config(), ())
 
 
+def test_a_question_that_is_never_asked_is_refused():
+    with pytest.raises(ConfigError, match=r"select\.vlm: no question 'borders'; there are overlay_text, "):
+        check_bounds(config(select={"vlm": ("border", "borders")}), EXTRAS)
+
+
 def many(count=60, per_unit=7):
     """Units of clips with scores all over the place, some rejected."""
     names = [f"c{i}" for i in range(count)]
