@@ -119,13 +119,13 @@ def test_the_codecs_own_statistics_decide_whatever_they_are(made, tmp_path):
     torch.manual_seed(0)
     vae = VideoVAE(VideoVAEConfig(**{name: value for name, value in TINY.items() if name != "precision"})).eval()
     statistics = LatentStatistics()
-    for film in made.films:
-        pixels = torch.from_numpy(film[: len(film) // 8 * 8]).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    for film in made.films[:2]:
+        pixels = torch.from_numpy(film[:16]).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
         with torch.no_grad():
             mean, logvar = vae.posterior(pixels, allow_nonnegative=True)
         statistics.add(mean, logvar.fill_(-30))  # encoding takes the mean
     vae.shift, vae.scale = statistics.shift_and_scale()
-    other = PreparedSet(tmp_path, count=6, fps=30.0, lengths=(34, 34, 14), codec=vae)
+    other = PreparedSet(tmp_path, count=2, lengths=(16,), codec=vae)
     other.run()
     checks = outcome(other, other.out, encoder=None)
     assert checks["normalisation"].status == "pass", checks["normalisation"]
