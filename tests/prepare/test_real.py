@@ -1,4 +1,4 @@
-"""Real footage of packages, whose files alone are read: clips and scores are in stated ranges, and clips have no cuts."""
+"""Real footage of packages: clips and scores are in stated ranges, and clips have no cuts. Their code is not run."""
 
 import importlib.util
 import os
