@@ -1,6 +1,6 @@
 # Everything runs inside .venv, which `make install` creates.
-# Variables: CONFIG, PRESET, STAGE, SET, RANKS, STEPS, HOSTFILE, CKPT, WEIGHTS, CODEC, TEXT, PROMPTS, SAMPLE, OUT, GAMMA,
-# FORMAT, DTYPE, NOISE, PYTHON.
+# Variables: CONFIG, PRESET, STAGE, SET, RANKS, STEPS, HOSTFILE, CKPT, WEIGHTS, CODEC, TEXT, PROMPTS, SAMPLE, VIDEOS, WORK,
+# DATA, OUT, GAMMA, FORMAT, DTYPE, NOISE, PYTHON.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -117,6 +117,25 @@ test-long: install  ## Also what shows only over thousands of steps
 reliability-report: install  ## Inject every fault and write what came of it to docs/reliability.md
 	$(BIN)/python -m pytest tests/faults -m "long or not long" --reliability-report docs/reliability.md
 
+# Raw videos to a training set. The config names weights, bounds and buckets; SET overrides.
+PREPARE_CONFIG ?= ds_configs/prepare.json
+.PHONY: prepare prepare-demo verify-data
+prepare: install  ## Make a training set of the raw videos in VIDEOS in OUT, working in WORK (default: OUT-work)
+	@test -n "$(VIDEOS)" -a -n "$(OUT)" || { echo "usage: make prepare VIDEOS=raw OUT=data/set [SET=\"encode.vae=vae.pt …\"]"; exit 2; }
+	$(BIN)/python tools/prepare.py run --videos $(VIDEOS) --work $(or $(WORK),$(OUT)-work) --out $(OUT) \
+		--config $(PREPARE_CONFIG) $(addprefix --set ,$(SET))
+
+DEMO := data/prepare_demo
+prepare-demo: install  ## Draw raw videos with all that can be wrong, make a set of them, and check what came of each
+	$(BIN)/python tools/prepare_demo.py draw $(DEMO)
+	$(BIN)/python tools/prepare.py run --videos $(DEMO)/videos --work $(DEMO)/work --out $(DEMO)/set \
+		--config ds_configs/prepare_demo.json
+	$(BIN)/python tools/prepare_demo.py check $(DEMO)
+
+verify-data: install  ## Verify the training set DATA (train.csv or val.csv), decoding with CODEC beside VIDEOS if given
+	@test -n "$(DATA)" || { echo "usage: make verify-data DATA=data/set/train.csv [CODEC=vae.pt VIDEOS=raw]"; exit 2; }
+	$(BIN)/python tools/verify_dataset.py $(DATA) $(if $(VIDEOS),--videos $(VIDEOS) --codec $(CODEC))
+
 house: install  ## Draw the rooms and who imports whom, from the code, to docs/house.md
 	$(BIN)/python tools/house.py > docs/house.md
 
@@ -147,4 +166,4 @@ bench-scaling: install  ## The block under Ulysses on 1, 2 … GPUS GPUs
 	$(BIN)/torchrun --nproc-per-node $(GPUS) kernels/bench/scaling.py
 
 clean:  ## Remove the demo data and what quickstart and the debug config made; keeps .venv
-	rm -rf data/demo $(foreach run,$(QUICK) debug vae/debug,runs/$(run) exports/$(run) samples/$(run))
+	rm -rf data/demo data/prepare_demo $(foreach run,$(QUICK) debug vae/debug,runs/$(run) exports/$(run) samples/$(run))

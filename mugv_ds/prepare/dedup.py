@@ -117,9 +117,11 @@ def find_pairs(units: Iterable[DedupRows], config: DedupSection, scratch: Path) 
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         store = _Store(Path(folder), units, config.embeddings)
         found = _Pairs(Path(folder) / "parents", store)
-        for first, second, mirrored in _picture_candidates(store, config.mirror):
-            for kind, of in (("picture", ~mirrored), ("mirror", mirrored)):
-                found.check(first[of], second[of], kind, config.mean, config.worst)
+        for first, second, _ in _picture_candidates(store, mirror=False):
+            found.check(first, second, "picture", config.mean, config.worst)
+        if config.mirror:  # later, so that a clip that is like another as it is gives way as such
+            for first, second, mirrored in _picture_candidates(store, mirror=True):
+                found.check(first[mirrored], second[mirrored], "mirror", config.mean, config.worst)
         for first, second in _caption_candidates(store):
             found.check(first, second, "caption", config.caption_mean, 64, config.caption_jaccard)
         if config.embeddings:

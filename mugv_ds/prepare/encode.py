@@ -251,17 +251,18 @@ class Encoder:
         """
         rows, latents = [], {}
         with ThreadPoolExecutor(self._threads) as threads:
-            for shot, frames in self._decoded(threads, unit):
+            for shot, pixels in self._decoded(threads, unit):
                 row = {"clip": shot.clip, "bucket": unit.bucket.name}
-                if isinstance(frames, str):
-                    rows.append(row | {"error": frames})
+                if isinstance(pixels, str):
+                    rows.append(row | {"error": pixels})
                     continue
-                latent = encode_frames(self._codec, torch.from_numpy(frames).to(self._device))
+                frames, luma = pixels
+                latent = encode_frames(self._codec, frames.to(self._device, non_blocking=True))
                 if not latent.isfinite().all():
                     rows.append(row | {"error": "its latent is not finite"})
                     continue
                 latents[shot.clip] = latent.to(_DTYPES[self._section.dtype]).cpu().contiguous()
-                rows.append(row | {"luma": mean_luma(frames)})
+                rows.append(row | {"luma": luma})
         if latents:
             path = self._out / unit.shard
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -270,8 +271,10 @@ class Encoder:
             rows = [row if "error" in row else row | facts for row in rows]
         return pa.Table.from_pylist(rows, ENCODE)
 
-    def _decoded(self, threads: ThreadPoolExecutor, unit: EncodeUnit) -> Iterator[tuple[Shot, np.ndarray | str]]:
-        """Yields the frames of each clip, uint8 [F, H, W, 3], or what is wrong with it; a few are decoded ahead."""
+    def _decoded(
+        self, threads: ThreadPoolExecutor, unit: EncodeUnit
+    ) -> Iterator[tuple[Shot, tuple[Tensor, float] | str]]:
+        """Yields the frames of each clip and their mean luma, or what is wrong with it; a few are decoded ahead."""
         ahead: deque[tuple[Shot, Future]] = deque()
         for shot in unit.shots:
             ahead.append((shot, threads.submit(self._read, shot, (unit.bucket.height, unit.bucket.width))))
@@ -282,7 +285,8 @@ class Encoder:
             first, frames = ahead.popleft()
             yield first, frames.result()
 
-    def _read(self, shot: Shot, size: tuple[int, int]) -> np.ndarray | str:
+    def _read(self, shot: Shot, size: tuple[int, int]) -> tuple[Tensor, float] | str:
+        """Returns frames, uint8 [F, H, W, 3] from where they are copied to a GPU at once, and their mean luma."""
         if shot.error is not None:
             return shot.error
 
@@ -293,9 +297,11 @@ class Encoder:
                 raise SampleError(str(error)) from None
 
         try:
-            return read_patiently(read, Folder(self._videos))
+            frames = read_patiently(read, Folder(self._videos))
         except SampleError as error:
             return str(error)
+        pixels = torch.from_numpy(frames)
+        return pixels.pin_memory() if self._device.type == "cuda" else pixels, mean_luma(frames)
 
 
 @torch.no_grad()

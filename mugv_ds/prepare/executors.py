@@ -93,9 +93,12 @@ class Local:
     def __enter__(self) -> "Local":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for pool in self._pools.values():
-            pool.stop()  # there is nothing left to wait for, or nobody wants it
+            if kind is None:
+                pool.close()
+            else:
+                pool.stop()  # nobody waits for what is under way
             pool.join()
         self._pools.clear()
 
