@@ -46,7 +46,7 @@ def test_flow_is_in_pixels(wall, shift):
         cv2.cvtColor(wall[100 : 100 + HEIGHT, start : start + WIDTH], cv2.COLOR_GRAY2RGB)
         for start in (100, 100 + shift)
     )
-    assert dis_flow()(before, after) == pytest.approx(shift, rel=0.05)
+    assert dis_flow()(before, after) == pytest.approx(shift, rel=0.1)
     assert np.isnan(dis_flow()(before[:8, :8], after[:8, :8]))
 
 
