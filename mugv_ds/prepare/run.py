@@ -123,6 +123,7 @@ _makers: dict[tuple[str, str, str], Callable[[Any], pa.Table]] = {}  # of this p
 
 def make_shard(job: ShardJob, device: str) -> int:
     """Makes a shard and then its fragment; returns the number of clips."""
+    one_thread(device)
     name = (job.step, device, job.config.model_dump_json())
     if name not in _makers:
         config, folders = job.config, job.folders
