@@ -31,7 +31,7 @@ from mugv_ds.models.videovae import VideoVAE
 from mugv_ds.prepare import chain as units_of_work
 from mugv_ds.prepare import rows
 from mugv_ds.prepare.caption import check_given
-from mugv_ds.prepare.chain import EXTRAS, Chain, Folders, Job
+from mugv_ds.prepare.chain import EXTRAS, Chain, Folders, Job, one_thread
 from mugv_ds.prepare.dedup import DedupRows, find_pairs
 from mugv_ds.prepare.embed import (
     NULL_TEXT_PATH,
