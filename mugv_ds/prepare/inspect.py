@@ -1,6 +1,6 @@
 """What people ask of a preparation: is the set right, why is a clip out, what would other bounds do, what is stale."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +31,7 @@ from mugv_ds.prepare.whatif import Explanation, WhatIf, explain, what_if
 
 SETS = ("train", "val")
 _REPAIRED = ("crashed", "timed_out", "changed_while_reading")  # errors of videos that another attempt may not meet
+_FINAL = (None, "withdrawn", "no caption", "is no clip any more")  # of clips in shards: nothing changes them
 _STRIP = 8  # frames of a clip that is explained
 
 
@@ -151,6 +152,7 @@ def collect_garbage(preparation: Preparation) -> tuple[int, int]:
 def repair(preparation: Preparation) -> list[Path]:
     """Removes fragments that are damaged, and those with videos or clips that another attempt may do; returns them.
 
+    So it does with those of shards that are missing or of another size, or lack a clip whose video could not be read.
     A run then makes them anew.
     """
     removed = []
@@ -158,8 +160,11 @@ def repair(preparation: Preparation) -> list[Path]:
         for step in unit.keys:
             for path in unit.found(step):
                 if _is_bad(step, path):
-                    path.unlink()
                     removed.append(path)
+    if not removed:  # else it has to be decided anew what shards there are
+        removed += _bad_shards(preparation)
+    for path in removed:
+        path.unlink()
     for path in (preparation.folders.work / "select").glob("*"):
         path.unlink()
     return removed
@@ -173,6 +178,32 @@ def _is_bad(step: str, path: Path) -> bool:
     if step == "videos":
         return bool(pc.any(pc.is_in(table["error"], pa.array(_REPAIRED))).as_py())
     return step in EXTRAS and table["error"].null_count < len(table)
+
+
+def _bad_shards(preparation: Preparation) -> list[Path]:
+    """Returns the fragments of encode and embed that are damaged, or whose shards are; none where no set was made."""
+    try:
+        found = [
+            path
+            for step in SHARDS
+            for number, key in preparation.shard_keys(step).items()
+            for path in Fragments(preparation.folders.work / step).find(number, key)
+        ]
+    except FragmentError:  # nothing was decided yet, or it is damaged: a run decides anew
+        return []
+    return [path for path in found if _is_bad_shard(preparation.folders.out, path)]
+
+
+def _is_bad_shard(out: Path, path: Path) -> bool:
+    try:
+        facts = read_table(path, ["error", "shard", "bytes"])
+    except FragmentError:
+        return True
+    if any(error not in _FINAL for error in facts["error"].to_pylist()):
+        return True
+    shards = dict(zip(facts["shard"].to_pylist(), facts["bytes"].to_pylist(), strict=True))
+    there = ((out / shard, size) for shard, size in shards.items() if shard is not None)
+    return any(not file.is_file() or file.stat().st_size != size for file, size in there)
 
 
 def ask_what_if(preparation: Preparation, then: PrepareConfig) -> WhatIf:
@@ -259,13 +290,21 @@ def _bucket(bucket: BucketSection, counts: dict[str, Any], config: PrepareConfig
 
 def _caption_tokens(preparation: Preparation) -> np.ndarray | None:
     """Returns how many captions have each number of tokens before they are cut, int64 [tokens]."""
-    lengths = [
-        tokens + (cut or 0)
-        for table in preparation.shard_rows("embed")
-        for tokens, cut in zip(table["tokens"].to_pylist(), table["cut"].to_pylist(), strict=True)
-        if tokens is not None
-    ]
-    return np.bincount(lengths) if lengths else None
+    counts = np.zeros(0, np.int64)
+    for table in preparation.shard_rows("embed"):
+        lengths = pc.add(table["tokens"], pc.fill_null(table["cut"], 0)).drop_null().to_numpy()
+        more = np.bincount(lengths, minlength=len(counts))
+        more[: len(counts)] += counts
+        counts = more
+    return counts if len(counts) else None
+
+
+def videos_of(preparation: Preparation, licences: Collection[str]) -> list[str]:
+    """Returns the SHA-256 of the videos that the table of sources puts under some licences, in the set or not."""
+    chain = preparation.chain
+    files = zip(*(chain.scan.files[name].to_pylist() for name in ("path", "video")), strict=True)
+    rows = ((video, chain.screening.sources.of(path)) for path, video in files if video and licences)
+    return sorted({video for video, source in rows if source is not None and source.licence in licences})
 
 
 def videos_called(preparation: Preparation, name: str) -> list[str]:
@@ -274,10 +313,10 @@ def videos_called(preparation: Preparation, name: str) -> list[str]:
     Raises:
         InputError: no file of the last scan has this path or content.
     """
-    for unit in preparation.chain.units():
-        for source in unit.sources:
-            if name in (source.path, source.video):
-                return [source.video]
-        if name in unit.videos:
-            return [name]
+    found = preparation.chain.scan
+    videos = found.files.filter(pc.equal(found.files["path"], name))["video"].drop_null().to_pylist()
+    if not videos and pc.is_in(pa.scalar(name), value_set=found.seen).as_py():
+        videos = [name]
+    if videos:
+        return videos
     raise InputError(f"{name!r}: no video of the last scan has this path or SHA-256")
