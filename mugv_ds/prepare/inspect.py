@@ -129,9 +129,11 @@ def leftovers(preparation: Preparation) -> dict[str, list[Path]]:
     for unit in chain.units():
         for step, key in unit.keys.items():
             keys.setdefault(step, {})[unit.number] = key
-    keys |= {step: preparation.shard_keys(step) for step in SHARDS}
+    keys |= {step: preparation.shard_keys(step) for step in SHARDS} | {"select": preparation.select_keys()}
     work = preparation.folders.work
-    found = {step: Fragments(work / step).others(keys.get(step, {})) for step in (*PER_UNIT, "gate", *EXTRAS, *SHARDS)}
+    steps = (*PER_UNIT, "gate", *EXTRAS, "select", *SHARDS)
+    found = {step: Fragments(work / step).others(keys.get(step, {})) for step in steps}
+    found["dedup"] = [path for path in sorted((work / "dedup").glob("*")) if path != preparation.pairs_path]
     return {step: paths for step, paths in found.items() if paths}
 
 

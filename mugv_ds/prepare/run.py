@@ -325,10 +325,10 @@ class Preparation:
 
     def pairs(self) -> pa.Table:
         """Returns the pairs of clips that are alike, as rows.PAIR; see `selection`."""
-        return read_table(self._pairs_path, schema=rows.PAIR)
+        return read_table(self.pairs_path, schema=rows.PAIR)
 
     def _dedup(self) -> str:
-        path = self._pairs_path
+        path = self.pairs_path
         path.parent.mkdir(exist_ok=True)
         if not path.exists():
             write_table(path, find_pairs(self._compared(), self.config.dedup, path.parent))
@@ -360,7 +360,8 @@ class Preparation:
         return Fragments(self.folders.work / "select")
 
     @property
-    def _pairs_path(self) -> Path:
+    def pairs_path(self) -> Path:
+        """Returns the file of the pairs of duplicates, under the key that holds now."""
         return self.folders.work / "dedup" / f"pairs-{self._same('dedup', self._dedup_key)}.parquet"
 
     def _dedup_key(self) -> str:
@@ -378,7 +379,7 @@ class Preparation:
             steps = ("clips", "fit", *self.chain.extras)
             found = [digest([path.name for step in steps for path in unit.found(step)]) for unit in self.chain.units()]
             sources = digest([self.chain.scan.files["path"].to_pylist(), self.chain.scan.files["video"].to_pylist()])
-            also = [sources, self._pairs_path.name, self.chain.screening_hash, digest(self.chain.extras)]
+            also = [sources, self.pairs_path.name, self.chain.screening_hash, digest(self.chain.extras)]
             return SELECT_STEP.key(self.config, [*found, *also])
 
         return self._same("select", make)
@@ -510,6 +511,10 @@ class Preparation:
     def shard_keys(self, step: str) -> dict[int, str]:
         """Returns unit of encode or embed → key of its fragment, of units of which a clip is accepted."""
         return dict(self._shard_keys(step))
+
+    def select_keys(self) -> dict[int, str]:
+        """Returns unit of videos → key of the fragment of its decisions."""
+        return dict.fromkeys(self.chain.scan.units, self._select_key)
 
     def labels(self) -> Labels | None:
         """Returns what people say of clips; None where the config names no file.
