@@ -45,11 +45,10 @@ function file(mine) {
 
 let browserKeeps = true, sending = false, again = null;
 async function send() {
-  tell();
-  if (!served || sending) return;
   const mine = me(load());
-  if (!mine || mine.onDisk === mine.revision) return;
+  if (!served || sending || !mine || mine.onDisk === mine.revision) { tell(); return; }
   sending = true;
+  tell();
   clearTimeout(again);
   let waits = false;
   try {
@@ -218,6 +217,7 @@ const stage = (() => {
         const video = document.createElement("video");
         Object.assign(video, { muted: true, playsInline: true, preload: "auto", src: url, disablePictureInPicture: true });
         video.onerror = () => { video.dataset.failed = "yes"; };
+        video.onloadeddata = () => { video.dataset.seen = "yes"; };  // readyState falls again with every seek
         return video;
       };
       pairs.set(item.id, [make(item.left), make(item.right)]);
@@ -225,7 +225,7 @@ const stage = (() => {
     return pairs.get(item.id);
   }
   const both = () => (shown ? pairs.get(shown) : []);
-  const ready = () => Boolean(shown) && both().every((video) => video.readyState >= 2);
+  const ready = () => Boolean(shown) && both().every((video) => video.dataset.seen);
   function clear() { pairs = new Map(); shown = null; films.left.replaceChildren(); films.right.replaceChildren(); }
   function play(item, following) {
     const kept = new Map();
@@ -300,8 +300,8 @@ const stage = (() => {
     el("key-left").textContent = back;
     el("key-right").textContent = on;
     for (const video of both()) {
-      video.style.width = `${Math.floor(width * scale)}px`;
-      video.style.height = `${Math.floor(height * scale)}px`;
+      video.style.width = `${width * scale}px`;
+      video.style.height = `${height * scale}px`;
     }
   }
   el("time").oninput = () => {
