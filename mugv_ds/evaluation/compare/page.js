@@ -6,7 +6,7 @@ const CHOICES = {
   left: "left is better", right: "right is better", both_good: "both good", both_bad: "both bad", skip: "skipped",
 };
 const SPEEDS = [[1, "1×"], [0.5, "½×"], [0.25, "¼×"]];
-const DRIFT_S = 0.08, FRAME_S = 1 / 24, AGAIN_MS = 5000;
+const DRIFT_S = 0.08, DRIFT_MS = 700, FRAME_S = 1 / 24, AGAIN_MS = 5000;
 const served = location.protocol.startsWith("http");
 const el = (id) => document.getElementById(id);
 const one = (what, count) => `${count} ${what}${count === 1 ? "" : "s"}`;
@@ -210,7 +210,7 @@ function say(text) { el("said").textContent = text; }
 // Two videos that start together, stay together and begin again together.
 const stage = (() => {
   const films = { left: el("left").lastElementChild, right: el("right").lastElementChild };
-  let pairs = new Map(), shown = null, paused = false, speed = 0, ended = 0, dragging = false;
+  let pairs = new Map(), shown = null, paused = false, speed = 0, ended = 0, dragging = false, corrected = 0;
   function pair(item) {
     if (!pairs.has(item.id)) {
       const make = (url) => {
@@ -263,7 +263,9 @@ const stage = (() => {
       return;
     }
     for (const video of [left, right]) if (video.paused && !video.ended) video.play().catch(() => {});
-    if (!left.ended && !right.ended && Math.abs(left.currentTime - right.currentTime) > DRIFT_S) {
+    const apart = !left.ended && !right.ended && Math.abs(left.currentTime - right.currentTime) > DRIFT_S;
+    if (apart && performance.now() - corrected > DRIFT_MS) {  // where decoding is slow, seeks make it slower
+      corrected = performance.now();
       right.currentTime = left.currentTime;
     }
   }
