@@ -28,6 +28,7 @@ ALLOWED = {
     "train.py": {
         *("checkpoint", "config", "data", "engine", "models", "objectives", "parallel", "plan", "sampling", "weights"),
     },
+    "sample.py": {"config", "engine", "files", "models", "parallel", "plan", "sampling", "weights"},
     "train_vae.py": {"checkpoint", "config", "data", "engine", "models", "weights"},
     "__init__.py": set(),
 }
