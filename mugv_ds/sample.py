@@ -180,12 +180,13 @@ class Session:
 
         return self.workers.first(look)
 
-    def sampling(
-        self, args: argparse.Namespace, jobs: Sequence[Job], outputs: Outputs, conditions: Conditions
-    ) -> Sampling:
-        """Returns what samples the jobs."""
+    def loaders(self, args: argparse.Namespace, jobs: Sequence[Job]) -> "Loaders":
+        """Returns what loads the models that sample the jobs."""
         videos = -(-len(jobs) // self.workers.replicas)
-        loaders = Loaders(args, self.settings, self.process, self.workers, self.device, self.dtype, videos)
+        return Loaders(args, self.settings, self.process, self.workers, self.device, self.dtype, videos)
+
+    def sampling(self, loaders: "Loaders", outputs: Outputs, conditions: Conditions) -> Sampling:
+        """Returns what samples lists of videos."""
         return Sampling(self.settings, outputs, conditions, loaders, self.workers, self.device)
 
     def close(self) -> None:

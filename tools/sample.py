@@ -70,7 +70,7 @@ def sample(args: argparse.Namespace) -> int:
     made, images = session.prepare(args, jobs), session.workers.first(lambda: images_of(jobs))
     outputs = Outputs(args.out, {job.name: made | of_job(job, images) for job in jobs}, overwrite=args.overwrite)
     conditions = Conditions(args.out, text_encoder=made["text_encoder"], codec=made["codec"])
-    timer = session.sampling(args, jobs, outputs, conditions).run(jobs, args.batch)
+    timer = session.sampling(session.loaders(args, jobs), outputs, conditions).run(jobs, args.batch)
     if session.workers.leads:
         sheet = write_contact_sheet(jobs, outputs)
         print("\n".join([*timer.lines(), f"{len(jobs)} videos and {sheet.name} are in {args.out}"]), flush=True)

@@ -47,6 +47,14 @@ MEASURES = {
     "first_frame_ssim": Measure("First frame SSIM", "", 1, "of the first frame that the model made and the image"),
 }
 
+# What `prepare.demo.judge.demo_measures` gives of videos whose prompts are the demo's.
+DEMO_MEASURES = {
+    "shape": Measure("Shape", "share", 1, "the shape that was asked for"),
+    "colour": Measure("Colour", "share", 1, "the colour that was asked for"),
+    "direction": Measure("Direction", "share", 1, "moves as asked for; left or right where that is left open"),
+    "right": Measure("Moves right", "share", 0, "of those asked to move to a side; better in the demo's preferences"),
+}
+
 
 def measure(frames: np.ndarray, image: np.ndarray | None = None, *, first_made: int = 0) -> dict[str, float]:
     """Measures a video; what it cannot be asked for is left out.
