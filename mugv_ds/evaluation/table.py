@@ -1,4 +1,4 @@
-"""Compares weights by what is measured of their videos: means, and differences of each two, with bootstrap intervals."""
+"""Compares weights by what is measured of their videos: means, and differences of each two, with intervals."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +15,7 @@ from mugv_ds.evaluation.results import Result, write_changed
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
+LEAST_PROMPTS = 6  # fewer can agree by chance in more than 5% of cases (2 · 2⁻⁵), whatever an interval says
 _SEED = 0
 _AT_ONCE = 1 << 22  # numbers that are drawn at once, which bounds the memory
 _TEMPLATE = "report.html"
@@ -25,7 +26,7 @@ class Interval:
     """A mean over prompts and its bootstrap interval.
 
     Attributes:
-        low, high: None where there are fewer than two prompts to draw from. prompts: number of them.
+        low, high: None where there are fewer than `LEAST_PROMPTS` to draw from. prompts: number of them.
     """
 
     mean: float
@@ -96,7 +97,7 @@ def bootstrap(values_P: np.ndarray) -> Interval:
     """
     prompts = len(values_P)
     mean = float(np.mean(values_P))
-    if prompts < 2:
+    if prompts < LEAST_PROMPTS:
         return Interval(mean, None, None, prompts)
     rng, means = np.random.default_rng(_SEED), []
     for _ in range(-(-RESAMPLES * prompts // _AT_ONCE)):
