@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import torch
 
+from mugv_ds.config.model import LATENT_STRIDE
 from mugv_ds.data.pictures import dis_flow, sharpness
 
 VERSION = 1  # of the measures; a change of what one gives must raise it, so that videos are measured anew
@@ -56,14 +57,14 @@ DEMO_MEASURES = {
 }
 
 
-def measure(frames: np.ndarray, image: np.ndarray | None = None, *, first_made: int = 0) -> dict[str, float]:
+def measure(frames: np.ndarray, image: np.ndarray | None = None) -> dict[str, float]:
     """Measures a video; what it cannot be asked for is left out.
 
     Args:
         frames: uint8 RGB [F, H, W, 3].
-        image: uint8 RGB [H, W, 3] that it should start with; None: there is none, and no fidelity.
-        first_made: the first frame that the model made. Where the sampler puts the image itself into the video
-            (`sampling.stages.video_parts`) that is 1, as frame 0 would only tell what the video's encoder does.
+        image: uint8 RGB [H, W, 3] that it starts with; None: there is none, and no fidelity. The first frames show it
+            and are not the model's: one of 8n + 1, else the eight of the first latent frame. It is the frame behind
+            them that is compared.
 
     Returns:
         By the names of `MEASURES`, finite numbers. A lone frame has sharpness and fidelity only.
@@ -82,6 +83,7 @@ def measure(frames: np.ndarray, image: np.ndarray | None = None, *, first_made: 
             "brightness_drift": brightness_drift(frames),
             "saturation_drift": saturation_drift(frames),
         }
+    first_made = 1 if len(frames) % LATENT_STRIDE == 1 else LATENT_STRIDE
     if image is not None and first_made < len(frames):
         psnr, ssim = fidelity(frames[first_made], image)
         found |= {"first_frame_psnr": psnr, "first_frame_ssim": ssim}
@@ -100,10 +102,11 @@ def temporal_flickering(frames: np.ndarray) -> float:
 def motion(frames: np.ndarray) -> float:
     """Returns the mean length of DIS optical flow between frames next to each other, in pixels.
 
-    Frames of less than 12 pixels a side have none: NaN.
+    It is rounded to a millionth: OpenCV's sums differ from call to call, after the tenth digit. Frames of less than 12
+    pixels a side have none: NaN.
     """
     flow = dis_flow()
-    return float(np.mean([flow(before, after) for before, after in pairwise(frames)]))
+    return round(float(np.mean([flow(before, after) for before, after in pairwise(frames)])), 6)
 
 
 def exact_repeats(frames: np.ndarray) -> float:

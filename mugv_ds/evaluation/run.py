@@ -220,8 +220,7 @@ def measured(result: Result, more: More) -> dict[str, float]:
     try:
         frames, _ = read_mp4(result.video)
         image = None if result.image is None else read_still(result.image)[0]
-        first_made = int(image is not None and result.made["settings"]["frames"] % 8 == 1)
-        found = measure(frames, image, first_made=first_made) | more(frames, result.prompt)
+        found = measure(frames, image) | more(frames, result.prompt)
     except (ValueError, OSError) as error:
         raise InputError(f"{error}; delete {result.video}, and it is made anew of its latents") from error
     with write_atomically(path) as stream:

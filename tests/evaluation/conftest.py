@@ -1,1 +1,3 @@
-from tests.helpers.threads import one_thread  # noqa: F401
+from tests.helpers.threads import one_thread
+
+__all__ = ["one_thread"]
