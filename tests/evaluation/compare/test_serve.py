@@ -2,7 +2,11 @@
 
 import http.client
 import json
+import signal
+import subprocess
+import sys
 from contextlib import suppress
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -157,3 +161,22 @@ def test_a_port_that_is_taken_is_one_error_and_only_this_machine_is_listened_to(
             start_server(folder / "page", comparison, box, urlsplit(address).port)
     finally:
         server.server_close()
+
+
+def test_the_command_serves_until_ctrl_c_and_then_reports(compared):
+    """As `make compare` runs it, in a process of its own."""
+    folder, comparison = compared
+    tool = Path(__file__).parents[3] / "tools/compare.py"
+    command = [sys.executable, str(tool), "serve", str(folder), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            address = process.stdout.readline().split()[-1]
+            asking = Asking(address, folder, comparison)
+            assert asking.post(ballot(comparison, "Ana", prefer("dpo")))[0] == 200
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 0 and not err, err
+    assert "dpo better 8" in out and "pairs.csv: 16 rows" in out and (folder / "report/index.html").is_file()
+    assert urlsplit(address).path not in out  # requests are not logged: the token is in them
