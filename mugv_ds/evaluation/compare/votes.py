@@ -81,13 +81,11 @@ def parse_votes(content: bytes, comparison: Comparison, name: str) -> Votes:
     """Checks votes.
 
     Args:
-        content: JSON, at most `MAX_BYTES`. name: what to call it in a message.
+        content: JSON; whoever reads it takes at most `MAX_BYTES`. name: what to call it in a message.
 
     Raises:
-        InputError: it is larger or not of the form, of another comparison, or answers what is not asked or twice.
+        InputError: it is not of the form, of another comparison, or answers what is not asked or twice.
     """
-    if len(content) > MAX_BYTES:
-        raise InputError(f"{name}: larger than {MAX_BYTES:,} bytes; is this the right file?")
     try:
         votes = Votes.model_validate_json(content)
     except ValidationError as error:
