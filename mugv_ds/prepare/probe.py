@@ -28,6 +28,7 @@ from mugv_ds.prepare.frames import (
     VideoError,
     decode,
     full_range,
+    is_out_of_memory,
     matrix_of,
     open_video,
     shape_of,
@@ -338,6 +339,10 @@ class _Pass:
         """Returns what an error of decoding means, given what the header claims and whether packets follow."""
         if self._encrypted:
             return VideoError("encrypted", "its packets are encrypted")
+        if is_out_of_memory(error):
+            return VideoError("crashed", f"{error.strerror}; decode.memory_gb allows more")
+        if not self._pts and not self._stream.codec_context.width:
+            return VideoError("unreadable", "its decoder refuses its frames: damaged, or larger than FFmpeg can do")
         words = f"{error.strerror} at {self._seconds:.3f} s, after {len(self._pts)} frames"
         words += f"; the header claims {claimed:.3f} s" if claimed else ""
         return VideoError("decode_error" if has_more else "truncated", words)
