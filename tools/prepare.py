@@ -19,24 +19,17 @@ from PIL import Image
 from mugv_ds.config.errors import InputError, Status, exit_status
 from mugv_ds.config.load import load_config
 from mugv_ds.config.prepare_schema import PrepareConfig
-from mugv_ds.files.fingerprint import fingerprint
 from mugv_ds.prepare import inspect
 from mugv_ds.prepare.chain import Folders
 from mugv_ds.prepare.executors import Executor, Local, Ray, Stop
 from mugv_ds.prepare.manifest import withdraw
 from mugv_ds.prepare.run import STEPS, Loaders, Preparation, locked
 from mugv_ds.prepare.verify import Verified
-from mugv_ds.weights.codec import load_codec
-from mugv_ds.weights.published import PublishedWeights
+from mugv_ds.weights.codec import codec_fingerprint, load_codec
 
 LAST = ("verify", "report")
 QUESTIONS = ("status", "what-if", "explain")
 CHANGES = ("withdraw", "gc", "repair")
-
-
-def codec_hash(path: str) -> str:
-    """Returns what tells a codec's weights apart."""
-    return fingerprint(PublishedWeights(path).files)
 
 
 def prepare(args: argparse.Namespace) -> int:
@@ -52,7 +45,7 @@ def prepare(args: argparse.Namespace) -> int:
     with locked(args.work), executor_of(args, stop) as executor:
         stop.listen()
         folders = Folders(args.videos, args.work, args.out)
-        preparation = Preparation(config, folders, executor, Loaders(load_codec, codec_hash), say)
+        preparation = Preparation(config, folders, executor, Loaders(load_codec, codec_fingerprint), say)
         if args.do in QUESTIONS:
             return ask(args, preparation)
         if args.do in CHANGES:

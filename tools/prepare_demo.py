@@ -20,7 +20,7 @@ from mugv_ds.prepare.demo.footage import SOURCES, draw_sources, expectations
 from mugv_ds.prepare.demo.weights import write_codec, write_t5
 from mugv_ds.prepare.executors import Local, Stop
 from mugv_ds.prepare.run import Loaders, Preparation
-from mugv_ds.weights.codec import load_codec
+from mugv_ds.weights.codec import codec_fingerprint, load_codec
 
 _VERSION = 1  # of what is drawn; a change must raise it, so that an older demo is made anew
 
@@ -37,7 +37,7 @@ def draw(root: Path) -> None:
         (root / name).mkdir(parents=True)
     draw_sources(root / "videos")
     for name in SOURCES:
-        caption = f"a drawn scene called {Path(name).stem}: the picture pans over texture"
+        caption = f"a drawn scene called {Path(name).stem}: colours drift over it"
         (root / "videos" / name).with_suffix(".txt").write_text(caption)
     write_codec(root / "models" / "codec.safetensors")
     write_t5(root / "models" / "t5")
@@ -49,7 +49,7 @@ def check(root: Path, config: str) -> int:
     folders = Folders(root / "videos", root / "work", root / "set")
     with Local(1, Stop()) as executor:
         preparation = Preparation(
-            load_config(config, (), PrepareConfig), folders, executor, Loaders(load_codec, str), print
+            load_config(config, (), PrepareConfig), folders, executor, Loaders(load_codec, codec_fingerprint), print
         )
         found = list(outcomes(preparation, expectations()))
     for one in found:

@@ -18,12 +18,10 @@ from mugv_ds.config import InputError, exit_status
 from mugv_ds.config.errors import Status
 from mugv_ds.config.text_encoder import read_text_encoder
 from mugv_ds.files.atomic import write_atomically
-from mugv_ds.files.fingerprint import fingerprint
 from mugv_ds.models.text import MAX_TOKENS, load_text_encoder
 from mugv_ds.prepare.compare import write_sheet
 from mugv_ds.prepare.verify import LEAST_PSNR, Verification
-from mugv_ds.weights.codec import load_codec
-from mugv_ds.weights.published import PublishedWeights
+from mugv_ds.weights.codec import codec_fingerprint, load_codec
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -55,7 +53,7 @@ def verify(args: argparse.Namespace) -> int:
     verified = Verification(
         args.csv,
         codec,
-        None if args.codec is None else fingerprint(PublishedWeights(args.codec).files),
+        None if args.codec is None else codec_fingerprint(args.codec),
         encoder,
         args.videos,
         args.decode,

@@ -307,8 +307,9 @@ class PreviewSection(Section):
     every: StepsOrNever = Field(0, description="Steps between previews; the last step has some too. 0: none at all.")
     manifest: str | None = Field(
         None,
-        description="CSV whose first rows are previewed: their text features, size, fps and caption. Its folder also "
-        "holds data.null_text_path, which guidance subtracts. Required when preview.every > 0.",
+        description="CSV whose first rows are previewed: their text features, size, fps and caption. "
+        "data.null_text_path, which guidance subtracts, lies where its rows' features do. Required when preview.every "
+        "> 0.",
     )
     count: Count = Field(4, description="Rows that are previewed.")
     steps: Count = Field(25, description="Evaluations of the model for each video.")

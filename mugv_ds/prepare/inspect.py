@@ -49,7 +49,7 @@ def verify(preparation: Preparation) -> dict[str, Verified]:
         name: Verification(
             folders.out / f"{name}.csv",
             codec,
-            preparation.loaders.codec_hash(config.encode.vae),
+            preparation.loaders.codec_fingerprint(config.encode.vae),
             encoder,
             folders.videos,
             config.verify.decode,

@@ -31,7 +31,7 @@ from mugv_ds.models.videovae import VideoVAE
 from mugv_ds.prepare import chain as units_of_work
 from mugv_ds.prepare import rows
 from mugv_ds.prepare.caption import check_given
-from mugv_ds.prepare.chain import EXTRAS, Chain, Folders, Job
+from mugv_ds.prepare.chain import EXTRAS, Chain, Folders, Job, one_thread
 from mugv_ds.prepare.dedup import DedupRows, find_pairs
 from mugv_ds.prepare.embed import (
     NULL_TEXT_PATH,
@@ -91,11 +91,11 @@ class Loaders:
     """What reads the codec's weights, which this room may not: functions of modules, so that they can be sent.
 
     Attributes:
-        codec: (path, dtype=, device=) → the codec. codec_hash: path → what tells its weights apart.
+        codec: (path, dtype=, device=) → the codec. codec_fingerprint: path → what tells its weights apart.
     """
 
     codec: Callable[..., Codec]
-    codec_hash: Callable[[str], str]
+    codec_fingerprint: Callable[[str], str]
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ class ShardJob:
     """A shard that is to be made, as a process of its own gets it.
 
     Attributes:
-        step: encode or embed. unit: of it. key: of its fragment. The others are those of the preparation.
+        step: encode or embed. unit: of it. key: of its fragment. config, folders: of the preparation.
+        load_codec: see `Loaders`.
     """
 
     step: str
@@ -111,7 +112,7 @@ class ShardJob:
     key: str
     config: PrepareConfig = field(repr=False)
     folders: Folders = field(repr=False)
-    loaders: Loaders = field(repr=False)
+    load_codec: Callable[..., Codec] = field(repr=False)
 
     def __str__(self) -> str:
         return f"unit {self.unit.number} of {self.step}"
@@ -122,11 +123,12 @@ _makers: dict[tuple[str, str, str], Callable[[Any], pa.Table]] = {}  # of this p
 
 def make_shard(job: ShardJob, device: str) -> int:
     """Makes a shard and then its fragment; returns the number of clips."""
+    one_thread(device)
     name = (job.step, device, job.config.model_dump_json())
     if name not in _makers:
         config, folders = job.config, job.folders
         if job.step == "encode":
-            codec = job.loaders.codec(config.encode.vae, dtype=_DTYPES[config.encode.dtype], device=device)
+            codec = job.load_codec(config.encode.vae, dtype=_DTYPES[config.encode.dtype], device=device)
             if isinstance(codec, VideoVAE) and device.startswith("cuda"):
                 compile_video_vae(codec, shapes=len(config.encode.buckets))
             _makers[name] = Encoder(codec, folders.videos, folders.out, config.encode)
@@ -196,6 +198,7 @@ class Preparation:
             InputError: what the user gave cannot be used. TrainingError: units killed their processes; all others are
                 done. Stopped: the run was asked to stop.
         """
+        self._remove_halves()
         self._write_marker()
         for step in (step for step in STEPS if step in steps):
             began = time.monotonic()
@@ -209,6 +212,12 @@ class Preparation:
             else:
                 said = getattr(self, f"_{step}")()
             self._say(f"{step:>10}: {said} ({time.monotonic() - began:.1f} s)")
+
+    def _remove_halves(self) -> None:
+        """Removes what a killed run left half-written; nobody else is at work here."""
+        for folder in (self.folders.work, self.folders.out):
+            for path in folder.rglob("*.tmp"):
+                path.unlink(missing_ok=True)
 
     def _write_marker(self) -> None:
         text = json.dumps({"config": self.config.model_dump(mode="json")}, indent=1, sort_keys=True)
@@ -431,7 +440,7 @@ class Preparation:
 
     def _made_by(self, step: str) -> Any:
         if step == "encode":
-            return self.loaders.codec_hash(self.config.encode.vae)
+            return self.loaders.codec_fingerprint(self.config.encode.vae)
         return read_text_encoder_info(self.config.embed.text_encoder, **of_text(self.config.embed))
 
     def _shard_keys(self, step: str) -> dict[int, str]:
@@ -442,7 +451,7 @@ class Preparation:
         missing = [(key, unit) for key, unit in self._shard_units(step) if not fragments.find(unit.number, key)]
         if step == "encode":
             check_room(((unit.bucket, len(unit.shots)) for _, unit in missing), self.config.encode, self.folders.out)
-        jobs = [ShardJob(step, unit, key, self.config, self.folders, self.loaders) for key, unit in missing]
+        jobs = [ShardJob(step, unit, key, self.config, self.folders, self.loaders.codec) for key, unit in missing]
         return self._gather(step, self._executor.on_devices(make_shard, jobs, devices_of(device)), len(jobs))
 
     def _encode(self) -> str:

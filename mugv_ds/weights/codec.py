@@ -6,6 +6,7 @@ import torch
 
 from mugv_ds.config.errors import CheckpointError
 from mugv_ds.config.videovae import VideoVAEConfig
+from mugv_ds.files.fingerprint import fingerprint
 from mugv_ds.models.codec import LinearCodec
 from mugv_ds.models.videovae import VideoVAE
 from mugv_ds.weights.published import PublishedWeights
@@ -41,6 +42,15 @@ def read_codec_sizes(path: str | Path) -> VideoVAEConfig | None:
         CheckpointError: there is no file, or `load_codec` would refuse it.
     """
     return None if _is_linear(PublishedWeights(path)) else check_video_vae(path)
+
+
+def codec_fingerprint(path: str | Path) -> str:
+    """Returns what tells the codec in a file apart, hex SHA-256, though little of it is read.
+
+    Raises:
+        CheckpointError: there is no file.
+    """
+    return fingerprint(PublishedWeights(path).files)
 
 
 def _is_linear(weights: PublishedWeights) -> bool:

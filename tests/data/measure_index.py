@@ -1,13 +1,14 @@
 """Measures the index of a manifest: building it, and what it costs a training process.
 
-python -m tests.data.measure_index --rows 1000000 --headers 100000
+python -m tests.data.measure_index --rows 1000000 --headers 100000 --shards 1000000
 
-Two manifests are drawn in a scratch folder: one of `--rows` rows that say their shapes, as tools/make_random_data.py
-draws them, and one of `--headers` rows that do not, each with a file of its own of a small latent. Each is indexed:
+Three manifests are drawn in a scratch folder: one of `--rows` rows that say their shapes, as tools/make_random_data.py
+draws them; one of `--headers` rows that do not, each with a file of its own of a small latent; and one of `--shards`
+rows with small latents, 100 to a shard, and text features, 250 to a shard. Each is indexed:
 
 - anew;
 - without sizes, again after a build that was killed when its first part was kept;
-- again after one in a hundred rows more were appended.
+- again after one in a hundred rows more were appended (but for shards).
 
 Then a fresh process opens the index, makes the order of the steps, enters an epoch, reads rows at random and looks for
 a replacement. Memory is what this adds to the process (private, and with the mapped pages of the index, which the
@@ -30,6 +31,7 @@ import torch
 from mugv_ds.data.buckets import Order
 from mugv_ds.data.manifest import build_index, open_index
 from mugv_ds.data.quarantine import replacement
+from mugv_ds.data.shards import write_shard
 
 TOOL = Path(__file__).parents[2] / "tools/make_random_data.py"
 HEADER = "sample_id,source,latent_path,text_feat_path\n"
@@ -60,6 +62,25 @@ def write_latents(folder: Path, first: int, last: int) -> None:
         path.write_bytes(contents[i % 3])
 
 
+def write_sharded(folder: Path, rows: int) -> Path:
+    """Writes a manifest with the columns that tools/prepare.py writes, and its shards; returns the CSV."""
+    names = [f"{i * 0x9E3779B97F4A7C15 % (1 << 64):016x}{i:016x}" for i in range(rows)]  # ids of 128 bits
+    paths = []
+    for place, size, shape in (("latents/720p5s", 100, (24, 1, 2, 2)), ("text_features", 250, (2, 4))):
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        paths.append([f"{place}/u{i // size:06}.safetensors#{name}" for i, name in enumerate(names)])
+        for start in range(0, rows, size):
+            tensors = {name: torch.zeros(shape, dtype=torch.bfloat16) for name in names[start : start + size]}
+            write_shard(folder / f"{place}/u{start // size:06}.safetensors", tensors)
+    with (folder / "train.csv").open("w") as file:
+        file.write(f"{HEADER.strip()},fps,height,width,num_frames,caption,kind,weight,label,pair_id,rank\n")
+        file.writelines(
+            f"{name},generated,{latent},{text},24,16,16,8,,video,{1 + i % 40 / 10},,,\n"
+            for i, (name, latent, text) in enumerate(zip(names, *paths, strict=True))
+        )
+    return folder / "train.csv"
+
+
 def timed(what: str, function: Callable[[], object]) -> None:
     """Prints how long a function took."""
     begin = time.perf_counter()
@@ -73,8 +94,7 @@ def measure_sized(folder: Path, rows: int) -> Path:
     drawn = [sys.executable, TOOL, "--out", folder, "--manifest-only", "--samples", str(rows)]
     subprocess.run(drawn, check=True, stdout=subprocess.DEVNULL)
     timed("built", lambda: build_index(csv))
-    size = sum(file.stat().st_size for file in build_index(csv).parent.iterdir())
-    print(f"  {csv.stat().st_size / 2**20:.0f} MiB of CSV, {size / 2**20:.0f} MiB of index")
+    print(f"  {csv.stat().st_size / 2**20:.0f} MiB of CSV, {index_bytes(csv) / 2**20:.0f} MiB of index")
     with csv.open("a") as file:
         for row in runpy.run_path(str(TOOL))["drawn_rows"](rows // 100, 1):
             file.write(",".join(map(str, (f"more-{row[0]}", *row[1:]))) + "\n")
@@ -101,6 +121,19 @@ def measure_unsized(folder: Path, rows: int) -> Path:
         file.writelines(map(unsized_row, range(rows, rows + rows // 100)))
     timed(f"built after {rows // 100} more rows", lambda: build_index(csv))
     return csv
+
+
+def measure_sharded(folder: Path, rows: int) -> Path:
+    """Builds the index of a manifest of shards; returns the CSV."""
+    csv = write_sharded(folder, rows)
+    timed("built", lambda: build_index(csv))
+    print(f"  {csv.stat().st_size / 2**20:.0f} MiB of CSV, {index_bytes(csv) / 2**20:.0f} MiB of index")
+    return csv
+
+
+def index_bytes(csv: Path) -> int:
+    """Bytes of the files of a manifest's index."""
+    return sum(file.stat().st_size for file in build_index(csv).parent.iterdir())
 
 
 def measure_use(csv: Path, reads: int) -> None:
@@ -144,12 +177,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000, help="rows that say their shapes")
     parser.add_argument("--headers", type=int, default=100_000, help="rows that do not")
+    parser.add_argument("--shards", type=int, default=1_000_000, help="rows whose tensors lie in shards")
     parser.add_argument("--reads", type=int, default=100_000)
     args = parser.parse_args()
     processes = get_context("spawn")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        for name, measure, rows in (("sized", measure_sized, args.rows), ("unsized", measure_unsized, args.headers)):
+        for name, measure, rows in (
+            ("sized", measure_sized, args.rows),
+            ("unsized", measure_unsized, args.headers),
+            ("sharded", measure_sharded, args.shards),
+        ):
             if not rows:
                 continue
             print(f"{rows} rows, {name}", flush=True)

@@ -15,10 +15,10 @@ import pytest
 from mugv_ds.config.prepare_schema import PrepareConfig
 from mugv_ds.prepare.compare import Compared
 from mugv_ds.prepare.dedup import DedupRows, find_pairs
-from mugv_ds.prepare.report import Bucket, Facts, plain, write_report
+from mugv_ds.prepare.report import _MEANINGS, Bucket, Facts, plain, write_report
 from mugv_ds.prepare.rows import PAIR
 from mugv_ds.prepare.screen import Blocklist, Screening, Source, Sources
-from mugv_ds.prepare.select import Selection
+from mugv_ds.prepare.select import EXTRAS, Selection, limits
 from mugv_ds.prepare.summary import Histogram
 from mugv_ds.prepare.verify import Check, Verified
 from mugv_ds.prepare.whatif import what_if
@@ -259,3 +259,14 @@ def test_a_browser_shows_it_at_two_widths(report, tmp_path):
         below = page[400:]  # the links at the top
         edges = below[:, [0, 1, 2, -3, -2, -1]].reshape(-1, 3)
         assert len(np.unique(edges, axis=0)) == 1  # the ground alone: nothing reaches out of the page
+
+
+ERRORS = {
+    *("unreadable", "no_video_stream", "not_a_video", "encrypted", "decode_error", "too_large", "crashed", "timed_out"),
+    *("changed_while_reading", "missing"),
+}
+
+
+def test_every_reason_has_a_meaning():
+    names = {name for limit in limits(PrepareConfig(), EXTRAS) for name in (limit.below, limit.above)}
+    assert not {name for name in names | ERRORS if name not in _MEANINGS}

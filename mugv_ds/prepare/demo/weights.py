@@ -13,7 +13,22 @@ from mugv_ds.prepare.demo.footage import shot
 CHANNELS = 64  # of the text features
 
 _SHOTS, _FRAMES, _SIZE = range(1, 13), 48, (96, 160)
-_WORDS = ("a", "the", "of", "in", "video", "picture", "person", "walking", "scene", "drawn", "pans", "over", "texture")
+_WORDS = (
+    "a",
+    "the",
+    "of",
+    "in",
+    "video",
+    "picture",
+    "person",
+    "walking",
+    "scene",
+    "drawn",
+    "colours",
+    "drift",
+    "over",
+    "it",
+)
 
 
 def write_codec(path: Path) -> None:
