@@ -53,6 +53,14 @@ class Source:
     bytes: int
     mtime_ns: int
 
+    def is_still(self, path: Path) -> bool:
+        """Returns whether the file at a path has the size and time that it had when it was scanned."""
+        try:
+            facts = path.stat()
+        except OSError:
+            return False
+        return (facts.st_size, facts.st_mtime_ns) == (self.bytes, self.mtime_ns)
+
 
 class Scan:
     """The files of a folder, and the units of their contents; about 200 bytes a file.

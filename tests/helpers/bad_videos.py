@@ -7,13 +7,11 @@ import socket
 import struct
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
 
 import av
-import cv2
 import numpy as np
 from PIL import Image
 
@@ -61,8 +59,8 @@ def patched(path: Path, box: bytes, at: int, content: bytes) -> None:
     path.write_bytes(data)
 
 
-def pictures(path: Path, content: bytes) -> None:
-    """Writes a video in PNG, whose header says that its frames are small, and whose packets hold whatever is given."""
+def pictures(path: Path, content: bytes, claimed: tuple[int, int] = SIZE) -> None:
+    """Writes a video in PNG whose header claims a height and width, and whose packets hold whatever is given."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("png", FPS)
         stream.height, stream.width = SIZE
@@ -73,6 +71,8 @@ def pictures(path: Path, content: bytes) -> None:
             packet.pts = packet.dts = number
             packet.duration, packet.is_keyframe = 1, True
             container.mux(packet)
+    true, said = (struct.pack(">HH", *size[::-1]) for size in (SIZE, claimed))
+    path.write_bytes(path.read_bytes().replace(true, said))
 
 
 def picture(form: str = "PNG") -> bytes:
@@ -82,7 +82,7 @@ def picture(form: str = "PNG") -> bytes:
 
 
 def png_of(height: int, width: int, depth: int = 8, colours: int = 2) -> bytes:
-    """A PNG whose header claims more than its data hold. depth: bits of a value. colours: PNG's number of their kind."""
+    """A PNG whose header claims more than its data hold. colours: PNG's number of their kind, 6 for RGBA."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, depth, colours, 0, 0, 0)
     data = bytearray(picture())
     data[12:33] = header + struct.pack(">I", zlib.crc32(header))
@@ -162,6 +162,12 @@ def part_of_good(share: float, **options: str) -> Callable[[Path], object]:
     return write
 
 
+def real_pictures(path: Path, claimed: tuple[int, int]) -> None:
+    """Writes small pictures that move, under a header that claims another height and width."""
+    write_video(path, good_film("l"), fps=FPS, codec="png", pixel_format="rgb24", options={})
+    path.write_bytes(path.read_bytes().replace(*(struct.pack(">HH", *size[::-1]) for size in (SIZE, claimed))))
+
+
 def still(path: Path, times: Sequence[float]) -> None:
     write_video(path, good_film(path.name, len(times)), fps=FPS, times=times)
 
@@ -200,8 +206,12 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "half.mp4": (part_of_good(0.5), "unreadable", "Invalid data"),
     "cut.mp4": (part_of_good(0.67, movflags="faststart"), "truncated", "the header claims 3.000 s"),
     "ffconcat.mp4": (of_text("ffconcat version 1.0\nfile good_1.mp4\n"), "not_a_video", "not read"),
-    "hls.mp4": (of_text("#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\ngood_1.mp4\n#EXT-X-ENDLIST\n"), "unreadable", ""),
-    "sdp.mp4": (of_text("v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nt=0 0\nm=video 5004 RTP/AVP 96\n"), "not_a_video", ""),
+    "hls.mp4": (
+        of_text("#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\ngood_1.mp4\n#EXT-X-ENDLIST\n"),
+        "unreadable",
+        "",
+    ),
+    "sdp.mp4": (of_text("v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nt=0 0\nm=video 5004 RTP/AVP 96\n"), "unreadable", ""),
     "png.mp4": (lambda path: path.write_bytes(picture()), "not_a_video", "not read"),
     "gif.mp4": (lambda path: path.write_bytes(picture("GIF")), "not_a_video", "not read"),
     "jpeg.mp4": (lambda path: path.write_bytes(picture("JPEG")), "not_a_video", "not read"),
@@ -217,7 +227,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "durations_2_31.mp4": (lambda path: patched(path, b"stts", 4, b"\x7f\xff\xff\xff"), "crashed", "memory_gb"),
     "no_tables.mp4": (lambda path: patched(path, b"stbl", -4, b"free"), "unreadable", "no decoder"),
     # Frames too large to be decoded, however small the file.
-    "frames_30000.mov": (lambda path: pictures(path, png_of(30000, 30000)), "unreadable", "larger than FFmpeg can do"),
+    "frames_30000.mov": (
+        lambda path: pictures(path, png_of(30000, 30000), (30000, 30000)),
+        "unreadable",
+        "larger than FFmpeg can do",
+    ),
     "frames_8200.mov": (lambda path: pictures(path, png_of(8200, 8200)), "too_large", "8200×8200; decode.max_side"),
     "frames_of_512_MB.mov": (lambda path: pictures(path, png_of(8000, 8000, 16, 6)), "crashed", "decode.memory_gb"),
     "endless.mp4": (lambda path: looping(path, 100_000), "too_long", "more than 200 frames; decode.max_frames"),
@@ -234,13 +248,23 @@ REJECTED: dict[str, tuple[Callable[[Path], object], str]] = {
 
 # What looks odd and is a good video: name → what makes it.
 GOOD: dict[str, Callable[[Path], object]] = {
-    "good_1.mp4": good,
-    "good_2.mp4": good,
-    "line\nbreak<script>alert(1)</script>.mp4": good,
-    "\x1b[31mred\x07\r.mp4": good,
-    f"{'n' * 246}.mp4": good,
-    ", \"quoted'; DROP TABLE.mp4": good,
+    "good_1.mp4": lambda path: good(path, "a"),
+    "good_2.mp4": lambda path: good(path, "b"),
+    "line\nbreak<script>alert(1)</script>.mp4": lambda path: good(path, "c"),
+    "\x1b[31mred\x07\r.mp4": lambda path: good(path, "d"),
+    f"{'n' * 246}.mp4": lambda path: good(path, "e"),
+    ", \"quoted'; DROP TABLE.mp4": lambda path: good(path, "f"),
+    "folder.mp4/inside.mp4": lambda path: good(path, "g"),
     "times_that_go_back.ts": backwards,
     "box_beyond_the_file.mp4": lambda path: patched(path, b"moov", -8, b"\x7f\xff\xff\xff"),
-    "folder.mp4/inside.mp4": good,
+    "header_of_30000.mov": lambda path: real_pictures(path, (30000, 30000)),
+}
+
+# Good videos with captions beside them that cannot be used: name → what makes the caption.
+BAD_CAPTIONS: dict[str, Callable[[Path], object]] = {
+    "caption_not_utf8.mp4": lambda path: path.with_suffix(".txt").write_bytes(b"\xff\xfe clouds"),
+    "caption_of_1_MB.mp4": lambda path: path.with_suffix(".txt").write_text("clouds " * 150_000),
+    "caption_fifo.mp4": lambda path: os.mkfifo(path.with_suffix(".txt")),
+    "caption_link_out.mp4": lambda path: path.with_suffix(".txt").symlink_to("/etc/passwd"),
+    "caption_of_brackets.mp4": lambda path: path.with_suffix(".json").write_text("[" * 60_000),
 }
