@@ -244,6 +244,7 @@ REJECTED: dict[str, tuple[Callable[[Path], object], str]] = {
     "gap_of_30_years.mkv": (lambda path: still(path, [*(i / FPS for i in range(16)), 1e9, 1e9 + 1]), "low_fps"),
     "no_time_base.mp4": (lambda path: patched(path, b"mdhd", 12, bytes(4)), "too_short"),
     "cut.mkv": (part_of_good(0.5), "truncated"),
+    "header_of_30000.mov": (lambda path: real_pictures(path, (30000, 30000)), "too_small"),
 }
 
 # What looks odd and is a good video: name → what makes it.
@@ -257,7 +258,6 @@ GOOD: dict[str, Callable[[Path], object]] = {
     "folder.mp4/inside.mp4": lambda path: good(path, "g"),
     "times_that_go_back.ts": backwards,
     "box_beyond_the_file.mp4": lambda path: patched(path, b"moov", -8, b"\x7f\xff\xff\xff"),
-    "header_of_30000.mov": lambda path: real_pictures(path, (30000, 30000)),
 }
 
 # Good videos with captions beside them that cannot be used: name → what makes the caption.

@@ -11,9 +11,11 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from mugv_ds.prepare.units import read_table
@@ -268,3 +270,120 @@ def test_names_and_words_of_strangers_do_no_harm_in_the_report(made):
     assert "<script>alert" not in page and "\x1b" not in page
     status, said, _ = made.run("explain", "\x1b[31mred\x07\r.mp4")
     assert status == 0 and "\x1b" not in said and "\\x1b[31mred" in said
+
+
+@pytest.fixture
+def tmp(tmp_path):
+    """A folder of a video, beside what a case writes."""
+    (tmp_path / "videos").mkdir()
+    good(tmp_path / "videos" / "good.mp4", "a")
+    return tmp_path
+
+
+def wrote(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def pickled(path: Path) -> str:
+    torch.save({"weight": Fraction(1, 2)}, path)
+    return str(path)
+
+
+def a_set(tmp: Path, section: str) -> list[str]:
+    return ["--set", section]
+
+
+# Commands on the folder that was prepared: name → step, options, status, and what the line names. Most say it before
+# anything is read.
+SETTINGS = {
+    "a misspelt key": ("select.sharpp.low=1", "select.sharpp", "select.sharp"),
+    "a misspelt section": ("selct.hdr=true", "selct", "select"),
+    "text for a count": ("scan.unit=many", "scan.unit", "integer"),
+    "units of nothing": ("scan.unit=0", "scan.unit", "1"),
+    "no memory": ("decode.memory_gb=0.1", "decode.memory_gb"),
+    "memory without end": ("decode.memory_gb=1e999", "decode.memory_gb", "finite"),
+    "a bound that holds nothing": ('select.motion={"low": 5, "high": 1}', "from 5 to 1", "swap"),
+    "a bucket of an odd size": ('encode.buckets=[{"height": 50, "width": 64, "frames": 16}]', "height = 50", "16"),
+    "a bucket of 15 frames": ('encode.buckets=[{"height": 48, "width": 64, "frames": 15}]', "frames = 15", "8"),
+    "a bucket beyond all positions": ('encode.buckets=[{"height": 8192, "width": 64, "frames": 8}]', "height = 8192"),
+    "no buckets": ("encode.buckets=[]", "encode.buckets"),
+    "a bound on aesthetics that nobody scores": ('select.aesthetic={"low": 4}', "select.aesthetic", "aesthetic.clip"),
+    "a bound on text that nobody reads": ('select.overlay={"high": 0.1}', "select.overlay", "text.enabled"),
+    "questions that nobody asks": ('select.vlm=["shake"]', "select.vlm", "vlm.url"),
+    "pairs of embeddings that are not there": ("dedup.embeddings=true", "dedup.embeddings", "aesthetic.clip"),
+    "an endpoint without a model": ('vlm.url="http://localhost:1/v1"', "vlm", "model"),
+    "an endpoint that is a file": ('vlm.url="file:///etc/passwd"', "vlm.url"),
+    "RAFT without weights": ('probe.motion_method="raft"', "probe.motion_weights"),
+    "weights of TransNet that are not there": ('probe.transnet="/nowhere.pth"', "/nowhere.pth", "probe.transnet"),
+    "CLIP that is not there": ('aesthetic={"clip": "/nowhere", "head": "/nothing"}', "/nowhere"),
+    "a table of sources that is not there": ('screen.sources="/nowhere.csv"', "/nowhere.csv"),
+    "captions that are not there": ('caption.file="/nowhere.csv"', "/nowhere.csv"),
+    "words that are not there": ('tags.words="/nowhere.txt"', "/nowhere.txt"),
+}
+
+
+def refused(answer: tuple[int, str, str], status: int, *named: str) -> None:
+    """One line of error that names what is wrong."""
+    found, said, errors = answer
+    lines = [line for line in errors.splitlines() if line.strip() and not line.startswith("usage:")]
+    assert found == status, (found, said, errors[-2000:])
+    assert len(lines) == 1 and len(lines[0]) < 1000, errors[-2000:]
+    for part in named:
+        assert part in lines[0], (part, lines[0])
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings(made, case):
+    override, *named = SETTINGS[case]
+    status = 1 if "/nowhere" in override and "csv" not in override and "txt" not in override else 2
+    refused(made.run("caption", "--set", override), status, *named)
+
+
+# Files that the config names: what they hold, the key, the step, and what the line names.
+SOURCES = "path,licence,allowed"
+CAPTIONS = "id,path,caption"
+LABELS = "id,label,pair_id,rank,axis,annotator"
+FILES = {
+    "sources: empty": ("screen.sources", "", ":1: empty"),
+    "sources: only a header": ("screen.sources", f"{SOURCES}\n", ":1: only a header"),
+    "sources: no path": ("screen.sources", "licence,allowed\nCC0,yes\n", ":1: missing column 'path'"),
+    "sources: perhaps": ("screen.sources", f"{SOURCES}\n*,CC0,perhaps\n", ":2:", "perhaps", "yes or no"),
+    "sources: a row twice": ("screen.sources", f"{SOURCES}\n*,CC0,yes\n*,CC0,no\n", ":3:", "line 2"),
+    "sources: a path that leads out": ("screen.sources", f"{SOURCES}\n../*,CC0,yes\n", ":2:", "leads out"),
+    "sources: a NUL": ("screen.sources", f"{SOURCES}\na\0,CC0,yes\n", ":2: contains a NUL"),
+    "sources: a line of 2 MiB": ("screen.sources", f"{SOURCES}\n{'x' * (1 << 21)},CC0,yes\n", ":2: longer"),
+    "blocklist: no hash": ("screen.blocklist", "# hashes\nabc\n", ":2:", "64 hex digits"),
+    "blocklist: hash 0": ("screen.blocklist", f"{'0' * 16}\n", ":1:", "hash 0"),
+    "captions: no such video": ("caption.file", f"{CAPTIONS}\n,nothing.mp4,clouds\n", ":2:", "nothing.mp4"),
+    "captions: no such clip": ("caption.file", f"{CAPTIONS}\n{'0' * 32},,clouds\n", ":2:", "no clip has this id"),
+    "captions: id and path": ("caption.file", f"{CAPTIONS}\n{'0' * 32},a.mp4,clouds\n", ":2:", "not both"),
+    "captions: blank": ("caption.file", f"{CAPTIONS}\n,good_1.mp4, \n", ":2: blank caption"),
+    "captions: twice": ("caption.file", f"{CAPTIONS}\n,a.mp4,x\n,a.mp4,y\n", ":3: duplicate path", "line 2"),
+    "captions: a path that leads out": ("caption.file", f"{CAPTIONS}\n,/etc/passwd,x\n", ":2:", "absolute"),
+    "labels: no such clip": ("labels.file", f"{LABELS}\n{'0' * 32},good,,,,\n", ":2:", "0" * 32),
+    "labels: neither good nor bad": ("labels.file", f"{LABELS}\n{{clip}},fine,,,,\n", ":2: unknown label 'fine'"),
+    "labels: a pair of one": ("labels.file", f"{LABELS}\n{{clip}},,p,1,,\n", ":2: pair 'p' has 1 clip"),
+    "labels: a rank that is none": ("labels.file", f"{LABELS}\n{{clip}},,p,first,,\n", ":2:", "rank"),
+    "tags: a line without a class": ("tags.words", "person = person\ncat\n", ":1"),
+}
+STEPS = {"screen": "gate", "caption": "caption", "labels": "manifest", "tags": "tags"}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_files_that_the_config_names(made, tmp_path, case):
+    key, text, *named = FILES[case]
+    path = tmp_path / "file.csv"
+    path.write_text(text.replace("{clip}", made.rows[0]["sample_id"]))
+    step = STEPS[key.partition(".")[0]]
+    refused(made.run(step, "--set", f"{key}={path}"), 2, "file.csv", *named)
+
+
+@pytest.mark.parametrize("kind", ["a FIFO", "a folder", "not UTF-8"])
+@pytest.mark.parametrize("key", ["screen.sources", "screen.blocklist", "caption.file", "labels.file", "tags.words"])
+def test_no_files(made, tmp_path, key, kind):
+    path = tmp_path / "file.csv"
+    make = {"a FIFO": os.mkfifo, "a folder": Path.mkdir, "not UTF-8": lambda path: path.write_bytes(b"path\n\xff\n")}
+    make[kind](path)
+    words = {"a FIFO": "FIFO", "a folder": "directory", "not UTF-8": "UTF-8"}[kind]
+    refused(made.run(STEPS[key.partition(".")[0]], "--set", f"{key}={path}"), 2, "file.csv", words)
