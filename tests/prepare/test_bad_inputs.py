@@ -5,10 +5,12 @@ All bad videos lie in one folder beside good ones, and go through the command it
 
 import contextlib
 import csv
+import fcntl
 import io
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from fractions import Fraction
@@ -272,28 +274,6 @@ def test_names_and_words_of_strangers_do_no_harm_in_the_report(made):
     assert status == 0 and "\x1b" not in said and "\\x1b[31mred" in said
 
 
-@pytest.fixture
-def tmp(tmp_path):
-    """A folder of a video, beside what a case writes."""
-    (tmp_path / "videos").mkdir()
-    good(tmp_path / "videos" / "good.mp4", "a")
-    return tmp_path
-
-
-def wrote(path: Path, text: str) -> str:
-    path.write_text(text)
-    return str(path)
-
-
-def pickled(path: Path) -> str:
-    torch.save({"weight": Fraction(1, 2)}, path)
-    return str(path)
-
-
-def a_set(tmp: Path, section: str) -> list[str]:
-    return ["--set", section]
-
-
 # Commands on the folder that was prepared: name → step, options, status, and what the line names. Most say it before
 # anything is read.
 SETTINGS = {
@@ -316,7 +296,6 @@ SETTINGS = {
     "an endpoint that is a file": ('vlm.url="file:///etc/passwd"', "vlm.url"),
     "RAFT without weights": ('probe.motion_method="raft"', "probe.motion_weights"),
     "weights of TransNet that are not there": ('probe.transnet="/nowhere.pth"', "/nowhere.pth", "probe.transnet"),
-    "CLIP that is not there": ('aesthetic={"clip": "/nowhere", "head": "/nothing"}', "/nowhere"),
     "a table of sources that is not there": ('screen.sources="/nowhere.csv"', "/nowhere.csv"),
     "captions that are not there": ('caption.file="/nowhere.csv"', "/nowhere.csv"),
     "words that are not there": ('tags.words="/nowhere.txt"', "/nowhere.txt"),
@@ -379,11 +358,154 @@ def test_files_that_the_config_names(made, tmp_path, case):
     refused(made.run(step, "--set", f"{key}={path}"), 2, "file.csv", *named)
 
 
-@pytest.mark.parametrize("kind", ["a FIFO", "a folder", "not UTF-8"])
+NO_TEXT = {
+    "a FIFO": (os.mkfifo, "FIFO"),
+    "a folder": (Path.mkdir, ""),
+    "not UTF-8": (lambda path: path.write_bytes(b"path,id,caption,label\n\xff,,,\n"), "not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_TEXT)
 @pytest.mark.parametrize("key", ["screen.sources", "screen.blocklist", "caption.file", "labels.file", "tags.words"])
-def test_no_files(made, tmp_path, key, kind):
-    path = tmp_path / "file.csv"
-    make = {"a FIFO": os.mkfifo, "a folder": Path.mkdir, "not UTF-8": lambda path: path.write_bytes(b"path\n\xff\n")}
-    make[kind](path)
-    words = {"a FIFO": "FIFO", "a folder": "directory", "not UTF-8": "UTF-8"}[kind]
-    refused(made.run(STEPS[key.partition(".")[0]], "--set", f"{key}={path}"), 2, "file.csv", words)
+def test_what_is_no_text_file(made, tmp_path, key, kind):
+    make, words = NO_TEXT[kind]
+    make(tmp_path / "file.csv")
+    refused(made.run(STEPS[key.partition(".")[0]], "--set", f"{key}={tmp_path / 'file.csv'}"), 2, "file.csv", words)
+
+
+def pickled(path: Path) -> Path:
+    torch.save({"basis": Fraction(1, 2)}, path)
+    return path
+
+
+def of_tensors(path: Path, **tensors: torch.Tensor) -> Path:
+    save_file(tensors, path)
+    return path
+
+
+def as_file(path: Path, text: str = "") -> Path:
+    path.write_text(text)
+    return path
+
+
+def as_fifo(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
+# Weights: the key, what makes them in an empty folder, and what the line names. The step verify loads both.
+WEIGHTS = {
+    "no codec": ("encode.vae", lambda tmp: tmp / "none.pt", 2, "none.pt"),
+    "a codec that is a FIFO": ("encode.vae", lambda tmp: as_fifo(tmp / "vae.pt"), 2, "vae.pt"),
+    "an empty codec": ("encode.vae", lambda tmp: as_file(tmp / "vae.pt"), 2, "vae.pt"),
+    "a codec of text": ("encode.vae", lambda tmp: as_file(tmp / "vae.safetensors", "<html>"), 2, "vae.safetensors"),
+    "a codec that is a pickle of functions": ("encode.vae", lambda tmp: pickled(tmp / "vae.pt"), 2, "vae.pt"),
+    "a codec of other tensors": (
+        "encode.vae",
+        lambda tmp: of_tensors(tmp / "vae.safetensors", other=torch.ones(2)),
+        2,
+        "vae.safetensors",
+    ),
+    "a codec of other shapes": (
+        "encode.vae",
+        lambda tmp: of_tensors(tmp / "vae.safetensors", mean=torch.ones(2), basis=torch.ones(2), scale=torch.ones(2)),
+        2,
+        "vae.safetensors",
+    ),
+    "no text encoder": ("embed.text_encoder", lambda tmp: tmp / "t5", 2, "t5"),
+    "a text encoder of nothing": ("embed.text_encoder", lambda tmp: tmp, 2, ""),
+    "a text encoder that is a file": ("embed.text_encoder", lambda tmp: as_file(tmp / "t5", "{}"), 2, "t5"),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_weights(made, tmp_path, case):
+    key, make, status, *named = WEIGHTS[case]
+    refused(made.run("verify", "--set", f"{key}={make(tmp_path)}"), status, *named)
+
+
+def test_weights_that_the_workers_meet(made, tmp_path):
+    refused(made.run("encode", "--set", f"encode.vae={pickled(tmp_path / 'vae.pt')}"), 2, "vae.pt")
+
+
+def list_of(tmp: Path, text: str) -> list:
+    return ["--list", as_file(tmp / "list.txt", text)]
+
+
+def holding(path: Path) -> Path:
+    """A folder that holds somebody's file."""
+    path.mkdir()
+    as_file(path / "thesis.doc")
+    return path
+
+
+# Command lines: what is done, options that come last and so replace others, and what the line names.
+COMMANDS = {
+    "no folder of videos": ("scan", lambda f, tmp: ["--videos", tmp / "none"], "none", "--videos"),
+    "videos are a file": ("scan", lambda f, tmp: ["--videos", as_file(tmp / "x.mp4")], "x.mp4", "--videos"),
+    "no videos": ("run", lambda f, tmp: ["--videos", tmp, "--work", tmp.parent / f"{tmp.name}.w"], "scan.suffixes"),
+    "a set among the videos": ("run", lambda f, tmp: ["--out", f.videos / "set"], "--out", "folder of videos"),
+    "work among the videos": ("run", lambda f, tmp: ["--work", f.videos], "--work", "folder of videos"),
+    "work is a file": ("run", lambda f, tmp: ["--work", as_file(tmp / "w")], "--work", "an empty folder"),
+    "work holds something else": ("run", lambda f, tmp: ["--work", holding(tmp / "w")], "holds something else"),
+    "the set is a file": ("encode", lambda f, tmp: ["--out", as_file(tmp / "o")], "--out", "folder"),
+    "no workers": ("run", lambda f, tmp: ["--workers", 0], "--workers 0"),
+    "fewer than no workers": ("run", lambda f, tmp: ["--workers", -2], "--workers -2"),
+    "a limit of nothing": ("run", lambda f, tmp: ["--limit", 0], "--limit 0"),
+    "a limit below nothing": ("run", lambda f, tmp: ["--limit", -1], "--limit -1"),
+    "no config": ("run", lambda f, tmp: ["--config", tmp / "none.json"], "none.json"),
+    "a config that is a FIFO": ("run", lambda f, tmp: ["--config", as_fifo(tmp / "c.json")], "c.json"),
+    "a config cut off": ("run", lambda f, tmp: ["--config", as_file(tmp / "c.json", '{"scan": {')], "c.json:1:"),
+    "no codec named": ("encode", lambda f, tmp: ["--set", "encode.vae=null"], "encode.vae"),
+    "no text encoder named": ("embed", lambda f, tmp: ["--set", "embed.text_encoder=null"], "embed.text_encoder"),
+    "a text encoder of odd width": ("embed", lambda f, tmp: ["--set", "embed.channels=15"], "channels", "even"),
+    "no list": ("scan", lambda f, tmp: ["--list", tmp / "none.txt"], "none.txt"),
+    "a list that is a FIFO": ("scan", lambda f, tmp: ["--list", as_fifo(tmp / "list.txt")], "list.txt"),
+    "a list of what is gone": ("scan", lambda f, tmp: list_of(tmp, "good_1.mp4\nx.mp4\n"), "list.txt:2:", "x.mp4"),
+    "a list that leads out": (
+        "scan",
+        lambda f, tmp: list_of(tmp, "../codec.safetensors\n"),
+        "list.txt:1:",
+        "leads out",
+    ),
+    "a list with a NUL": ("scan", lambda f, tmp: list_of(tmp, "a\0.mp4\n"), "list.txt:1:"),
+    "an empty list": ("scan", lambda f, tmp: list_of(tmp, "\n"), "list.txt"),
+    "nothing to explain": ("explain", lambda f, tmp: [], "explain", "path"),
+    "an unknown clip to explain": ("explain", lambda f, tmp: ["0" * 32], "0" * 32),
+    "no bounds to try": ("what-if", lambda f, tmp: [], "--set"),
+    "what would need measuring": ("what-if", lambda f, tmp: ["--set", "split.margin=9"], "split.margin", "use run"),
+    "an unknown video to withdraw": ("withdraw", lambda f, tmp: ["--video", "none.mp4"], "none.mp4"),
+    "nothing to withdraw": ("withdraw", lambda f, tmp: [], "--video", "--licence"),
+    "no set to withdraw from": (
+        "withdraw",
+        lambda f, tmp: ["--out", tmp, "--video", "good_1.mp4"],
+        "MANIFEST.json",
+    ),
+    "status of nothing": ("status", lambda f, tmp: ["--work", tmp / "w"], "nothing was scanned yet"),
+    "a step before its time": ("split", lambda f, tmp: ["--work", tmp / "w"], "nothing was scanned yet"),
+    "a report of nothing": ("report", lambda f, tmp: ["--out", tmp], "MANIFEST.json"),
+}
+
+
+@pytest.mark.parametrize("case", COMMANDS)
+def test_commands(made, tmp_path, case):
+    do, options, *named = COMMANDS[case]
+    before = {path: path.stat().st_mtime_ns for path in made.out.rglob("*")}
+    refused(made.run(do, *options(made, tmp_path)), 2, *named)
+    assert {path: path.stat().st_mtime_ns for path in made.out.rglob("*")} == before
+
+
+def test_an_unknown_step(made):
+    status, _, errors = made.run("prepare")
+    assert status == 2 and "argument DO: invalid choice: 'prepare'" in errors
+
+
+def test_a_cluster_without_its_package(made, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    refused(made.run("run", "--ray", "auto"), 2, "--ray needs the package ray", "prepare-cluster")
+
+
+def test_a_folder_in_which_another_run_is_at_work(made):
+    with (made.work / "lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        refused(made.run("run"), 2, "another run is at work here", "wait")
