@@ -42,6 +42,8 @@ def prepare(args: argparse.Namespace) -> int:
         raise InputError(f"--workers {args.workers}: must be at least 1")
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit {args.limit}: must be at least 1")
+    if args.out.exists() and not args.out.is_dir():
+        raise InputError(f"--out {args.out}: is no folder; name one for the set")
     for name, folder in (("work", args.work), ("out", args.out)):
         if folder.resolve().is_relative_to(args.videos.resolve()):
             raise InputError(f"--{name} {folder}: is, or lies in, the folder of videos; name another")

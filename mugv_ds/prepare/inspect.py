@@ -152,19 +152,19 @@ def repair(preparation: Preparation) -> list[Path]:
     """Removes fragments that are damaged or whose shards are, and those with videos or clips that another attempt may
     do; returns them. A run then makes them anew. All shards are read.
     """
-    removed = []
+    removed, work = [], preparation.folders.work
     for unit in preparation.chain.units():
-        for step in unit.keys:
-            for path in unit.found(step):
-                if _is_bad(step, path):
-                    removed.append(path)
+        bad = {step: [path for path in unit.found(step) if _is_bad(step, path)] for step in unit.keys}
+        if bad["videos"]:  # what follows from them has the same keys, and other rows
+            bad |= {step: unit.found(step) for step in ("clips", "fit", "gate")}
+        removed += [path for paths in bad.values() for path in paths]
     for step in SHARDS:
-        for path in sorted((preparation.folders.work / step).glob("u*.parquet")):
-            if _is_bad_shard(preparation.folders.out, path):
-                removed.append(path)
+        paths = sorted((work / step).glob("u*.parquet"))
+        removed += [path for path in paths if _is_bad_shard(preparation.folders.out, path)]
     for path in removed:
         path.unlink()
-    for path in (preparation.folders.work / "select").glob("*"):
+    decided = [*(work / "select").glob("*"), *(work / "dedup").glob("*.parquet"), *(work / "plan").glob("*.json")]
+    for path in decided:
         path.unlink()
     return removed
 

@@ -123,6 +123,8 @@ def scan(
     if not videos.is_dir():
         raise InputError(f"{videos}: no such folder; --videos names the folder of raw videos")
     names = sorted(set(_listed(videos, listed) if listed else _walk(videos, suffixes)))[:limit]
+    if not names and listed:
+        raise InputError(f"{listed}: names no file; give one path a line")
     if not names:
         raise InputError(f"{videos}: holds no file that ends in {', '.join(suffixes)}; see scan.suffixes")
     plan.mkdir(parents=True, exist_ok=True)

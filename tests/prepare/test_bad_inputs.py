@@ -4,23 +4,34 @@ All bad videos lie in one folder beside good ones, and go through the command it
 """
 
 import contextlib
+import copy
 import csv
 import fcntl
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import sys
 import threading
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from mugv_ds.config.errors import InputError
+from mugv_ds.config.prepare_schema import PrepareConfig
+from mugv_ds.data.manifest import open_index
+from mugv_ds.data.sample import read_row
+from mugv_ds.prepare.probe import probe_isolated
+from mugv_ds.prepare.scan import Source
 from mugv_ds.prepare.units import read_table
+from mugv_ds.prepare.workers import end_all
 from tests.helpers.bad_videos import (
     BAD_CAPTIONS,
     BROKEN,
@@ -34,7 +45,7 @@ from tests.helpers.bad_videos import (
     looping,
 )
 from tests.helpers.prepared import fit_codec
-from tools import prepare
+from tools import prepare, verify_dataset
 
 CONFIG = {
     "decode": {"memory_gb": 1.0, "max_frames": 200},
@@ -400,12 +411,6 @@ WEIGHTS = {
     "an empty codec": ("encode.vae", lambda tmp: as_file(tmp / "vae.pt"), 2, "vae.pt"),
     "a codec of text": ("encode.vae", lambda tmp: as_file(tmp / "vae.safetensors", "<html>"), 2, "vae.safetensors"),
     "a codec that is a pickle of functions": ("encode.vae", lambda tmp: pickled(tmp / "vae.pt"), 2, "vae.pt"),
-    "a codec of other tensors": (
-        "encode.vae",
-        lambda tmp: of_tensors(tmp / "vae.safetensors", other=torch.ones(2)),
-        2,
-        "vae.safetensors",
-    ),
     "a codec of other shapes": (
         "encode.vae",
         lambda tmp: of_tensors(tmp / "vae.safetensors", mean=torch.ones(2), basis=torch.ones(2), scale=torch.ones(2)),
@@ -509,3 +514,132 @@ def test_a_folder_in_which_another_run_is_at_work(made):
     with (made.work / "lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         refused(made.run("run"), 2, "another run is at work here", "wait")
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    """The folder, whose working folder and set may be changed: they are copies."""
+    folder = copy.copy(made)
+    folder.work, folder.out = tmp_path / "work", tmp_path / "out"
+    shutil.copytree(made.work, folder.work)
+    shutil.copytree(made.out, folder.out)
+    return folder
+
+
+def damage(path: Path, what: str) -> None:
+    content = bytearray(path.read_bytes())
+    header = int.from_bytes(content[:8], "little")
+    if what == "truncated":
+        del content[-100:]
+    elif what == "flipped":
+        content[-50] ^= 4
+    elif what == "header bomb":
+        content[:8] = (1 << 62).to_bytes(8, "little")
+    elif what == "brackets":
+        content[8 : 8 + header] = b"[" * header
+    elif what == "other keys":
+        content[8 : 8 + header] = content[8 : 8 + header].translate(bytes.maketrans(b"012345", b"543210"))
+    path.unlink()
+    if what == "FIFO":
+        os.mkfifo(path)
+    elif what == "link out":
+        path.symlink_to("/etc/passwd")
+    elif what != "missing":
+        path.write_bytes(content)
+
+
+SHARDS = {
+    "truncated": "its tensors end at byte",
+    "flipped": "CRC-32",
+    "header bomb": "not a shard, or truncated",
+    "brackets": "header is damaged",
+    "other keys": "header is damaged",
+    "missing": "No such file",
+    "FIFO": "not a regular file",
+    "link out": "leads out of",
+}
+
+
+@pytest.mark.parametrize("kind", ["latents", "text_features"])
+@pytest.mark.parametrize("what", SHARDS)
+def test_a_damaged_shard_is_named_by_verify_and_the_reader(copied, tmp_path, kind, what):
+    (shard,) = (copied.out / kind).rglob("u*.safetensors")
+    damage(shard, what)
+    outcome = tmp_path / "outcome.json"
+    arguments = [copied.out / "train.csv", "--text-channels", 16, "--decode", 0, "--json", outcome]
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert verify_dataset.main([str(part) for part in arguments]) == 1
+    failed = {
+        check["name"]: check["message"]
+        for check in json.loads(outcome.read_text())["checks"]
+        if check["status"] == "fail"
+    }
+    assert "files" in failed and shard.name in failed["files"]
+    with pytest.raises(InputError, match=re.escape(shard.name)) as raised:
+        read_row(open_index(copied.out / "train.csv", tmp_path / "index"), 0, channels=16, max_text_tokens=40)
+    assert SHARDS[what] in str(raised.value)
+
+
+def test_what_is_damaged_is_made_anew_after_repair_and_what_came_back_is_found(copied):
+    """Also where videos are gone of which there are clips, as of those that were removed and replaced."""
+    shards = sorted(copied.out.rglob("u*.safetensors"))
+    contents = [path.read_bytes() for path in shards]
+    for shard in shards:
+        damage(shard, "flipped")
+    missing = copied.put("removed_before_probe.mp4", good)
+    status, said, errors = copied.run("repair")
+    assert status == 0 and "fragments removed" in said, errors
+    status, said, errors = copied.run("run")
+    missing.unlink()
+    assert status == 0 and "none failed" in said, (said, errors)
+    assert [path.read_bytes() for path in shards] == contents
+    with (copied.out / "train.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(GOOD) + len(("removed", "touched", "two that were replaced"))
+
+
+DAMAGES = {
+    "the plan of videos": ("work/plan/videos.parquet", "status", "delete it"),
+    "the files of the scan": ("work/plan/paths.parquet", "scan", "delete it"),
+    "the plan of latents": ("work/plan/encode.parquet", "encode", "delete it"),
+    "what was decided": ("work/select/*.parquet", "manifest", "prepare.py repair"),
+    "clips": ("work/clips/*.parquet", "status", "prepare.py repair"),
+    "what was encoded": ("work/encode/*.parquet", "manifest", "prepare.py repair"),
+    "the set's list of files": ("out/MANIFEST.json", "verify", "run the step manifest again"),
+    "what was withdrawn": ("out/withdrawn.json", "encode", "restore it"),
+    "the provenance": ("out/provenance.parquet", "withdraw", "run the step manifest again"),
+    "what says which encoder it was": ("out/text_encoder.json", "embed", "text_encoder.json"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_damaged_files_of_a_preparation(copied, case):
+    pattern, do, *named = DAMAGES[case]
+    paths = [*copied.out.parent.glob(pattern)] or [copied.out / "withdrawn.json"]
+    for path in paths:
+        path.write_bytes(b"\x80 damaged")
+    options = ["--video", "good_1.mp4"] if do == "withdraw" else []
+    refused(copied.run(do, *options), 2, paths[0].name[:7], *named)
+
+
+def test_a_disk_that_is_too_small(copied, monkeypatch):
+    shutil.rmtree(copied.work / "encode")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    refused(copied.run("encode"), 2, str(copied.out), "GiB are free", "encode.buckets")
+
+
+def test_an_endless_video_ends(tmp_path):
+    """What a decoder was given before was decoded in time, so that it is not for its start that it takes too long."""
+    looping(tmp_path / "endless.mp4", 100_000)
+    good(tmp_path / "good.mp4")
+
+    def probed(name: str, **decode: float) -> str | None:
+        facts = (tmp_path / name).stat()
+        source = Source(name, "ab" * 32, None, facts.st_size, facts.st_mtime_ns)
+        return probe_isolated(tmp_path, source, PrepareConfig.model_validate({"decode": decode}))["error"]
+
+    try:
+        assert probed("good.mp4") is None
+        assert probed("endless.mp4", wall_extra=0.5, wall_factor=1e-6) == "timed_out"
+        assert probed("good.mp4") is None
+    finally:
+        end_all()
