@@ -113,10 +113,14 @@ class Unit:
         return UnitRows(videos, clips, extras, pa.table(columns, schema=rows.COPY), self.read("fit"))
 
     def uncovered(self, step: str) -> list[str]:
-        """Returns the clips that the gate lets in and of which an extra step has no row, in order."""
-        gated = self.read("gate")
+        """Returns the clips that the gate lets in and of which an extra step has no row, in order.
+
+        Those of a video that no file has any more are not among them.
+        """
+        gated, clips = self.read("gate"), self.read("clips", ["clip", "video"])
+        there = clips.filter(pc.is_in(clips["video"], value_set=pa.array([*self.paths], pa.string())))
         seen = self.read(step, ["clip"])["clip"].to_pylist() if self.found(step) else []
-        return sorted({*gated.filter(gated["open"])["clip"].to_pylist()} - {*seen})
+        return sorted({*gated.filter(gated["open"])["clip"].to_pylist()} & {*there["clip"].to_pylist()} - {*seen})
 
 
 class Chain:

@@ -156,7 +156,7 @@ def write_manifest(out: Path, parts: Parts, config: PrepareConfig, about: Mappin
         "text_encoder": None if encoder is None else encoder.model_dump(mode="json"),
         "text_dtype": config.embed.dtype,
         "suffix": config.embed.suffix,
-        "counts": {name: counts.pop(name) for name in SETS} | {"left_out": dict(sorted(counts.items()))},
+        "counts": {name: counts.pop(name, 0) for name in SETS} | {"left_out": dict(sorted(counts.items()))},
         "buckets": {
             name: buckets[name].model_dump(mode="json") | {side: found[side] for side in SETS}
             for name, found in sorted(of_buckets.items())
