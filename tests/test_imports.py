@@ -24,6 +24,7 @@ ALLOWED = {
     "plan": {"config", "data", "models", "objectives", "parallel"},
     "sampling": {"config", "data", "files", "models", "objectives", "parallel"},
     "prepare": {"config", "data", "files", "models", "objectives"},
+    "evaluation": {"config", "data", "files", "sampling"},
     "train.py": {
         *("checkpoint", "config", "data", "engine", "models", "objectives", "parallel", "plan", "sampling", "weights"),
     },
