@@ -1,6 +1,6 @@
 # Everything runs inside .venv, which `make install` creates.
 # Variables: CONFIG, PRESET, STAGE, SET, RANKS, STEPS, HOSTFILE, CKPT, WEIGHTS, CODEC, TEXT, PROMPTS, SAMPLE, EVAL, VIDEOS,
-# WORK, DATA, OUT, GAMMA, FORMAT, DTYPE, NOISE, PYTHON.
+# WORK, DATA, INFO, IMAGES, VIDEO, VBENCH, OUT, GAMMA, FORMAT, DTYPE, NOISE, PYTHON.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -127,6 +127,21 @@ else
 	$(BIN)/python tools/evaluate.py $(addprefix --weights ,$(WEIGHTS)) --codec $(CODEC) --text-encoder $(TEXT) \
 		--prompts $(PROMPTS) $(EVAL) --out $(OUT)
 endif
+
+# VBench-I2V; the suite's info file and images are given by the user. VIDEO: options of tools/sample.py, VBENCH: of the tool.
+VBENCH_ENV := .venv-vbench
+.PHONY: vbench vbench-env
+vbench: install  ## Judge WEIGHTS by VBench-I2V: sample INFO's videos from IMAGES to OUT, have the package judge them
+	@test -n "$(INFO)" -a -n "$(IMAGES)" -a -n "$(WEIGHTS)" -a -n "$(OUT)" || { echo "usage: make vbench INFO=vbench2_i2v_full_info.json IMAGES=crop WEIGHTS=exports/… CODEC=vae.pt TEXT=t5-v1_1-xxl OUT=vbench/… [VIDEO=… VBENCH=…]"; exit 2; }
+	$(BIN)/python tools/vbench.py --info $(INFO) --images $(IMAGES) --out $(OUT) --environment $(VBENCH_ENV) $(VBENCH) -- \
+		--weights $(WEIGHTS) --codec $(CODEC) --text-encoder $(TEXT) $(VIDEO)
+
+vbench-env: $(VBENCH_ENV)/installed  ## Make the environment of the vbench package, of its own (PYTHON: 3.11 at most)
+
+$(VBENCH_ENV)/installed: tools/vbench.txt
+	$(PYTHON) -m venv $(VBENCH_ENV)
+	$(VBENCH_ENV)/bin/python -m pip install --quiet --requirement tools/vbench.txt
+	touch $@
 
 test: install lint  ## Run the linter and all tests
 	$(BIN)/python -m pytest
