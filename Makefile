@@ -119,7 +119,7 @@ ifeq ($(PRESET),debug)
 	rm -rf exports/debug/eval
 	for run in $(DEBUG_RUNS); do $(BIN)/python tools/convert_hf.py --ckpt runs/debug/$$run/checkpoints \
 		--out exports/debug/eval/$$run || exit; done
-	$(BIN)/python tools/evaluate.py $(DEBUG_RUNS:%=--weights %=exports/debug/eval/%) --codec data/demo/codec.safetensors \
+	$(BIN)/python tools/evaluate.py $(foreach run,$(DEBUG_RUNS),--weights $(run)=exports/debug/eval/$(run)) --codec data/demo/codec.safetensors \
 		--text-encoder hash --prompts data/demo/prompts_sideways.txt $(EVAL) --out $(or $(OUT),evaluations/debug)
 else
 	@test -n "$(WEIGHTS)" -a -f "$(PROMPTS)" -a -n "$(OUT)" || { \
