@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from mugv_ds.config.prepare_schema import PrepareConfig
 from mugv_ds.config.regular_file import NotRegularError
+from mugv_ds.data.pictures import Flow, dis_flow, sharpness
 from mugv_ds.files.fingerprint import fingerprint
 from mugv_ds.prepare.css import Lagged, decide
 from mugv_ds.prepare.frames import (
@@ -34,18 +35,7 @@ from mugv_ds.prepare.frames import (
     shape_of,
     to_array,
 )
-from mugv_ds.prepare.measures import (
-    Flow,
-    Shift,
-    borders,
-    difference,
-    dis_flow,
-    fitted,
-    hashes,
-    light,
-    sharpness,
-    small,
-)
+from mugv_ds.prepare.measures import Shift, borders, difference, fitted, hashes, light, small
 from mugv_ds.prepare.rows import VIDEO
 from mugv_ds.prepare.scan import Source
 from mugv_ds.prepare.units import Step
