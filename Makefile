@@ -1,6 +1,6 @@
 # Everything runs inside .venv, which `make install` creates.
 # Variables: CONFIG, PRESET, STAGE, SET, RANKS, STEPS, HOSTFILE, CKPT, WEIGHTS, CODEC, TEXT, PROMPTS, SAMPLE, EVAL, VIDEOS,
-# WORK, DATA, INFO, IMAGES, VIDEO, VBENCH, OUT, GAMMA, FORMAT, DTYPE, NOISE, PYTHON.
+# WORK, DATA, INFO, IMAGES, VIDEO, VBENCH, A, B, C, COMPARE, OUT, GAMMA, FORMAT, DTYPE, NOISE, PYTHON.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -178,6 +178,13 @@ prepare-demo: install  ## Draw raw videos with all that can be wrong, make a set
 verify-data: install  ## Verify the training set DATA (train.csv or val.csv), decoding with CODEC beside VIDEOS if given
 	@test -n "$(DATA)" || { echo "usage: make verify-data DATA=data/set/train.csv [CODEC=vae.pt VIDEOS=raw]"; exit 2; }
 	$(BIN)/python tools/verify_dataset.py $(DATA) $(if $(VIDEOS),--videos $(VIDEOS) --codec $(CODEC))
+
+# Two or more weights of one evaluation. COMPARE adds options of `tools/compare.py build`, such as --questions overall.
+.PHONY: compare
+compare: install  ## Vote blindly between the evaluated weights A, B (and C) in the browser, kept in OUT (default: runs/compare)
+	@test -n "$(A)" -a -n "$(B)" || { echo "usage: make compare A=runs/eval/sft B=runs/eval/dpo [C=…] [OUT=runs/compare]"; exit 2; }
+	$(BIN)/python tools/compare.py build $(A) $(B) $(C) --out $(or $(OUT),runs/compare) $(COMPARE)
+	$(BIN)/python tools/compare.py serve $(or $(OUT),runs/compare)
 
 house: install  ## Draw the rooms and who imports whom, from the code, to docs/house.md
 	$(BIN)/python tools/house.py > docs/house.md
