@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from datasets.table import MemoryMappedTable
 
 from mugv_ds.config.model import LATENT_CHANNELS
 from mugv_ds.config.model import LATENT_STRIDE as STRIDE
@@ -258,7 +259,7 @@ def open_columns(path: Path) -> dict[str, pa.ChunkedArray]:
     Raises:
         OSError, ValueError: the file is missing or damaged.
     """
-    table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+    table = MemoryMappedTable.from_file(str(path)).table
     return dict(zip(table.column_names, table.columns, strict=True))
 
 

@@ -81,5 +81,5 @@ def split_key(path: str) -> tuple[str, str | None]:
 
 def check_key(key: str) -> None:
     """Raises PathError if no tensor of a shard may be called `key`: 1 to 200 printable characters without `#`."""
-    if not 0 < len(key) <= _MAX_KEY or not key.isprintable() or "#" in key:
+    if not 0 < len(key) <= _MAX_KEY or not key.isprintable() or "#" in key or key == "__metadata__":
         raise PathError(f"{key[:50]!r} cannot be the key of a tensor: 1 to {_MAX_KEY} printable characters without #")

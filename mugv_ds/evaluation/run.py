@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from mugv_ds.evaluation.results import (
     Result,
     first_frame_path,
     latent_path,
+    read_listing,
     read_results,
     text_features_path,
     weights_folder,
@@ -161,7 +163,18 @@ class Evaluation:
             ListedJob(name=job.name, made=of_jobs[job.name], image=images.get(job.image), text=texts[job.prompt])
             for job in self.jobs
         )
-        write_listing(self.folder, Listing(weights=dict(made), jobs=tuple(listed)))
+        listing = Listing(weights=dict(made), jobs=tuple(listed))
+        self._drop_old_texts(listing)
+        write_listing(self.folder, listing)
+
+    def _drop_old_texts(self, listing: Listing) -> None:
+        """Removes text features that may be of other texts, or of another encoder, than the listing's."""
+        try:
+            same = _texts_of(read_listing(self.folder)) == _texts_of(listing)
+        except InputError:  # there is none, or it is damaged
+            same = False
+        if not same:
+            shutil.rmtree(text_features_path(self.folder, "").parent, ignore_errors=True)
 
     def _first(self, attribute: str) -> dict[Any, str]:
         """Returns by each prompt or image of the list the name of the first job that has it."""
@@ -205,6 +218,13 @@ class Evaluation:
         share = results[self.workers.replica :: self.workers.replicas] if self.workers.writes else []
         self.workers.attempt(lambda: [measured(result, more) for result in share])
         return {(one.weights, one.job): measured(one, more) for one in results} if self.workers.leads else {}
+
+
+def _texts_of(listing: Listing) -> Any:
+    """Returns what the text features of an evaluation are of: encoder, suffix, and by their names the prompts."""
+    made = next(iter(listing.weights.values()), {})
+    prompts = {job.text: job.made["prompt"] for job in listing.jobs}
+    return made.get("text_encoder"), made.get("settings", {}).get("prompt_suffix"), prompts
 
 
 def measured(result: Result, more: More) -> dict[str, float]:

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
 from mugv_ds.config.prepare_schema import PrepareConfig
 from mugv_ds.data.manifest import hash_csv
@@ -112,10 +113,14 @@ class Unit:
         return UnitRows(videos, clips, extras, pa.table(columns, schema=rows.COPY), self.read("fit"))
 
     def uncovered(self, step: str) -> list[str]:
-        """Returns the clips that the gate lets in and of which an extra step has no row, in order."""
-        gated = self.read("gate")
+        """Returns the clips that the gate lets in and of which an extra step has no row, in order.
+
+        Those of a video that no file has any more are not among them.
+        """
+        gated, clips = self.read("gate"), self.read("clips", ["clip", "video"])
+        there = clips.filter(pc.is_in(clips["video"], value_set=pa.array([*self.paths], pa.string())))
         seen = self.read(step, ["clip"])["clip"].to_pylist() if self.found(step) else []
-        return sorted({*gated.filter(gated["open"])["clip"].to_pylist()} - {*seen})
+        return sorted({*gated.filter(gated["open"])["clip"].to_pylist()} & {*there["clip"].to_pylist()} - {*seen})
 
 
 class Chain:
@@ -233,8 +238,15 @@ def fit_unit(job: Job) -> int:
     return unit.write("fit", fit_clips(unit.read("clips"), videos, unit.config.encode))
 
 
+def one_thread(device: str) -> None:
+    """Has a CPU compute in one thread: the last bits depend on how many there are, which Ray and machines decide."""
+    if device == "cpu":
+        torch.set_num_threads(1)
+
+
 def extra_unit(job: Job, device: str = "cpu") -> int:
     """Runs a costly step on the clips of a job; returns how many there are."""
+    one_thread(device)
     found = _score_of(job.unit, job.step, device)(list(_views(job)))
     return job.unit.write(job.step, pa.Table.from_pylist(found, SCHEMAS[job.step]), job.number)
 

@@ -17,7 +17,7 @@ from mugv_ds.models.rope import patch_grid
 from mugv_ds.models.text import load_text_encoder
 from mugv_ds.prepare import report, rows
 from mugv_ds.prepare.chain import EXTRAS, Unit
-from mugv_ds.prepare.encode import devices_of, latent_bytes, latent_shape
+from mugv_ds.prepare.encode import devices_of, facts_of, latent_bytes, latent_shape
 from mugv_ds.prepare.frames import read_frames
 from mugv_ds.prepare.manifest import read_manifest
 from mugv_ds.prepare.run import PER_UNIT, SHARDS, Preparation, of_text
@@ -30,7 +30,7 @@ from mugv_ds.prepare.views import ClipView
 from mugv_ds.prepare.whatif import Explanation, WhatIf, explain, what_if
 
 SETS = ("train", "val")
-_REPAIRED = ("crashed", "timed_out", "changed_while_reading")  # errors of videos that another attempt may not meet
+_REPAIRED = ("crashed", "timed_out", "changed_while_reading", "missing")  # which another attempt may not meet
 _STRIP = 8  # frames of a clip that is explained
 
 
@@ -149,18 +149,22 @@ def collect_garbage(preparation: Preparation) -> tuple[int, int]:
 
 
 def repair(preparation: Preparation) -> list[Path]:
-    """Removes fragments that are damaged, and those with videos or clips that another attempt may do; returns them.
-
-    A run then makes them anew.
+    """Removes fragments that are damaged or whose shards are, and those with videos or clips that another attempt may
+    do; returns them. A run then makes them anew. All shards are read.
     """
-    removed = []
+    removed, work = [], preparation.folders.work
     for unit in preparation.chain.units():
-        for step in unit.keys:
-            for path in unit.found(step):
-                if _is_bad(step, path):
-                    path.unlink()
-                    removed.append(path)
-    for path in (preparation.folders.work / "select").glob("*"):
+        bad = {step: [path for path in unit.found(step) if _is_bad(step, path)] for step in unit.keys}
+        if bad["videos"]:  # what follows from them has the same keys, and other rows
+            bad |= {step: unit.found(step) for step in ("clips", "fit", "gate")}
+        removed += [path for paths in bad.values() for path in paths]
+    for step in SHARDS:
+        paths = sorted((work / step).glob("u*.parquet"))
+        removed += [path for path in paths if _is_bad_shard(preparation.folders.out, path)]
+    for path in removed:
+        path.unlink()
+    decided = [*(work / "select").glob("*"), *(work / "dedup").glob("*.parquet"), *(work / "plan").glob("*.json")]
+    for path in decided:
         path.unlink()
     return removed
 
@@ -173,6 +177,23 @@ def _is_bad(step: str, path: Path) -> bool:
     if step == "videos":
         return bool(pc.any(pc.is_in(table["error"], pa.array(_REPAIRED))).as_py())
     return step in EXTRAS and table["error"].null_count < len(table)
+
+
+def _is_bad_shard(out: Path, path: Path) -> bool:
+    """Returns whether a fragment of encode or embed, or its shard, is damaged, or a clip of it met an error."""
+    try:
+        table = read_table(path)
+    except FragmentError:
+        return True
+    for row in table.group_by(["error", "shard", "bytes", "sha256"]).aggregate([]).to_pylist():
+        if row["shard"] is None:
+            if row["error"] != "withdrawn":
+                return True
+        elif not (out / row["shard"]).is_file() or facts_of(out / row["shard"]) != {
+            name: row[name] for name in ("bytes", "sha256")
+        }:
+            return True
+    return False
 
 
 def ask_what_if(preparation: Preparation, then: PrepareConfig) -> WhatIf:
@@ -196,7 +217,12 @@ def ask_why(preparation: Preparation, target: str) -> list[tuple[Explanation, np
     Raises:
         InputError: there is no such clip, video or path.
     """
-    look, found = _look(preparation), explain(target, preparation.unit_rows, preparation.selection())
+
+    def files() -> Iterator[UnitRows]:
+        yield from preparation.unit_rows()
+        yield preparation.chain.unreadable()
+
+    look, found = _look(preparation), explain(target, files, preparation.selection())
     units = {video: unit.number for unit in preparation.chain.units() for video in unit.videos}
     shown = []
     for one in found:

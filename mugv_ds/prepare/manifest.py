@@ -156,7 +156,7 @@ def write_manifest(out: Path, parts: Parts, config: PrepareConfig, about: Mappin
         "text_encoder": None if encoder is None else encoder.model_dump(mode="json"),
         "text_dtype": config.embed.dtype,
         "suffix": config.embed.suffix,
-        "counts": {name: counts.pop(name) for name in SETS} | {"left_out": dict(sorted(counts.items()))},
+        "counts": {name: counts.pop(name, 0) for name in SETS} | {"left_out": dict(sorted(counts.items()))},
         "buckets": {
             name: buckets[name].model_dump(mode="json") | {side: found[side] for side in SETS}
             for name, found in sorted(of_buckets.items())
@@ -187,9 +187,26 @@ def read_manifest(out: Path) -> dict[str, Any]:
             raise ValueError("a value has another type")
         return content
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: damaged ({str(error)[:200]}); run the step manifest again") from None
+        said = str(error) if isinstance(error, InputError) else f"{path}: damaged ({str(error)[:200]})"
+        raise InputError(f"{said}; run the step manifest again") from None
+
+
+def read_provenance(out: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
+    """Yields the rows of a set's provenance.parquet, with some of the columns of `PROVENANCE` or all.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    path = out / PROVENANCE_NAME
+    try:
+        with pq.ParquetFile(path) as file:
+            if not file.schema_arrow.equals(PROVENANCE):
+                raise ValueError("of another version")
+            for batch in file.iter_batches(_ROWS, columns=columns):
+                yield from batch.to_pylist()
+    except (OSError, ValueError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: damaged ({reason}); run the step manifest again") from None
 
 
 def write_preferences(out: Path) -> None:
@@ -242,7 +259,7 @@ def withdraw(
         How many samples were taken out, and the shards that held them.
 
     Raises:
-        InputError: the set has no manifest. SampleError: a shard is damaged.
+        InputError: the set has no manifest, or what it has is damaged. SampleError: a shard is damaged.
         OSError: the file system failed.
     """
     manifest, before = read_manifest(out), Withdrawn.read(out)
@@ -252,17 +269,16 @@ def withdraw(
     its_videos = set(asked.videos)  # also those of the licences, so that encoding needs only these
     with ExitStack() as stack:
         provenance = _ProvenanceFile(stack, out / PROVENANCE_NAME)
-        for batch in pq.ParquetFile(out / PROVENANCE_NAME).iter_batches(_ROWS):
-            for row in batch.to_pylist():
-                if not asked.holds(row):
-                    provenance.write(row)
-                    continue
-                samples.add(row["sample"])
-                its_videos.add(row["video"])
-                manifest["counts"][row["set"]] -= 1
-                manifest["buckets"][row["bucket"]][row["set"]] -= 1
-                for shard in (row["latent_shard"], row["text_shard"]):
-                    gone.setdefault(shard, set()).add(row["clip"])
+        for row in read_provenance(out):
+            if not asked.holds(row):
+                provenance.write(row)
+                continue
+            samples.add(row["sample"])
+            its_videos.add(row["video"])
+            manifest["counts"][row["set"]] -= 1
+            manifest["buckets"][row["bucket"]][row["set"]] -= 1
+            for shard in (row["latent_shard"], row["text_shard"]):
+                gone.setdefault(shard, set()).add(row["clip"])
         provenance.finish()
         for name in SETS:
             file = _CsvFile(stack, out / f"{name}.csv")
@@ -523,6 +539,7 @@ class _ProvenanceFile:
     def __init__(self, stack: ExitStack, path: Path) -> None:
         stream = stack.enter_context(write_atomically(path))
         self._writer = pq.ParquetWriter(stream, PROVENANCE, compression="zstd", store_schema=False)
+        stack.callback(self._writer.close)  # before the stream, also where it is not finished
         self._rows: list[Row] = []
 
     def write(self, row: Row) -> None:

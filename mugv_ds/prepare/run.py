@@ -24,14 +24,14 @@ from mugv_ds.config.errors import ConfigError, InputError
 from mugv_ds.config.prepare_schema import EmbedSection, PrepareConfig
 from mugv_ds.config.text_encoder import read_text_encoder
 from mugv_ds.data.progress import Progress
-from mugv_ds.files.atomic import write_atomically
+from mugv_ds.files.atomic import HALF, write_atomically
 from mugv_ds.models.compile import compile_video_vae
 from mugv_ds.models.text import load_text_encoder, read_text_encoder_info
 from mugv_ds.models.videovae import VideoVAE
 from mugv_ds.prepare import chain as units_of_work
 from mugv_ds.prepare import rows
 from mugv_ds.prepare.caption import check_given
-from mugv_ds.prepare.chain import EXTRAS, Chain, Folders, Job
+from mugv_ds.prepare.chain import EXTRAS, Chain, Folders, Job, one_thread
 from mugv_ds.prepare.dedup import DedupRows, find_pairs
 from mugv_ds.prepare.embed import (
     NULL_TEXT_PATH,
@@ -123,6 +123,7 @@ _makers: dict[tuple[str, str, str], Callable[[Any], pa.Table]] = {}  # of this p
 
 def make_shard(job: ShardJob, device: str) -> int:
     """Makes a shard and then its fragment; returns the number of clips."""
+    one_thread(device)
     name = (job.step, device, job.config.model_dump_json())
     if name not in _makers:
         config, folders = job.config, job.folders
@@ -216,7 +217,8 @@ class Preparation:
         """Removes what a killed run left half-written; nobody else is at work here."""
         for folder in (self.folders.work, self.folders.out):
             for path in folder.rglob("*.tmp"):
-                path.unlink(missing_ok=True)
+                if HALF.fullmatch(path.name):  # somebody else's may lie there too
+                    path.unlink(missing_ok=True)
 
     def _write_marker(self) -> None:
         text = json.dumps({"config": self.config.model_dump(mode="json")}, indent=1, sort_keys=True)
@@ -270,7 +272,7 @@ class Preparation:
         for unit in self.chain.units():
             paths = {video: source.path for video, source in unit.paths.items()}
             clips = unit.read("clips", ("clip", "video", "reason")).to_pylist()
-            yield from ((row["clip"] or "", paths[row["video"]]) for row in clips)
+            yield from ((row["clip"] or "", paths.get(row["video"], "")) for row in clips)
             yield from (("", source.path) for source in unit.sources)
 
     def _on_cpus(self, step: str, function: Callable[[Job], int], jobs: list[Job]) -> str:
@@ -431,7 +433,8 @@ class Preparation:
             if not pc.any(pc.is_in(part["clip"], value_set=accepted)).as_py():
                 continue
             if step == "encode":
-                unit = unit_of(part, self.read, config.encode, Withdrawn.read(self.folders.out).videos)
+                withdrawn = Withdrawn.read(self.folders.out).videos
+                unit = unit_of(part, self.read, config.encode, withdrawn, lambda number: self.chain.unit(number).paths)
                 yield unit.key(made_by, config.encode), unit
             else:
                 unit = text_unit_of(part, self.read)

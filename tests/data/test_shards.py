@@ -81,6 +81,7 @@ def test_an_entry_says_all_that_a_reader_needs(tmp_path):
         ({"a": [1.0]}, "#a: .* tensors"),
         ({"": torch.zeros(3)}, "'' cannot be the key"),
         ({"a#b": torch.zeros(3)}, "'a#b' cannot be the key"),
+        ({"__metadata__": torch.zeros(3)}, "'__metadata__' cannot be the key"),
         ({"a\nb": torch.zeros(3)}, r"'a\\nb' cannot be the key"),
         ({"a" * 201: torch.zeros(3)}, "cannot be the key"),
     ],

@@ -33,7 +33,8 @@ def data(tmp_path_factory) -> Path:
     LinearCodec().save(root / "codec.safetensors")
     header, *rows = csv.reader((root / "held_out.csv").open())
     with (root / "held_out.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([[*header, "caption"], *([*row, text] for row, text in zip(rows, CAPTIONS, strict=True))])
+        captioned = [[*row, caption] for row, caption in zip(rows, CAPTIONS, strict=True)]
+        csv.writer(file).writerows([[*header, "caption"], *captioned])
     for name in ("train.csv", "held_out.csv"):
         open_index(root / name)
     return root

@@ -165,6 +165,17 @@ def test_a_changed_setting_is_done_anew_and_nothing_old_is_taken_for_it(toy, don
     assert all(one.latent is not None for one in read_results(out))
 
 
+def test_text_features_of_other_texts_are_not_taken(toy, done, tmp_path):
+    """The list's names are the same, its texts are not."""
+    out = tmp_path / "out"
+    shutil.copytree(done, out)
+    (tmp_path / "list.csv").write_text("prompt\nA red circle moving left!\ngreen\n")
+    arguments = ["--prompts", str(tmp_path / "list.csv")]
+    assert main([*command(toy, out, weights=("a",)), *arguments]) == 0
+    results = read_results(out)
+    assert [one.job for one in results] == NAMES and all(one.text_features is None for one in results)
+
+
 def test_weights_that_have_changed_are_sampled_anew_and_others_are_not(toy, done, tmp_path):
     out, weights = tmp_path / "out", tmp_path / "toy"
     shutil.copytree(done, out)

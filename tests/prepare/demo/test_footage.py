@@ -44,7 +44,7 @@ def test_the_folder_is_what_the_table_says(folder):
     assert {path.name for path in folder.iterdir()} == {*SOURCES, "sources.csv"}
     assert sum(path.stat().st_size for path in folder.iterdir()) < 10 << 20
     rows = list(csv.DictReader((folder / "sources.csv").open()))
-    assert [(row["path"], row["allowed"]) for row in rows] == [("unlicensed.mp4", "no"), ("*", "yes")]
+    assert [(row["path"], row["allowed"]) for row in rows] == [("unlicensed.mp4", ""), ("*", "yes")]
     Screening.read(PrepareConfig.model_validate({"screen": {"sources": str(folder / "sources.csv")}}).screen)
 
 
