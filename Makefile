@@ -110,7 +110,7 @@ sample: install  ## Sample videos from WEIGHTS to OUT, decoded by CODEC, of text
 	$(BIN)/python tools/sample.py --weights $(WEIGHTS) --codec $(CODEC) --text-encoder $(TEXT) $(SAMPLE) --out $(OUT)
 
 # PRESET=debug evaluates the demo's SFT and DPO weights, as they are in the runs' checkpoints, on its sideways prompts.
-EVAL ?= $(if $(filter debug,$(PRESET)),--frames 16 --height 48 --width 48 --fps 8 --output-fps 8 --shift 1.0 --guidance 1 --batch 8 --repeat 3)
+EVAL ?= $(if $(filter debug,$(PRESET)),--frames 16 --height 48 --width 48 --fps 8 --output-fps 8 --shift 1.0 --guidance 1 --batch 8 --repeat 3 --keep-latents)
 DEBUG_RUNS := sft dpo
 eval: install  ## Compare WEIGHTS="name=path …" by videos of PROMPTS (a file) in OUT, with the options EVAL (PRESET=debug: the demo's SFT and DPO)
 ifeq ($(PRESET),debug)
@@ -180,9 +180,15 @@ verify-data: install  ## Verify the training set DATA (train.csv or val.csv), de
 	$(BIN)/python tools/verify_dataset.py $(DATA) $(if $(VIDEOS),--videos $(VIDEOS) --codec $(CODEC))
 
 # Two or more weights of one evaluation. COMPARE adds options of `tools/compare.py build`, such as --questions overall.
+# PRESET=debug compares what `make eval PRESET=debug` made.
 .PHONY: compare
+ifeq ($(PRESET),debug)
+compare: A ?= evaluations/debug/sft
+compare: B ?= evaluations/debug/dpo
+compare: OUT ?= runs/debug/compare
+endif
 compare: install  ## Vote blindly between the evaluated weights A, B (and C) in the browser, kept in OUT (default: runs/compare)
-	@test -n "$(A)" -a -n "$(B)" || { echo "usage: make compare A=runs/eval/sft B=runs/eval/dpo [C=…] [OUT=runs/compare]"; exit 2; }
+	@test -n "$(A)" -a -n "$(B)" || { echo "usage: make compare A=evaluations/x/sft B=evaluations/x/dpo [C=…] [OUT=runs/compare]"; exit 2; }
 	$(BIN)/python tools/compare.py build $(A) $(B) $(C) --out $(or $(OUT),runs/compare) $(COMPARE)
 	$(BIN)/python tools/compare.py serve $(or $(OUT),runs/compare)
 

@@ -1,6 +1,6 @@
 """Compares weights blindly: a page of their videos side by side, the votes, a report, and training sets of the votes.
 
-tools/compare.py build runs/eval/sft runs/eval/dpo --out runs/compare
+tools/compare.py build evaluations/may/sft evaluations/may/dpo --out runs/compare
 tools/compare.py serve runs/compare                    people vote in the browser; Ctrl-C ends it with the report
 tools/compare.py import runs/compare votes-ana.json    or send them runs/compare/page and import what they export
 tools/compare.py report runs/compare
@@ -99,7 +99,7 @@ def _named(given: Sequence[str], results: Path | None) -> tuple[Path, list[str]]
     folders = {Path(name).parent for name in given}
     if len(folders) > 1 or not all(Path(name).is_dir() for name in given):
         raise InputError(
-            f"{', '.join(given)}: name folders of weights in one evaluation, such as runs/eval/sft, or give --results"
+            f"{', '.join(given)}: name folders of weights in one evaluation, such as evaluations/may/sft, or give --results"
         )
     return folders.pop(), [Path(name).name for name in given]
 

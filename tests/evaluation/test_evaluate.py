@@ -16,6 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mugv_ds.config.text_encoder import read_text_encoder
+from mugv_ds.data.manifest import open_index
+from mugv_ds.data.pairs import labels, pairs
 from mugv_ds.data.video import read_mp4
 from mugv_ds.evaluation.results import read_results
 from mugv_ds.models import DiTConfig
@@ -23,6 +25,8 @@ from mugv_ds.models.codec import LinearCodec
 from mugv_ds.sampling import stages
 from tests.helpers.distributed import run_ranks
 from tests.helpers.published import toy_dit, write_dit
+from tests.helpers.voting import ballot, build, cast, prefer
+from tools.compare import main as compare
 from tools.evaluate import main
 
 ROOT = Path(__file__).parents[2]
@@ -295,3 +299,21 @@ def test_a_damaged_video_is_named(toy, done, tmp_path, capsys):
     video.unlink()
     assert main(command(toy, out)) == 0
     assert video.read_bytes() == (done / f"b/{NAMES[2]}.mp4").read_bytes()
+
+
+def test_what_is_left_can_be_compared_blindly_and_its_votes_train(done, tmp_path):
+    comparison = build(done, tmp_path / "out", "a", "b")
+    assert len(comparison.items) == 4 and sum(item.image is not None for item in comparison.items) == 2
+    first, *others = comparison.items
+    cast(tmp_path / "out", ballot(comparison, "Ana", lambda item: "both_good" if item == first else prefer("b")(item)))
+    assert compare(["report", str(tmp_path / "out")]) == 0
+    index = open_index(tmp_path / "out/preferences/pairs.csv")
+    assert [index.row(int(better)).latent_path for better, _ in pairs(index)] == [
+        f"latents/b/{item.job}.pt" for item in others
+    ]
+    assert index.shapes().tolist() == [[2, 2, 3]] * 6 and index.row(0).fps == 30.0
+    kto = open_index(tmp_path / "out/preferences/labels.csv")
+    assert labels(kto).tolist() == [True, True]
+    features = tmp_path / "out/preferences" / index.row(0).text_feat_path
+    assert {"y", "mask"} == set(torch.load(features, weights_only=True))
+    assert (tmp_path / "out/preferences/text_encoder.json").is_file()
