@@ -118,6 +118,7 @@ def change(args: argparse.Namespace, preparation: Preparation) -> int:
         if not args.video and not args.licence:
             raise InputError("withdraw: give --video PATH or SHA-256, or --licence NAME")
         ids = [video for name in args.video for video in inspect.videos_called(preparation, name)]
+        ids += inspect.videos_of(preparation, args.licence)
         samples, shards = withdraw(args.out, ids, args.licence, purge=args.purge, work=args.work)
         say(f"{samples:,} samples taken out; {'rewritten' if args.purge else 'they lie in'}: {', '.join(shards)}")
     return Status.DONE

@@ -144,7 +144,9 @@ class Chain:
         files = (config.screen.sources, config.screen.blocklist)
         self.screening_hash = digest([file and hash_csv(Path(file)) for file in files])
         self._weights = {name: EXTRAS[name].weights(config) for name in EXTRAS if name not in self.skipped}
-        self._weights["videos"] = probe.weights(config)
+        self._weights[probe.STEP.name] = probe.weights(config)
+        steps = (probe.STEP, scores.STEP, FIT_STEP, GATE_STEP, *(module.STEP for module in EXTRAS.values()))
+        self._values = {step: step.values(config) for step in steps}
 
     @property
     def extras(self) -> tuple[str, ...]:
@@ -153,23 +155,26 @@ class Chain:
 
     def unit(self, number: int) -> Unit:
         """Returns a unit with its keys."""
-        config, weights, videos = self.config, self._weights, self.scan.videos(number)
-        probed = probe.STEP.key(config, videos, weights["videos"])
-        cut = scores.STEP.key(config, [probed])
-        fitted = FIT_STEP.key(config, [cut])
-        keys = {
-            "videos": probed,
-            "clips": cut,
-            "fit": fitted,
-            "gate": GATE_STEP.key(config, [cut, fitted], self.screening_hash),
-        }
+        videos, keys = self.scan.videos(number), {}
+        unit = Unit(self.config, self.folders, number, tuple(videos), tuple(self.scan.sources(number)), keys)
+        paths = {video: source.path for video, source in unit.paths.items()}
+        keys["videos"] = self._key(probe.STEP, videos)
+        if len(paths) < len(videos) and not unit.found("videos"):
+            # What is not there now is probed when it is; what was probed before it went stays.
+            keys["videos"] = self._key(probe.STEP, [video if video in paths else f"no {video}" for video in videos])
+        keys["clips"] = self._key(scores.STEP, [keys["videos"]])
+        keys["fit"] = self._key(FIT_STEP, [keys["clips"]])
+        # A file that has moved may be one that the table of sources allows.
+        keys["gate"] = self._key(GATE_STEP, [keys["clips"], keys["fit"], self.screening_hash, digest(paths)])
         # A clip's id stands for its pixels, so what is known of it stays, whatever clips there are beside it.
-        keys |= {name: EXTRAS[name].STEP.key(config, weights=weights[name]) for name in self.extras if name != "tags"}
-        unit = Unit(config, self.folders, number, tuple(videos), tuple(self.scan.sources(number)), keys)
+        keys |= {name: self._key(EXTRAS[name].STEP) for name in self.extras if name != "tags"}
         if "tags" in self.extras:  # which follow from captions, and these may be added to
             captions = [path.name for path in unit.found("caption")] if "caption" in keys else []
-            keys["tags"] = tags.STEP.key(config, captions, weights["tags"])
+            keys["tags"] = self._key(tags.STEP, captions)
         return unit
+
+    def _key(self, step: Step, reads: Sequence[str] = ()) -> str:
+        return step.key_of(self._values[step], reads, self._weights.get(step.name, ""))
 
     def units(self) -> Iterator[Unit]:
         """Yields all units, in order."""

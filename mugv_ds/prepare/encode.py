@@ -185,10 +185,21 @@ class EncodeUnit:
         """Returns the shard's path, relative to the folder of the set."""
         return f"latents/{self.bucket.name}/u{self.number:06d}.safetensors"
 
-    def key(self, weights: str, section: EncodeSection) -> str:
-        """Returns the key of the fragment; a clip's id stands for its pixels. weights: fingerprint of the codec."""
-        clips = [shot.clip for shot in self.shots]
-        return digest("encode", ENCODE_VERSION, weights, section.dtype, self.bucket.model_dump(mode="json"), clips)
+
+def encode_key(rows: pa.Table, weights: str, section: EncodeSection) -> str:
+    """Returns the key of the fragment of a unit; a clip's id stands for its pixels.
+
+    Args:
+        rows: of `ENCODE_PLAN`, those of the unit. weights: fingerprint of the codec.
+    """
+    bucket, clips = bucket_of(rows, section), rows["clip"].to_pylist()
+    return digest("encode", ENCODE_VERSION, weights, section.dtype, bucket.model_dump(mode="json"), clips)
+
+
+def bucket_of(rows: pa.Table, section: EncodeSection) -> BucketSection:
+    """Returns the bucket of a unit of the plan."""
+    name = rows["bucket"][0].as_py()
+    return next(bucket for bucket in section.buckets if bucket.name == name)
 
 
 def units_in(plan: pa.Table) -> Iterator[tuple[int, pa.Table]]:
@@ -234,8 +245,7 @@ def unit_of(
             found[clip["clip"]] = Shot(clip["clip"], path, tuple(pts[clip["clip"]]), crop, error, source)
     ids = rows["clip"].to_pylist()
     shots = [found.get(clip) or Shot(clip, "", (), Crop(), "is no clip any more") for clip in ids]
-    bucket = next(bucket for bucket in section.buckets if bucket.name == name)
-    return EncodeUnit(rows["unit"][0].as_py(), bucket, tuple(shots))
+    return EncodeUnit(rows["unit"][0].as_py(), bucket_of(rows, section), tuple(shots))
 
 
 class Encoder:

@@ -1,6 +1,6 @@
 """What people ask of a preparation: is the set right, why is a clip out, what would other bounds do, what is stale."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +31,7 @@ from mugv_ds.prepare.whatif import Explanation, WhatIf, explain, what_if
 
 SETS = ("train", "val")
 _REPAIRED = ("crashed", "timed_out", "changed_while_reading", "missing")  # which another attempt may not meet
+_FINAL = (None, "withdrawn", "no caption", "is no clip any more")  # of clips in shards: nothing changes them
 _STRIP = 8  # frames of a clip that is explained
 
 
@@ -186,12 +187,10 @@ def _is_bad_shard(out: Path, path: Path) -> bool:
     except FragmentError:
         return True
     for row in table.group_by(["error", "shard", "bytes", "sha256"]).aggregate([]).to_pylist():
-        if row["shard"] is None:
-            if row["error"] != "withdrawn":
-                return True
-        elif not (out / row["shard"]).is_file() or facts_of(out / row["shard"]) != {
-            name: row[name] for name in ("bytes", "sha256")
-        }:
+        if row["error"] not in _FINAL:
+            return True
+        shard = row["shard"] and out / row["shard"]
+        if shard and (not shard.is_file() or facts_of(shard) != {name: row[name] for name in ("bytes", "sha256")}):
             return True
     return False
 
@@ -285,13 +284,21 @@ def _bucket(bucket: BucketSection, counts: dict[str, Any], config: PrepareConfig
 
 def _caption_tokens(preparation: Preparation) -> np.ndarray | None:
     """Returns how many captions have each number of tokens before they are cut, int64 [tokens]."""
-    lengths = [
-        tokens + (cut or 0)
-        for table in preparation.shard_rows("embed")
-        for tokens, cut in zip(table["tokens"].to_pylist(), table["cut"].to_pylist(), strict=True)
-        if tokens is not None
-    ]
-    return np.bincount(lengths) if lengths else None
+    counts = np.zeros(0, np.int64)
+    for table in preparation.shard_rows("embed"):
+        lengths = pc.add(table["tokens"], pc.fill_null(table["cut"], 0)).drop_null().to_numpy()
+        more = np.bincount(lengths, minlength=len(counts))
+        more[: len(counts)] += counts
+        counts = more
+    return counts if len(counts) else None
+
+
+def videos_of(preparation: Preparation, licences: Collection[str]) -> list[str]:
+    """Returns the SHA-256 of the videos that the table of sources puts under some licences, in the set or not."""
+    chain = preparation.chain
+    files = zip(*(chain.scan.files[name].to_pylist() for name in ("path", "video")), strict=True)
+    rows = ((video, chain.screening.sources.of(path)) for path, video in files if video and licences)
+    return sorted({video for video, source in rows if source is not None and source.licence in licences})
 
 
 def videos_called(preparation: Preparation, name: str) -> list[str]:
@@ -300,10 +307,10 @@ def videos_called(preparation: Preparation, name: str) -> list[str]:
     Raises:
         InputError: no file of the last scan has this path or content.
     """
-    for unit in preparation.chain.units():
-        for source in unit.sources:
-            if name in (source.path, source.video):
-                return [source.video]
-        if name in unit.videos:
-            return [name]
+    found = preparation.chain.scan
+    videos = found.files.filter(pc.equal(found.files["path"], name))["video"].drop_null().to_pylist()
+    if not videos and pc.is_in(pa.scalar(name), value_set=found.seen).as_py():
+        videos = [name]
+    if videos:
+        return videos
     raise InputError(f"{name!r}: no video of the last scan has this path or SHA-256")

@@ -50,6 +50,7 @@ SCORES = {
 }  # step → scores that provenance.parquet keeps
 
 _FORMAT = 1
+_PREFERENCES = tuple(f"{kind}{suffix}.csv" for kind in ("labels", "pairs") for suffix in ("", "_val"))
 _OF_PARTS = {
     "select": ("video", "path", "licence", "origin", "accepted", "composite", "weight", "group"),
     "clips": ("first_pts", "last_pts", *(f"crop_{side}" for side in SIDES)),
@@ -209,6 +210,33 @@ def read_provenance(out: Path, columns: Sequence[str] | None = None) -> Iterator
         raise InputError(f"{path}: damaged ({reason}); run the step manifest again") from None
 
 
+def forget_overwritten(out: Path, step: str, keys: Mapping[int, str]) -> bool:
+    """Removes MANIFEST.json and the CSVs before shards that they name become others; returns whether it did.
+
+    Else a run that ends in between would leave CSVs that lead a training to latents of two codecs.
+
+    Args:
+        step: encode or embed. keys: unit → key of what is to be made.
+    """
+    if not any((out / name).exists() for name in (MANIFEST_NAME, *(f"{name}.csv" for name in SETS))):
+        return False
+    try:
+        shards = read_manifest(out)["shards"]
+        of_step = [facts for name, facts in shards.items() if step_of(name) == step]
+        if all(keys.get(facts["unit"], facts["key"]) == facts["key"] for facts in of_step):
+            return False
+    except InputError:  # it was being removed, or is damaged: nothing tells what the CSVs name
+        pass
+    for name in (MANIFEST_NAME, *(f"{name}.csv" for name in SETS), *_PREFERENCES):
+        (out / name).unlink(missing_ok=True)
+    return True
+
+
+def step_of(shard: str) -> str:
+    """Returns the step that makes a shard, by its path."""
+    return "encode" if shard.startswith("latents/") else "embed"
+
+
 def write_preferences(out: Path) -> None:
     """Writes labels.csv, labels_val.csv, pairs.csv and pairs_val.csv of the rows of train.csv and val.csv, where there
     are any: the trainer takes sets whose rows are all labelled, or all of whole pairs of one shape.
@@ -253,7 +281,8 @@ def withdraw(
 
     Args:
         out: folder of the set. videos: ids. licences: as in the table of sources.
-        purge: also rewrite the shards that hold them. work: the working folder, whose fragments name the shards' bytes.
+        purge: also rewrite the shards that hold them. work: the working folder, whose fragments name the shards' bytes,
+            and clips in the shards that were rejected after they were encoded.
 
     Returns:
         How many samples were taken out, and the shards that held them.
@@ -267,27 +296,27 @@ def withdraw(
     gone: dict[str, set[str]] = {}  # shard → clips
     samples: set[str] = set()
     its_videos = set(asked.videos)  # also those of the licences, so that encoding needs only these
-    with ExitStack() as stack:
-        provenance = _ProvenanceFile(stack, out / PROVENANCE_NAME)
-        for row in read_provenance(out):
-            if not asked.holds(row):
-                provenance.write(row)
-                continue
+    for row in read_provenance(out):
+        if asked.holds(row):
             samples.add(row["sample"])
             its_videos.add(row["video"])
             manifest["counts"][row["set"]] -= 1
             manifest["buckets"][row["bucket"]][row["set"]] -= 1
             for shard in (row["latent_shard"], row["text_shard"]):
                 gone.setdefault(shard, set()).add(row["clip"])
-        provenance.finish()
+    # In this order the same command goes on wherever it was ended: what is to go is known until nothing of it is left.
+    Withdrawn(before.videos | its_videos, before.licences | asked.licences).write(out)
+    with ExitStack() as stack:
         for name in SETS:
             file = _CsvFile(stack, out / f"{name}.csv")
             for row in read_rows(out / f"{name}.csv"):
                 if row["sample_id"] not in samples:
                     file.write(row)
     write_preferences(out)
-    Withdrawn(before.videos | its_videos, before.licences | asked.licences).write(out)
     if purge:
+        if work is not None:
+            for shard, clips in _also_stored(work, manifest["shards"], its_videos):
+                gone.setdefault(shard, set()).update(clips)
         for shard, clips in sorted(gone.items()):
             facts = _purge(out, shard, clips)
             manifest["shards"][shard] |= facts
@@ -295,6 +324,12 @@ def withdraw(
                 _purge_fragment(work, shard, manifest["shards"][shard], clips)
         for shard in [name for name, facts in manifest["shards"].items() if not facts["bytes"]]:
             del manifest["shards"][shard]
+    with ExitStack() as stack:
+        provenance = _ProvenanceFile(stack, out / PROVENANCE_NAME)
+        for row in read_provenance(out):
+            if not asked.holds(row):
+                provenance.write(row)
+        provenance.finish()
     manifest["buckets"] = {
         name: facts for name, facts in manifest["buckets"].items() if any(facts[side] for side in SETS)
     }
@@ -304,8 +339,23 @@ def withdraw(
     return len(samples), sorted(gone)
 
 
+def _also_stored(work: Path, shards: Mapping[str, Row], videos: set[str]) -> Iterator[tuple[str, set[str]]]:
+    """Yields the shards that hold clips of some videos, with these, whether they are in the set or not."""
+    wanted = pa.array(sorted(videos), pa.string())
+    tables = (read_table(path, ["clip", "video"]) for path in sorted((work / "clips").glob("*.parquet")))
+    theirs = {clip for table in tables for clip in table.filter(pc.is_in(table["video"], wanted))["clip"].to_pylist()}
+    for shard, facts in shards.items():
+        path = Fragments(work / step_of(shard)).path(facts["unit"], facts["key"])
+        if path.exists():
+            table = read_table(path, ["clip", "shard"])
+            if held := theirs.intersection(table.filter(pc.is_valid(table["shard"]))["clip"].to_pylist()):
+                yield shard, held
+
+
 def _purge(out: Path, shard: str, clips: set[str]) -> Row:
     """Rewrites a shard without some clips; returns its bytes and SHA-256, both empty where nothing is left."""
+    if not (out / shard).exists():  # it was purged, and then the command was ended
+        return {"bytes": 0, "sha256": ""}
     with open_file(out / shard) as blob:
         header: dict[str, Entry] = read_header(blob)
         kept = {key: read_tensor(blob, key, entry) for key, entry in header.items() if key not in clips}
@@ -318,7 +368,7 @@ def _purge(out: Path, shard: str, clips: set[str]) -> Row:
 
 def _purge_fragment(work: Path, shard: str, facts: Row, clips: set[str]) -> None:
     """Has the fragment of a purged shard say so, as the shard would otherwise be made anew, or look damaged."""
-    step = "encode" if shard.startswith("latents/") else "embed"
+    step = step_of(shard)
     fragments = Fragments(work / step)
     path = fragments.path(facts["unit"], facts["key"])
     if not path.exists():
@@ -480,7 +530,8 @@ def _joined(tables: Sequence[pa.Table], clips: pa.ChunkedArray) -> pa.Table:
 def _split(parts: Parts, share: float) -> Callable[[str], bool]:
     """Returns what tells whether a video is held out: by the hash of the first video that it belongs together with.
 
-    So a video stays on its side when others come. Of a set that would have one side alone, one video is moved.
+    First is the one that was found earliest, so a video stays on its side when others come, unless they join two that
+    were apart. Of a set that would have one side alone, one video is moved.
     """
     labelled: dict[str, str] = {}  # pair → its first clip
     pairs = list(parts.together)
@@ -488,21 +539,24 @@ def _split(parts: Parts, share: float) -> Callable[[str], bool]:
         pairs.append((labelled.setdefault(label["pair_id"], label["clip"]), label["clip"]))
     linked = pa.array({clip for pair in pairs for clip in pair}, pa.string())
     video_of: dict[str, str] = {}
+    found: dict[str, int] = {}  # video → unit of videos; new ones make new units
     for part in range(parts.videos):
         table = parts.read("select", part, ("clip", "video"))
         table = table.filter(pc.is_in(table["clip"], linked))
         video_of |= zip(table["clip"].to_pylist(), table["video"].to_pylist(), strict=True)
+        found |= dict.fromkeys(table["video"].to_pylist(), part)
     first: dict[str, str] = {}
 
     def root(video: str) -> str:
         while (earlier := first.get(video, video)) != video:
-            video = earlier
+            first[video] = first.get(earlier, earlier)  # half the way for who comes next
+            video = first[video]
         return video
 
     for a, b in pairs:
         if a in video_of and b in video_of:
-            low, high = sorted((root(video_of[a]), root(video_of[b])))
-            first[high] = low
+            early, late = sorted((root(video_of[a]), root(video_of[b])), key=lambda video: (found[video], video))
+            first[late] = early
 
     def place(video: str) -> float:
         return int.from_bytes(hashlib.blake2b(f"val {root(video)}".encode(), digest_size=8).digest()) / 2**64
@@ -560,8 +614,7 @@ class _ProvenanceFile:
 
 def _files_of(out: Path) -> dict[str, Row]:
     """Returns bytes and SHA-256 of what a set has beside its shards."""
-    names = [f"{kind}{suffix}.csv" for kind in ("labels", "pairs") for suffix in ("", "_val")]
-    names += [*(f"{name}.csv" for name in SETS), PROVENANCE_NAME, TEXT_ENCODER_NAME, NULL_TEXT_PATH]
+    names = [*_PREFERENCES, *(f"{name}.csv" for name in SETS), PROVENANCE_NAME, TEXT_ENCODER_NAME, NULL_TEXT_PATH]
     return {name: facts_of(out / name) for name in sorted(names) if (out / name).exists()}
 
 

@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -23,6 +23,7 @@ import torch
 from mugv_ds.config.errors import ConfigError, InputError
 from mugv_ds.config.prepare_schema import EmbedSection, PrepareConfig
 from mugv_ds.config.text_encoder import read_text_encoder
+from mugv_ds.data.manifest import read_records
 from mugv_ds.data.progress import Progress
 from mugv_ds.files.atomic import HALF, write_atomically
 from mugv_ds.models.compile import compile_video_vae
@@ -42,10 +43,21 @@ from mugv_ds.prepare.embed import (
     text_unit_of,
     write_null_text,
 )
-from mugv_ds.prepare.encode import Codec, Encoder, EncodeUnit, check_room, devices_of, extend_plan, unit_of, units_in
+from mugv_ds.prepare.encode import (
+    Codec,
+    Encoder,
+    EncodeUnit,
+    bucket_of,
+    check_room,
+    devices_of,
+    encode_key,
+    extend_plan,
+    unit_of,
+    units_in,
+)
 from mugv_ds.prepare.executors import Crashed, Executor, refuse_crashed
 from mugv_ds.prepare.labels import Labels, read_labels
-from mugv_ds.prepare.manifest import Parts, Withdrawn, write_manifest
+from mugv_ds.prepare.manifest import Parts, Withdrawn, forget_overwritten, write_manifest
 from mugv_ds.prepare.scan import Scan, read_scan, scan
 from mugv_ds.prepare.select import Selection, UnitRows, check_bounds, gate
 from mugv_ds.prepare.units import Fragments, Step, digest, read_table, write_table
@@ -367,7 +379,8 @@ class Preparation:
             steps = ("clips", "fit", *self.chain.extras)
             found = [digest([path.name for step in steps for path in unit.found(step)]) for unit in self.chain.units()]
             sources = digest([self.chain.scan.files["path"].to_pylist(), self.chain.scan.files["video"].to_pylist()])
-            return SELECT_STEP.key(self.config, [*found, sources, self._pairs_path.name, self.chain.screening_hash])
+            also = [sources, self._pairs_path.name, self.chain.screening_hash, digest(self.chain.extras)]
+            return SELECT_STEP.key(self.config, [*found, *also])
 
         return self._same("select", make)
 
@@ -423,22 +436,21 @@ class Preparation:
             fits = self.chain.unit(number).read("fit")
             yield number, fits.filter(pc.is_in(fits["clip"], value_set=clips))
 
-    def _shard_units(self, step: str) -> Iterator[tuple[str, EncodeUnit | EmbedUnit]]:
-        """Yields key and unit of every shard of which a clip is accepted."""
+    def _planned(self, step: str) -> Iterator[tuple[int, pa.Table]]:
+        """Yields the number and the rows of the plan of every shard of which a clip is accepted."""
         plan = self._same(f"plan of {step}", lambda: self._plan(step))
+        if step == "encode":  # a bucket that the config has no more keeps its place in the plan
+            plan = plan.filter(pc.is_in(plan["bucket"], pa.array([one.name for one in self.config.encode.buckets])))
         accepted = pa.concat_arrays([pa.array([], pa.string()), *(clips for _, clips in self._accepted())])
-        config = self.config
+        # One look-up of all: each makes a table of what is accepted, which takes a second for 12 M clips.
+        wanted = pc.unique(plan["unit"].filter(pc.is_in(plan["clip"], value_set=accepted)))
+        return units_in(plan.filter(pc.is_in(plan["unit"], value_set=wanted)))
+
+    def _key_of(self, step: str, part: pa.Table) -> str:
         made_by = self._same(f"weights of {step}", lambda: self._made_by(step))
-        for _, part in units_in(plan):
-            if not pc.any(pc.is_in(part["clip"], value_set=accepted)).as_py():
-                continue
-            if step == "encode":
-                withdrawn = Withdrawn.read(self.folders.out).videos
-                unit = unit_of(part, self.read, config.encode, withdrawn, lambda number: self.chain.unit(number).paths)
-                yield unit.key(made_by, config.encode), unit
-            else:
-                unit = text_unit_of(part, self.read)
-                yield unit.key(made_by, config.embed), unit
+        if step == "encode":
+            return encode_key(part, made_by, self.config.encode)
+        return text_unit_of(part, self.read).key(made_by, self.config.embed)
 
     def _made_by(self, step: str) -> Any:
         if step == "encode":
@@ -446,15 +458,34 @@ class Preparation:
         return read_text_encoder_info(self.config.embed.text_encoder, **of_text(self.config.embed))
 
     def _shard_keys(self, step: str) -> dict[int, str]:
-        return self._same(f"keys of {step}", lambda: {unit.number: key for key, unit in self._shard_units(step)})
+        def make() -> dict[int, str]:
+            return {number: self._key_of(step, part) for number, part in self._planned(step)}
+
+        return self._same(f"keys of {step}", make)
 
     def _shards(self, step: str, device: str) -> str:
-        fragments = Fragments(self.folders.work / step)
-        missing = [(key, unit) for key, unit in self._shard_units(step) if not fragments.find(unit.number, key)]
+        fragments, keys = Fragments(self.folders.work / step), self._shard_keys(step)
+        missing = {number: key for number, key in keys.items() if not fragments.find(number, key)}
+        parts = [part for number, part in self._planned(step) if number in missing]
         if step == "encode":
-            check_room(((unit.bucket, len(unit.shots)) for _, unit in missing), self.config.encode, self.folders.out)
-        jobs = [ShardJob(step, unit, key, self.config, self.folders, self.loaders.codec) for key, unit in missing]
-        return self._gather(step, self._executor.on_devices(make_shard, jobs, devices_of(device)), len(jobs))
+            section = self.config.encode
+            check_room(((bucket_of(part, section), len(part)) for part in parts), section, self.folders.out)
+        if forget_overwritten(self.folders.out, step, missing):
+            self._say(f"{step:>10}: shards are made anew, so the set is none until the step manifest")
+        jobs = self._shard_jobs(step, parts, missing)
+        return self._gather(step, self._executor.on_devices(make_shard, jobs, devices_of(device)), len(parts))
+
+    def _shard_jobs(self, step: str, parts: Iterable[pa.Table], keys: Mapping[int, str]) -> Iterator[ShardJob]:
+        """Yields the jobs one by one: the times of all frames of all clips would fill the memory."""
+        withdrawn = Withdrawn.read(self.folders.out).videos
+        for part in parts:
+            if step == "encode":
+                unit = unit_of(
+                    part, self.read, self.config.encode, withdrawn, lambda number: self.chain.unit(number).paths
+                )
+            else:
+                unit = text_unit_of(part, self.read)
+            yield ShardJob(step, unit, keys[unit.number], self.config, self.folders, self.loaders.codec)
 
     def _encode(self) -> str:
         if self.config.encode.vae is None:
@@ -490,7 +521,10 @@ class Preparation:
             ManifestError: the file cannot be used.
         """
         file = self.config.labels.file
-        return read_labels(Path(file), {clip for clip, _ in self._clips_and_paths()}) if file else None
+        if file is None:
+            return None
+        named = {record["id"] for _, record in read_records(Path(file), ("id",), (), lambda record: None)}
+        return read_labels(Path(file), named.intersection(clip for clip, _ in self._clips_and_paths()))
 
     def _manifest(self) -> str:
         labels = self.labels()

@@ -83,6 +83,11 @@ class Scan:
         """Returns the numbers of the units."""
         return range(int(self._unit[-1]) + 1 if len(self._unit) else 0)
 
+    @property
+    def seen(self) -> pa.Array:
+        """Returns the SHA-256 of all contents that were ever seen."""
+        return self._plan["video"].combine_chunks()
+
     def videos(self, unit: int) -> list[str]:
         """Returns the SHA-256 of a unit's videos in their order, also of those that no file has any more."""
         first, last = np.searchsorted(self._unit, [unit, unit + 1])

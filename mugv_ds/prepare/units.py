@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +46,20 @@ class Step:
 
     def key(self, config: PrepareConfig, reads: Iterable[str] = (), weights: str = "") -> str:
         """Returns the key of a fragment, given the keys of those that it reads and the hash of the weights."""
-        values = {field: value_of(config, field) for field in self.fields}
+        return self.key_of(self.values(config), reads, weights)
+
+    def values(self, config: PrepareConfig) -> dict[str, Any]:
+        """Returns the values of the fields of a config, which are the same for all units, as JSON types.
+
+        Raises:
+            KeyError: there is no such field.
+        """
+        of_all = config.model_dump(mode="json") if self.fields else {}
+        return {field: reduce(lambda value, name: value[name], field.split("."), of_all) for field in self.fields}
+
+    def key_of(self, values: Mapping[str, Any], reads: Iterable[str] = (), weights: str = "") -> str:
+        """Returns the key that `key` does, given the fields' values."""
         return digest(self.name, self.version, values, list(reads), weights)
-
-
-def value_of(config: PrepareConfig, field: str) -> Any:
-    """Returns the value of a dotted key as JSON types.
-
-    Raises:
-        KeyError: there is no such key.
-    """
-    value: Any = config.model_dump(mode="json")
-    for name in field.split("."):
-        value = value[name]
-    return value
 
 
 def digest(*parts: Any) -> str:

@@ -148,6 +148,10 @@ def socket_file(path: Path) -> None:
         Path(f"{folder}/s").rename(path)
 
 
+def forbidden(path: Path) -> None:
+    good(path).chmod(0)
+
+
 def of_text(text: str) -> Callable[[Path], object]:
     return lambda path: path.write_text(text)
 
@@ -192,6 +196,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "link_out.mp4": (lambda path: path.symlink_to("/etc/passwd"), "leads out of the folder of videos"),
     "link_to_device.mp4": (lambda path: path.symlink_to("/dev/zero"), "leads out of the folder of videos"),
     "loop.mp4": (lambda path: path.symlink_to(path), "loop"),
+    **({"forbidden.mp4": (forbidden, "Permission denied")} if os.geteuid() else {}),  # root may read everything
     "dangling.mp4": (lambda path: path.symlink_to("nothing.mp4"), "No such file"),
     os.fsdecode(b"not_utf8_\xff.mp4"): (good, "its name is not UTF-8"),
 }

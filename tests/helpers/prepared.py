@@ -17,7 +17,7 @@ from mugv_ds.files.fingerprint import fingerprint
 from mugv_ds.models.codec import LinearCodec
 from mugv_ds.models.text import HashTextEncoder
 from mugv_ds.prepare.embed import Embedder, extend_text_plan, text_unit_of, write_null_text
-from mugv_ds.prepare.encode import Codec, Encoder, extend_plan, fit_clips, unit_of, units_in
+from mugv_ds.prepare.encode import Codec, Encoder, encode_key, extend_plan, fit_clips, unit_of, units_in
 from mugv_ds.prepare.manifest import Parts, write_manifest
 from mugv_ds.prepare.rows import CAPTION, EMBED_PLAN, ENCODE_PLAN, LABEL, SELECT
 from mugv_ds.prepare.units import Fragments, read_table
@@ -147,7 +147,7 @@ class PreparedSet:
         encoder = Encoder(self.codec, self.videos, self.out, encode)
         for number, rows in units_in(self.encode_plan):
             unit = unit_of(rows, self.read, encode)
-            self.keys["encode"][number] = unit.key(fingerprint([self.codec_path]), encode)
+            self.keys["encode"][number] = encode_key(rows, fingerprint([self.codec_path]), encode)
             self._once("encode", number, encoder, unit)
         embedder = Embedder(self.encoder, self.out, embed)
         for number, rows in units_in(self.embed_plan):

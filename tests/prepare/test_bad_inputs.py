@@ -607,6 +607,18 @@ def test_what_is_damaged_is_made_anew_after_repair_and_what_came_back_is_found(c
     assert status == 0 and "none failed" in said, (said, errors)
     # One came back, one was only touched, and two are other videos now.
     assert len((copied.out / "train.csv").read_text().splitlines()) == 1 + len(GOOD) + 4
+    # Captions are asked for anew, of the clips that can still be looked at.
+    given = as_file(copied.out.parent / "given.csv", f"{CAPTIONS}\n,good_1.mp4,clouds\n")
+    status, said, errors = copied.run("caption", "--set", f"caption.file={given}")
+    assert status == 0 and f"{len(GOOD) + 4 + len(BAD_CAPTIONS)} rows" in said, (said, errors)
+
+
+def test_what_others_left_half_written_stays(made, tmp_path):
+    """Folders for the set may hold what is not of it; what a killed run of ours left there is removed."""
+    theirs = as_file(tmp_path / "thesis.tmp")
+    ours = as_file(tmp_path / f"train.csv.{'0' * 32}.tmp")
+    assert made.run("gate", "--out", tmp_path)[0] == 0
+    assert theirs.exists() and not ours.exists()
 
 
 DAMAGES = {

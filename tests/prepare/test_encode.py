@@ -17,6 +17,7 @@ from mugv_ds.models.codec import LinearCodec
 from mugv_ds.prepare.encode import (
     Encoder,
     check_room,
+    encode_key,
     extend_plan,
     fit_clips,
     latent_bytes,
@@ -191,12 +192,13 @@ def test_shards_are_as_large_as_asked_for():
 
 
 def test_a_key_follows_from_codec_bucket_and_clips_alone(fragments):
-    video, still = units_of(planned(fragments), fragments)
-    keys = {video.key("a", SECTION), video.key("b", SECTION), still.key("a", SECTION)}
-    keys.add(video.key("a", SECTION.model_copy(update={"dtype": "float32"})))
-    assert len(keys) == 4
+    video, still = (rows for _, rows in units_in(planned(fragments)))
+    keys = {encode_key(video, "a", SECTION), encode_key(video, "b", SECTION), encode_key(still, "a", SECTION)}
+    keys.add(encode_key(video, "a", SECTION.model_copy(update={"dtype": "float32"})))
+    keys.add(encode_key(video.slice(1), "a", SECTION))
+    assert len(keys) == 5
     bounds = SECTION.model_copy(update={"least_area": 0.1, "most_repeated": 0.5, "shard_mb": 7, "device": "cpu"})
-    assert video.key("a", bounds) == video.key("a", SECTION)
+    assert encode_key(video, "a", bounds) == encode_key(video, "a", SECTION)
 
 
 def test_bad_clips_are_rows_and_the_others_are_encoded(films, fragments, codec, tmp_path, monkeypatch):

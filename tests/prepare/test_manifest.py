@@ -3,7 +3,10 @@
 import hashlib
 import json
 import shutil
+import time
+from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -14,7 +17,9 @@ from mugv_ds.data.run_data import RunData
 from mugv_ds.data.shards import read_header
 from mugv_ds.data.storage import open_file
 from mugv_ds.models.flops import SampleCost
-from mugv_ds.prepare.manifest import COLUMNS, read_manifest, read_rows, withdraw
+from mugv_ds.prepare import manifest as manifest_module
+from mugv_ds.prepare.manifest import COLUMNS, Parts, _split, forget_overwritten, read_manifest, read_rows, withdraw
+from mugv_ds.prepare.units import Fragments
 from tests.helpers.dataset import write_config
 from tests.helpers.prepared import PreparedSet
 
@@ -206,6 +211,92 @@ def test_purging_takes_a_licence_out_of_the_shards_too(copied):
     copied.run()
     assert content(copied.out) == before
     assert {row["sample_id"] for row in rows(copied)}.isdisjoint(names)
+
+
+def test_purging_takes_clips_out_of_shards_that_are_not_in_the_set(copied):
+    """They were encoded and then rejected, so that nothing beside the shards' fragments tells of them."""
+    gone, *others = [clip["clip"] for clip in copied.clips]
+    copied.accept(others)
+    copied.write()
+    for number, part in enumerate(copied.parts):
+        Fragments(copied.work / "clips").write(number, "0" * 12, part["clips"])
+    samples, shards = withdraw(copied.out, [copied.clips[0]["video"]], purge=True, work=copied.work)
+    assert samples == 0 and len(shards) == 2
+    for path in copied.out.rglob("*.safetensors"):
+        with open_file(path) as blob:
+            assert gone not in read_header(blob)
+    assert all(
+        hashlib.sha256((copied.out / path).read_bytes()).hexdigest() == facts["sha256"]
+        for path, facts in read_manifest(copied.out)["shards"].items()
+    )
+
+
+@pytest.mark.parametrize("ended_in", ["write_preferences", "_purge", "_purge_fragment", "_write_json"])
+def test_withdrawing_goes_on_wherever_it_was_ended(ended_in, copied, tmp_path, monkeypatch):
+    video, clip = copied.clips[1]["video"], copied.clips[1]["clip"]
+    real, calls = getattr(manifest_module, ended_in), []
+
+    def end(*arguments):
+        calls.append(arguments)
+        if ended_in != "_write_json" or arguments[0].name == "MANIFEST.json":
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(manifest_module, ended_in, end)
+    with pytest.raises(KeyboardInterrupt):
+        withdraw(copied.out, [video], purge=True, work=copied.work)
+    monkeypatch.undo()
+    withdraw(copied.out, [video], purge=True, work=copied.work)
+    assert clip not in {row["sample_id"] for row in rows(copied)}
+    for path in copied.out.rglob("*.safetensors"):
+        with open_file(path) as blob:
+            assert clip not in read_header(blob)
+    before = content(copied.out)
+    copied.run()
+    again = content(copied.out)
+    assert {path for path in before if before[path] != again[path]} <= {Path("MANIFEST.json")}
+
+
+def test_a_set_is_forgotten_before_its_shards_become_others(copied):
+    keys = copied.keys["encode"]
+    assert not forget_overwritten(copied.out, "encode", {}) and not forget_overwritten(copied.out, "encode", keys)
+    assert not forget_overwritten(copied.out, "encode", {len(keys): "ffffffffffff"}), "a new shard overwrites none"
+    assert forget_overwritten(copied.out, "encode", {0: "ffffffffffff"})
+    assert sorted(path.name for path in copied.out.iterdir() if path.suffix in (".csv", ".json")) == [
+        "text_encoder.json"
+    ]
+    assert not forget_overwritten(copied.out, "encode", {0: "ffffffffffff"})
+    before = content(copied.out)
+    copied.write()
+    assert before.keys() < content(copied.out).keys()
+
+
+def test_a_held_out_video_stays_so_when_ones_like_it_come():
+    """They come in later units, and nothing depends on which of the ids is lower."""
+    first, later = ([hashlib.sha256(f"{when} {n}".encode()).hexdigest() for n in range(20)] for when in ("a", "b"))
+    select = [selected(range(20), first), selected(range(20, 40), later)]
+    before = _split(parts_of(select[:1]), 0.5)
+    after = _split(parts_of(select, [(f"c{n}", f"c{n + 20}") for n in range(20)]), 0.5)
+    assert [after(video) for video in first] == [before(video) for video in first] == [after(one) for one in later]
+    assert 5 < sum(map(after, first)) < 15
+
+
+def test_a_long_chain_of_videos_that_belong_together_is_quick():
+    ids = [f"{number:064x}" for number in range(20_000)]
+    chain = [(f"c{n}", f"c{n + 1}") for n in reversed(range(len(ids) - 2))]
+    began = time.process_time()
+    is_held_out = _split(parts_of([selected(range(len(ids)), ids)], chain), 0.1)
+    assert len({is_held_out(video) for video in ids[:-1]}) == 1 and time.process_time() - began < 5
+
+
+def selected(numbers, videos):
+    return pa.table({"clip": [f"c{n}" for n in numbers], "video": videos, "accepted": [True] * len(videos)})
+
+
+def parts_of(select, together=()):
+    """A set of which only the selection is known."""
+    none = pa.table({"unit": pa.array([], pa.int32())})
+    return Parts(len(select), none, none, lambda _, part, names: select[part].select(names), None, together=together)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"videos": 3, "licences": []}', "["])

@@ -12,12 +12,11 @@ import pytest
 
 from mugv_ds.config.prepare_schema import PrepareConfig
 from mugv_ds.data.manifest import open_index
-from mugv_ds.prepare import rows
-from mugv_ds.prepare.chain import EXTRAS, GATE_STEP
+from mugv_ds.prepare.chain import EXTRAS, GATE_STEP, Folders
 from mugv_ds.prepare.encode import FIT_STEP
-from mugv_ds.prepare.run import DEDUP_STEP, SELECT_STEP
-from mugv_ds.prepare.units import value_of
-from tests.helpers.preparation import Prepared
+from mugv_ds.prepare.run import DEDUP_STEP, SELECT_STEP, Preparation
+from mugv_ds.prepare.scan import _FILES, _PLAN, Scan
+from tests.helpers.preparation import CONFIG, Prepared
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +97,70 @@ def test_new_videos_make_new_units_and_shards(again):
         shutil.rmtree(again.root / "more")
 
 
+def test_videos_that_a_limited_run_left_out_are_probed_later(again):
+    """What was not there for a run is not missing for ever."""
+    again.run("scan")
+    shutil.rmtree(again.work / "videos")
+    again.run("scan", "--limit", "2")
+    assert "3 units" in again.run("probe")
+    again.run("scan")
+    assert "2 units, 4 rows" in again.run("probe")
+    newest = {path.name[:7]: path for path in sorted((again.work / "videos").iterdir(), key=os.path.getmtime)}
+    assert not any(error for path in newest.values() for error in pq.read_table(path)["error"].to_pylist())
+
+
+def test_a_video_that_went_keeps_what_is_known_of_it(again):
+    (again.videos / "0.mp4").rename(again.root / "0.mp4")
+    try:
+        said = again.run(status=1)  # as the pixels of its samples cannot be compared any more
+    finally:
+        (again.root / "0.mp4").rename(again.videos / "0.mp4")
+    assert "probe: 0 units" in said and "encode: 0 units" in said
+
+
+def test_a_file_that_moves_to_where_it_is_allowed_is_let_in(again):
+    sources = again.root / "sources.csv"
+    sources.write_text("path,licence,allowed\nno/*,,no\n*,CC0,yes\n")
+    again.configure(screen={"sources": str(sources)})
+    (again.videos / "no").mkdir()
+    for name in ("0.mp4", "0.txt"):
+        (again.videos / name).rename(again.videos / "no" / name)
+    try:
+        again.run()
+        provenance = pq.read_table(again.out / "provenance.parquet")["path"].to_pylist()
+        assert not any(path.startswith("no/") for path in provenance)
+        shutil.rmtree(again.work / "caption")  # as if it had never been let in
+    finally:
+        for name in ("0.mp4", "0.txt"):
+            (again.videos / "no" / name).rename(again.videos / name)
+        (again.videos / "no").rmdir()
+    again.run()
+    assert "0.mp4" in pq.read_table(again.out / "provenance.parquet")["path"].to_pylist()
+
+
+def test_a_bucket_that_is_gone_leaves_the_set(again):
+    two = [{"height": 32, "width": 48, "frames": 16, "fps": 20.0}, *CONFIG["encode"]["buckets"]]
+    again.configure(encode={"buckets": two, "largest_only": False})
+    again.run()
+    assert {row["bucket"] for row in pq.read_table(again.out / "provenance.parquet").to_pylist()} == {
+        "32x48x16f20",
+        "64x80x16f20",
+    }
+    again.configure(encode={"buckets": two[:1], "largest_only": False})
+    again.run()
+    assert set(pq.read_table(again.out / "provenance.parquet")["bucket"].to_pylist()) == {"32x48x16f20"}
+
+
+def test_decisions_follow_from_which_steps_run_even_where_these_found_nothing():
+    """A step that has not run rejects what it was to measure; left out of the config it does not."""
+    preparation = Preparation(PrepareConfig(), Folders(*3 * [Path("none")]), None, None, print)
+    preparation._use(Scan(_FILES.empty_table(), _PLAN.empty_table()))
+    keys = {preparation._select_key}
+    preparation._memo.clear()
+    preparation.chain.skipped["tags"] = "left out"
+    assert preparation._select_key not in keys
+
+
 def test_a_damaged_fragment_is_named_and_repaired(again):
     path = next((again.work / "clips").glob("*.parquet"))
     path.write_bytes(path.read_bytes()[:-30])
@@ -108,6 +171,16 @@ def test_a_damaged_fragment_is_named_and_repaired(again):
     assert "1 fragments removed" in again.run("repair")
     again.run()
     assert again.hashes() == again.made
+
+
+def test_a_shard_that_is_gone_is_made_anew_by_repair(again):
+    """And so is one that lacks a clip whose video could not be read for a while."""
+    shard = next((again.out / "latents").rglob("*.safetensors"))
+    shard.unlink()
+    assert "1 fragments removed" in again.run("repair")
+    again.run()
+    assert again.hashes() == again.made
+    assert "0 fragments removed" in again.run("repair")
 
 
 def test_garbage_is_collected(again):
@@ -175,13 +248,10 @@ def test_ray_makes_the_same_bytes(again):
 
 def test_every_key_of_the_config_decides_what_it_should():
     """Bounds and sizes of what comes later are in no key of what is measured; what is measured is in some key."""
-    fields = {step.name: step.fields for step in (GATE_STEP, FIT_STEP, DEDUP_STEP, SELECT_STEP)}
-    fields |= {name: module.STEP.fields for name, module in EXTRAS.items()}
-    for named in fields.values():
-        for field in named:
-            value_of(PrepareConfig(), field)
+    steps = (GATE_STEP, FIT_STEP, DEDUP_STEP, SELECT_STEP, *(module.STEP for module in EXTRAS.values()))
+    fields = {step.name: tuple(step.values(PrepareConfig())) for step in steps}
+    assert all(fields[step.name] == step.fields for step in steps)
     assert not any(field.startswith(("select", "encode", "embed")) for name in EXTRAS for field in fields[name])
-    assert rows.CLIP.names[0] == "clip"
 
 
 def test_two_runs_in_one_folder_are_refused(again, tmp_path):
