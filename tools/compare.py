@@ -99,7 +99,7 @@ def _named(given: Sequence[str], results: Path | None) -> tuple[Path, list[str]]
     folders = {Path(name).parent for name in given}
     if len(folders) > 1 or not all(Path(name).is_dir() for name in given):
         raise InputError(
-            f"{', '.join(given)}: name folders of weights in one evaluation, such as evaluations/may/sft, or give --results"
+            f"{', '.join(given)}: name folders of weights in one evaluation, such as evaluations/x/a, or give --results"
         )
     return folders.pop(), [Path(name).name for name in given]
 
