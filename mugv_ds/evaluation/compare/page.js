@@ -43,7 +43,7 @@ function file(mine) {
   };
 }
 
-let browserKeeps = true, sending = false, again = null;
+let browserKeeps = true, sending = false, moved = false, again = null;
 async function send() {
   const mine = me(load());
   if (!served || sending || !mine || mine.onDisk === mine.revision) { tell(); return; }
@@ -55,6 +55,7 @@ async function send() {
     const answer = await fetch("votes", {
       method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(file(mine)),
     });
+    moved = answer.status === 403;  // the server was started again, with another token
     if (answer.status === 409) waits = resolve(mine, await answer.json());
     else if (!answer.ok) throw new Error(answer.status);
     else set(mine.annotator, (kept) => { kept.onDisk = mine.revision; });
@@ -99,7 +100,7 @@ function tell() {
   const disk = served && mine.onDisk === mine.revision;
   const lost = !disk && !browserKeeps;
   saved.textContent = disk ? "✓ on disk" : lost ? "kept nowhere: export before you close this page"
-    : served ? (sending ? "saving …" : "in this browser only; trying again") : "in this browser; export at the end";
+    : moved ? "in this browser only; open the new address" : served ? (sending ? "saving …" : "in this browser only; trying again") : "in this browser; export at the end";
   saved.classList.toggle("trouble", lost || (served && !disk && !sending));
 }
 
