@@ -96,7 +96,7 @@ def load(config: PrepareConfig, work: Path) -> Score:
         caption, source = (file.find(clip) if file else None), "file"
         if caption is None and config.caption.sidecar:
             try:
-                caption, source = sidecar_caption(clip), "sidecar"
+                caption, source = sidecar_caption(clip.root, clip.relative), "sidecar"
             except (InputError, OSError) as error:
                 return {"error": why(clip, error)}
         return None if caption is None else {"caption": caption.strip(), "reason": fault(caption), "source": source}

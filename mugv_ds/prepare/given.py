@@ -107,17 +107,20 @@ def _check(record: Record) -> None:
         raise ManifestError("blank caption")
 
 
-def sidecar_caption(clip: ClipView) -> str | None:
-    """Returns the caption in NAME.txt, or else in NAME.json, beside a clip's video NAME.mp4; None if there is neither.
+def sidecar_caption(root: Path, video: str) -> str | None:
+    """Returns the caption in NAME.txt, or else in NAME.json, beside a video NAME.mp4; None if there is neither.
+
+    Args:
+        root: folder of the videos. video: path of the video in it.
 
     Raises:
         InputError: there is one that is no regular file in the folder of videos, larger than 64 KiB, not UTF-8, or JSON
             without "caption". The message names it relative to the folder of videos.
     """
     for suffix in (".txt", ".json"):
-        relative = str(Path(clip.relative).with_suffix(suffix))
+        relative = str(Path(video).with_suffix(suffix))
         try:
-            path = resolve(clip.root, relative)
+            path = resolve(root, relative)
             if not path.exists():
                 continue
             text = read_text_file(path, _MAX_SIDECAR_BYTES)

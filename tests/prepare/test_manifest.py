@@ -13,6 +13,7 @@ import torch
 
 from mugv_ds.config.errors import InputError
 from mugv_ds.config.load import load_config
+from mugv_ds.config.prepare_schema import ValidationSection
 from mugv_ds.data.run_data import RunData
 from mugv_ds.data.shards import read_header
 from mugv_ds.data.storage import open_file
@@ -157,6 +158,12 @@ def test_videos_that_belong_together_are_on_one_side(made, copied):
         assert sides[inside] == sides[other]
         moved = {clip for clip, side in sides.items() if (side == "val") != (clip in held_out)}
         assert moved <= {inside, other} or len({*sides.values()}) == 2  # or one had to be moved, lest a side be empty
+
+
+def test_a_set_may_have_no_sample_held_out(copied):
+    copied.config = copied.config.model_copy(update={"validation": ValidationSection(share=0)})
+    assert copied.write()["counts"] == {"train": copied.count, "val": 0, "left_out": {}}
+    assert not rows(copied, "val")
 
 
 def test_labels_and_pairs_get_files_that_the_trainer_takes(copied):

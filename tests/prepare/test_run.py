@@ -7,15 +7,19 @@ import signal
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from mugv_ds.config.prepare_schema import PrepareConfig
 from mugv_ds.data.manifest import open_index
+from mugv_ds.prepare import rows
 from mugv_ds.prepare.chain import EXTRAS, GATE_STEP, Folders
 from mugv_ds.prepare.encode import FIT_STEP
+from mugv_ds.prepare.manifest import read_rows
 from mugv_ds.prepare.run import DEDUP_STEP, SELECT_STEP, Preparation
 from mugv_ds.prepare.scan import _FILES, _PLAN, Scan
+from mugv_ds.prepare.units import write_table
 from tests.helpers.preparation import CONFIG, Prepared
 
 
@@ -181,6 +185,48 @@ def test_a_shard_that_is_gone_is_made_anew_by_repair(again):
     again.run()
     assert again.hashes() == again.made
     assert "0 fragments removed" in again.run("repair")
+
+
+def test_a_video_that_timed_out_gets_its_clips_after_repair(again):
+    """What follows from a probed video has the same keys, and is made anew all the same."""
+    path = next((again.work / "videos").glob("u000000-*"))
+    timed_out = [row | {"error": "timed_out"} for row in pq.read_table(path).to_pylist()]
+    write_table(path, pa.Table.from_pylist(timed_out, rows.VIDEO))
+    for step in ("clips", "fit", "gate"):
+        next((again.work / step).glob("u000000-*")).unlink()
+    shutil.rmtree(again.work / "select")
+    assert "split: 1 units, 0 rows" in again.run()
+    assert "4 fragments removed" in again.run("repair")
+    assert "split: 1 units" in again.run()
+    made, found = ({k: v for k, v in of.items() if k.startswith("out")} for of in (again.made, again.hashes()))
+    assert found == made
+
+
+def test_a_sidecar_that_changed_is_read_again_after_repair(again):
+    """A run does not look for it."""
+    sidecar = again.videos / "0.txt"
+    before = sidecar.read_text()
+    try:
+        sidecar.write_text("a film that was described anew")
+        again.run()
+        assert again.hashes() == again.made
+        assert "2 fragments removed" in again.run("repair")  # of captions and tags
+        again.run()
+        told = {row["caption"] for name in ("train", "val") for row in read_rows(again.out / f"{name}.csv")}
+        assert "a film that was described anew" in told and before not in told
+        assert "0 fragments removed" in again.run("repair")
+    finally:
+        sidecar.write_text(before)
+
+
+def test_clips_of_a_video_that_went_are_not_looked_at(again):
+    shutil.rmtree(again.work / "caption")
+    (again.videos / "0.mp4").rename(again.root / "0.mp4")
+    try:
+        again.run()
+    finally:
+        (again.root / "0.mp4").rename(again.videos / "0.mp4")
+    assert "0.mp4" not in pq.read_table(again.out / "provenance.parquet")["path"].to_pylist()
 
 
 def test_garbage_is_collected(again):
