@@ -115,21 +115,12 @@ class Unit:
     def uncovered(self, step: str) -> list[str]:
         """Returns the clips that the gate lets in and of which an extra step has no row, in order.
 
-<<<<<<< HEAD
-        Those of a video that no file has any more are not among them.
-        """
-        gated, clips = self.read("gate"), self.read("clips", ["clip", "video"])
-        there = clips.filter(pc.is_in(clips["video"], value_set=pa.array([*self.paths], pa.string())))
-        seen = self.read(step, ["clip"])["clip"].to_pylist() if self.found(step) else []
-        return sorted({*gated.filter(gated["open"])["clip"].to_pylist()} & {*there["clip"].to_pylist()} - {*seen})
-=======
         Clips of videos that no file has any more are left out, as nothing can be seen of them.
         """
         gated, clips = self.read("gate"), self.read("clips", ("clip", "video"))
         there = clips.filter(pc.is_in(clips["video"], pa.array([*self.paths], pa.string())))["clip"].to_pylist()
         seen = self.read(step, ["clip"])["clip"].to_pylist() if self.found(step) else []
         return sorted({*gated.filter(gated["open"])["clip"].to_pylist()}.intersection(there).difference(seen))
->>>>>>> review1
 
 
 class Chain:

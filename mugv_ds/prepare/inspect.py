@@ -31,12 +31,8 @@ from mugv_ds.prepare.views import ClipView
 from mugv_ds.prepare.whatif import Explanation, WhatIf, explain, what_if
 
 SETS = ("train", "val")
-<<<<<<< HEAD
 _REPAIRED = ("crashed", "timed_out", "changed_while_reading", "missing")  # which another attempt may not meet
-=======
-_REPAIRED = ("crashed", "timed_out", "changed_while_reading")  # errors of videos that another attempt may not meet
 _FOLLOWING = {"videos": {"clips", "fit", "gate"}, "caption": {"tags"}}
->>>>>>> review1
 _FINAL = (None, "withdrawn", "no caption", "is no clip any more")  # of clips in shards: nothing changes them
 _STRIP = 8  # frames of a clip that is explained
 
@@ -156,31 +152,13 @@ def collect_garbage(preparation: Preparation) -> tuple[int, int]:
 
 
 def repair(preparation: Preparation) -> list[Path]:
-<<<<<<< HEAD
     """Removes fragments that are damaged or whose shards are, and those with videos or clips that another attempt may
     do; returns them. A run then makes them anew. All shards are read.
-=======
-    """Removes fragments that are damaged, and those with videos or clips that another attempt may do; returns them.
 
-    So it does with captions whose sidecar has changed, and with shards that are missing or of another size, or lack a
-    clip whose video could not be read. A run then makes them anew.
->>>>>>> review1
+    So it does with captions whose sidecar has changed.
     """
     removed, work = [], preparation.folders.work
     for unit in preparation.chain.units():
-<<<<<<< HEAD
-        bad = {step: [path for path in unit.found(step) if _is_bad(step, path)] for step in unit.keys}
-        if bad["videos"]:  # what follows from them has the same keys, and other rows
-            bad |= {step: unit.found(step) for step in ("clips", "fit", "gate")}
-        removed += [path for paths in bad.values() for path in paths]
-    for step in SHARDS:
-        paths = sorted((work / step).glob("u*.parquet"))
-        removed += [path for path in paths if _is_bad_shard(preparation.folders.out, path)]
-    for path in removed:
-        path.unlink()
-    decided = [*(work / "select").glob("*"), *(work / "dedup").glob("*.parquet"), *(work / "plan").glob("*.json")]
-    for path in decided:
-=======
         found = {step: unit.found(step) for step in unit.keys}
         bad = {step for step, paths in found.items() if any(_is_bad(step, path) for path in paths)}
         if "clips" not in bad and "caption" not in bad and _has_other_sidecars(unit):
@@ -188,11 +166,11 @@ def repair(preparation: Preparation) -> list[Path]:
         for step in ("videos", "caption"):  # these may be others then, and what follows from them has the same keys
             bad |= _FOLLOWING[step] if step in bad else set()
         removed += [path for step in unit.keys if step in bad for path in found[step]]
-    if not removed:  # else it has to be decided anew what shards there are
-        removed += _bad_shards(preparation)
-    decided = [path for name in ("select", "dedup") for path in (preparation.folders.work / name).glob("*.parquet")]
+    for step in SHARDS:
+        paths = sorted((work / step).glob("u*.parquet"))
+        removed += [path for path in paths if _is_bad_shard(preparation.folders.out, path)]
+    decided = [*(work / "select").glob("*"), *(work / "dedup").glob("*.parquet"), *(work / "plan").glob("*.json")]
     for path in (*removed, *decided):
->>>>>>> review1
         path.unlink()
     return removed
 
@@ -207,8 +185,6 @@ def _is_bad(step: str, path: Path) -> bool:
     return step in EXTRAS and table["error"].null_count < len(table)
 
 
-<<<<<<< HEAD
-=======
 def _has_other_sidecars(unit: Unit) -> bool:
     """Returns whether the file beside a video says another caption than that which its clips have."""
     if not unit.config.caption.sidecar or "caption" not in unit.keys or not unit.found("caption"):
@@ -229,21 +205,6 @@ def _has_other_sidecars(unit: Unit) -> bool:
     return False
 
 
-def _bad_shards(preparation: Preparation) -> list[Path]:
-    """Returns the fragments of encode and embed that are damaged, or whose shards are; none where no set was made."""
-    try:
-        found = [
-            path
-            for step in SHARDS
-            for number, key in preparation.shard_keys(step).items()
-            for path in Fragments(preparation.folders.work / step).find(number, key)
-        ]
-    except FragmentError:  # nothing was decided yet, or it is damaged: a run decides anew
-        return []
-    return [path for path in found if _is_bad_shard(preparation.folders.out, path)]
-
-
->>>>>>> review1
 def _is_bad_shard(out: Path, path: Path) -> bool:
     """Returns whether a fragment of encode or embed, or its shard, is damaged, or a clip of it met an error."""
     try:
