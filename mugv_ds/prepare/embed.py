@@ -3,7 +3,7 @@
 Features differ in the last bits with their batch mates, so batches are a function of the unit.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from mugv_ds.config.text_encoder import TEXT_ENCODER_NAME, TextEncoderInfo
 from mugv_ds.data.shards import write_shard
 from mugv_ds.files.atomic import write_atomically
 from mugv_ds.models.text import NEGATIVE_PROMPT, HashTextEncoder, T5TextEncoder, save_features
-from mugv_ds.prepare.encode import Read, cut_units, facts_of, next_unit
+from mugv_ds.prepare.encode import Read, cut_units, facts_of, found_in, next_unit
 from mugv_ds.prepare.rows import EMBED, EMBED_PLAN
 from mugv_ds.prepare.units import digest
 
@@ -30,19 +30,20 @@ _AT_ONCE = 32  # captions whose padded features are held
 TextEncoder = T5TextEncoder | HashTextEncoder
 
 
-def extend_text_plan(plan: pa.Table, parts: Iterable[tuple[int, Iterable[str]]], section: EmbedSection) -> pa.Table:
+def extend_text_plan(
+    plan: pa.Table, parts: Iterable[tuple[int, pa.Array | Sequence[str]]], section: EmbedSection
+) -> pa.Table:
     """Returns the plan with the clips that it lacks, in new units at its end; its rows stay as they are.
 
     Args:
         plan: of `EMBED_PLAN`; its `schema.empty_table()` at the beginning.
         parts: unit of videos, and the ids of its clips that are to be embedded; in ascending order.
     """
-    known = set(plan["clip"].to_pylist())
-    new = [(clip, part) for part, clips in parts for clip in sorted(set(clips) - known)]
+    found = found_in((part, pa.table({"clip": pa.array(clips, pa.string())})) for part, clips in parts)
     longest = section.max_tokens * section.channels * _DTYPES[section.dtype].itemsize
     tables, unit = [plan], next_unit(plan)
-    for ids, numbers in cut_units(new, section.shard_mb * _MIB // longest):
-        tables.append(pa.table([[unit] * len(ids), ids, numbers], schema=EMBED_PLAN))
+    for rows in cut_units(found, plan["clip"], section.shard_mb * _MIB // longest):
+        tables.append(pa.table([[unit] * len(rows), rows["clip"], rows["part"]], schema=EMBED_PLAN))
         unit += 1
     return pa.concat_tables(tables).combine_chunks()
 

@@ -106,18 +106,14 @@ def extend_plan(plan: pa.Table, parts: Iterable[tuple[int, pa.Table]], section: 
         plan: of `ENCODE_PLAN`; its `schema.empty_table()` at the beginning.
         parts: unit of videos, and of `FIT` the clips of it that are to be encoded; in ascending order.
     """
-    names = [bucket.name for bucket in section.buckets]
-    known = [set(plan.filter(pc.equal(plan["bucket"], name))["clip"].to_pylist()) for name in names]
-    new: list[list[tuple[str, int]]] = [[] for _ in names]
-    for part, fits in parts:
-        for name, seen, clips in zip(names, known, new, strict=True):
-            found = fits.filter(pc.equal(fits["bucket"], name))["clip"].to_pylist()
-            clips += [(clip, part) for clip in sorted(set(found) - seen)]
+    found = found_in((part, fits.select(["clip", "bucket"])) for part, fits in parts)
     tables, unit = [plan], next_unit(plan)
-    for bucket, clips in zip(section.buckets, new, strict=True):
-        for ids, numbers in cut_units(clips, section.shard_mb * _MIB // latent_bytes(bucket, section)):
-            columns = [[unit] * len(ids), [bucket.name] * len(ids), ids, numbers]
-            tables.append(pa.table(columns, schema=ENCODE_PLAN))
+    for bucket in section.buckets:
+        of_bucket, known = (rows.filter(pc.equal(rows["bucket"], bucket.name)) for rows in (found, plan))
+        size = section.shard_mb * _MIB // latent_bytes(bucket, section)
+        for rows in cut_units(of_bucket, known["clip"], size):
+            numbers, names = ([value] * len(rows) for value in (unit, bucket.name))
+            tables.append(pa.table([numbers, names, rows["clip"], rows["part"]], schema=ENCODE_PLAN))
             unit += 1
     return pa.concat_tables(tables).combine_chunks()
 
@@ -127,12 +123,23 @@ def next_unit(plan: pa.Table) -> int:
     return 0 if plan.num_rows == 0 else pc.max(plan["unit"]).as_py() + 1
 
 
-def cut_units(clips: Sequence[tuple[str, int]], size: int) -> Iterator[tuple[list[str], list[int]]]:
-    """Yields the clips of new units, each with its unit of videos, `size` at a time and sorted by their ids."""
-    size = max(size, 1)
-    for start in range(0, len(clips), size):
-        ids, parts = zip(*sorted(clips[start : start + size]), strict=True)
-        yield list(ids), list(parts)
+def found_in(parts: Iterable[tuple[int, pa.Table]]) -> pa.Table:
+    """Returns the rows of all units of videos, with the unit as `part`."""
+    tables = [rows.append_column("part", pa.repeat(pa.scalar(part, pa.int32()), len(rows))) for part, rows in parts]
+    empty = pa.schema([("clip", pa.string()), ("bucket", pa.string()), ("part", pa.int32())]).empty_table()
+    return pa.concat_tables([empty.select(tables[0].column_names) if tables else empty, *tables])
+
+
+def cut_units(found: pa.Table, known: pa.ChunkedArray, size: int) -> Iterator[pa.Table]:
+    """Yields the rows of new units, `size` at a time and sorted by the clips' ids.
+
+    Args:
+        found: with `clip` and `part`. known: clips that have a unit.
+    """
+    new = found.filter(pc.invert(pc.is_in(found["clip"], value_set=known.combine_chunks())))
+    new = new.sort_by([("part", "ascending"), ("clip", "ascending")])
+    for start in range(0, len(new), max(size, 1)):
+        yield new.slice(start, max(size, 1)).sort_by("clip")
 
 
 def check_room(units: Iterable[tuple[BucketSection, int]], section: EncodeSection, out: Path) -> int:

@@ -425,7 +425,7 @@ class Preparation:
             if step == "encode":
                 plan = extend_plan(plan, self._fitting(), self.config.encode)
             else:
-                plan = extend_text_plan(plan, ((n, ids.to_pylist()) for n, ids in self._accepted()), self.config.embed)
+                plan = extend_text_plan(plan, self._accepted(), self.config.embed)
             write_table(file, plan)
             with write_atomically(decided) as stream:
                 stream.write(json.dumps(now).encode())

@@ -13,7 +13,7 @@ from mugv_ds.prepare.executors import Crashed, Done, Local, Ray, Stop, refuse_cr
 from tests.helpers.units import on_device, work
 
 
-@pytest.fixture(params=["local", "ray"])
+@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.long)])
 def executor(request):
     if request.param == "local":
         return Local(2, Stop())

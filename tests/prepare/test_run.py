@@ -20,7 +20,7 @@ from mugv_ds.prepare.manifest import read_rows
 from mugv_ds.prepare.run import DEDUP_STEP, SELECT_STEP, Preparation
 from mugv_ds.prepare.scan import _FILES, _PLAN, Scan
 from mugv_ds.prepare.units import write_table
-from tests.helpers.preparation import CONFIG, Prepared
+from tests.helpers.preparation import Prepared
 
 
 @pytest.fixture(scope="module")
@@ -143,16 +143,11 @@ def test_a_file_that_moves_to_where_it_is_allowed_is_let_in(again):
 
 
 def test_a_bucket_that_is_gone_leaves_the_set(again):
-    two = [{"height": 32, "width": 48, "frames": 16, "fps": 20.0}, *CONFIG["encode"]["buckets"]]
-    again.configure(encode={"buckets": two, "largest_only": False})
-    again.run()
-    assert {row["bucket"] for row in pq.read_table(again.out / "provenance.parquet").to_pylist()} == {
-        "32x48x16f20",
-        "64x80x16f20",
-    }
-    again.configure(encode={"buckets": two[:1], "largest_only": False})
+    """Its units keep their place in the plan, and what is accepted is in them too."""
+    again.configure(encode={"buckets": [{"height": 32, "width": 48, "frames": 16, "fps": 20.0}]})
     again.run()
     assert set(pq.read_table(again.out / "provenance.parquet")["bucket"].to_pylist()) == {"32x48x16f20"}
+    assert {row["unit"] for row in pq.read_table(again.work / "plan" / "encode.parquet").to_pylist()} > {0}
 
 
 def test_decisions_follow_from_which_steps_run_even_where_these_found_nothing():

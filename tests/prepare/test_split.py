@@ -107,6 +107,7 @@ def test_a_lagged_score_leads_to_the_transition(length):
     assert first - 6 <= masked[0] <= first - 3 and first + length + 2 <= masked[-1] <= first + length + 5
 
 
+@pytest.mark.long
 def test_cuts_are_those_of_pyscenedetect(film):
     scenedetect = pytest.importorskip("scenedetect")
     frames, _ = film

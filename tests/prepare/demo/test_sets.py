@@ -200,7 +200,7 @@ def test_train_and_val_tell_every_direction(samples):
     assert not [s for split in ("train", "val", "val_stages") for s in samples[split] if "sideways" in s.row.caption]
 
 
-@pytest.mark.parametrize("split", ["pairs", "pairs_val"])
+@pytest.mark.parametrize("split", [pytest.param("pairs", marks=pytest.mark.long), "pairs_val"])
 def test_of_a_pair_the_better_moves_right_and_all_else_is_equal(folder, samples, codec, split):
     by_pair: dict[str, dict[int, Sample]] = {}
     for sample in samples[split]:
@@ -262,7 +262,7 @@ def test_latents_decode_to_the_clips_of_their_captions(folder, samples, codec):
 def test_latents_of_every_shape_decode_to_what_was_drawn(samples, codec):
     sets = demo.draw_curriculum(SIZES, SEED)
     for split in ("stage1", "stage2", "stage3", "val_stages"):
-        for sample, (clip, _) in zip(samples[split], sets[split], strict=True):
+        for sample, (clip, _) in list(zip(samples[split], sets[split], strict=True))[::3]:
             difference = decoded(sample, codec).astype(float) - scenes.render(clip)  # a still's one frame against all
             assert np.square(difference / 127.5).mean() < 0.03, clip  # rims are more of a small picture
 
