@@ -1,6 +1,6 @@
 # Everything runs inside .venv, which `make install` creates.
-# Variables: CONFIG, PRESET, STAGE, SET, RANKS, STEPS, HOSTFILE, CKPT, WEIGHTS, CODEC, TEXT, PROMPTS, SAMPLE, VIDEOS, WORK,
-# DATA, OUT, GAMMA, FORMAT, DTYPE, NOISE, PYTHON.
+# Variables: CONFIG, PRESET, STAGE, SET, RANKS, STEPS, HOSTFILE, CKPT, WEIGHTS, CODEC, TEXT, PROMPTS, SAMPLE, EVAL, VIDEOS,
+# WORK, DATA, INFO, IMAGES, VIDEO, VBENCH, A, B, C, COMPARE, OUT, GAMMA, FORMAT, DTYPE, NOISE, PYTHON.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,8 @@ GAMMA ?= 0.9
 LAUNCH = $(BIN)/python tools/launch.py --hostfile $(HOSTFILE)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart demo-data train dry-run balance convert-hf import-hf widen sample test test-long test-real \
+.PHONY: help install quickstart demo-data train dry-run balance convert-hf import-hf widen sample eval test test-long \
+	test-real \
 	reliability-report house lint clean
 
 help:  ## List the targets
@@ -108,6 +109,40 @@ sample: install  ## Sample videos from WEIGHTS to OUT, decoded by CODEC, of text
 	@test -n "$(WEIGHTS)" -a -n "$(OUT)" || { echo "usage: make sample WEIGHTS=exports/… OUT=samples/…"; exit 2; }
 	$(BIN)/python tools/sample.py --weights $(WEIGHTS) --codec $(CODEC) --text-encoder $(TEXT) $(SAMPLE) --out $(OUT)
 
+# PRESET=debug evaluates the demo's SFT and DPO weights, as they are in the runs' checkpoints, on its sideways prompts.
+EVAL ?= $(if $(filter debug,$(PRESET)),--frames 16 --height 48 --width 48 --fps 8 --output-fps 8 --shift 1.0 --guidance 1 --batch 8 --repeat 3 --keep-latents)
+DEBUG_RUNS := sft dpo
+eval: install  ## Compare WEIGHTS="name=path …" by videos of PROMPTS (a file) in OUT, with the options EVAL (PRESET=debug: the demo's SFT and DPO)
+ifeq ($(PRESET),debug)
+	@for run in $(DEBUG_RUNS); do test -e runs/debug/$$run/checkpoints/latest || { \
+		echo "no runs/debug/$$run/checkpoints: first run make stage1 stage2 stage3 sft dpo PRESET=debug"; exit 2; }; done
+	rm -rf exports/debug/eval
+	for run in $(DEBUG_RUNS); do $(BIN)/python tools/convert_hf.py --ckpt runs/debug/$$run/checkpoints \
+		--out exports/debug/eval/$$run || exit; done
+	$(BIN)/python tools/evaluate.py $(foreach run,$(DEBUG_RUNS),--weights $(run)=exports/debug/eval/$(run)) --codec data/demo/codec.safetensors \
+		--text-encoder hash --prompts data/demo/prompts_sideways.txt $(EVAL) --out $(or $(OUT),evaluations/debug)
+else
+	@test -n "$(WEIGHTS)" -a -f "$(PROMPTS)" -a -n "$(OUT)" || { \
+		echo 'usage: make eval WEIGHTS="a=exports/a b=exports/b" PROMPTS=list.csv OUT=evaluations/… CODEC=vae.pt TEXT=t5-v1_1-xxl'; exit 2; }
+	$(BIN)/python tools/evaluate.py $(addprefix --weights ,$(WEIGHTS)) --codec $(CODEC) --text-encoder $(TEXT) \
+		--prompts $(PROMPTS) $(EVAL) --out $(OUT)
+endif
+
+# VBench-I2V; the suite's info file and images are given by the user. VIDEO: options of tools/sample.py, VBENCH: of the tool.
+VBENCH_ENV := .venv-vbench
+.PHONY: vbench vbench-env
+vbench: install  ## Judge WEIGHTS by VBench-I2V: sample INFO's videos from IMAGES to OUT, have the package judge them
+	@test -n "$(INFO)" -a -n "$(IMAGES)" -a -n "$(WEIGHTS)" -a -n "$(OUT)" || { echo "usage: make vbench INFO=vbench2_i2v_full_info.json IMAGES=crop WEIGHTS=exports/… CODEC=vae.pt TEXT=t5-v1_1-xxl OUT=vbench/… [VIDEO=… VBENCH=…]"; exit 2; }
+	$(BIN)/python tools/vbench.py --info $(INFO) --images $(IMAGES) --out $(OUT) --environment $(VBENCH_ENV) $(VBENCH) -- \
+		--weights $(WEIGHTS) --codec $(CODEC) --text-encoder $(TEXT) $(VIDEO)
+
+vbench-env: $(VBENCH_ENV)/installed  ## Make the environment of the vbench package, of its own (PYTHON: 3.11 at most)
+
+$(VBENCH_ENV)/installed: tools/vbench.txt
+	$(PYTHON) -m venv $(VBENCH_ENV)
+	$(VBENCH_ENV)/bin/python -m pip install --quiet --requirement tools/vbench.txt
+	touch $@
+
 test: install lint  ## Run the linter and all tests
 	$(BIN)/python -m pytest
 
@@ -144,6 +179,19 @@ verify-data: install  ## Verify the training set DATA (train.csv or val.csv), de
 	@test -n "$(DATA)" || { echo "usage: make verify-data DATA=data/set/train.csv [CODEC=vae.pt VIDEOS=raw]"; exit 2; }
 	$(BIN)/python tools/verify_dataset.py $(DATA) $(if $(VIDEOS),--videos $(VIDEOS) --codec $(CODEC))
 
+# Two or more weights of one evaluation. COMPARE adds options of `tools/compare.py build`, such as --questions overall.
+# PRESET=debug compares what `make eval PRESET=debug` made.
+.PHONY: compare
+ifeq ($(PRESET),debug)
+compare: A ?= evaluations/debug/sft
+compare: B ?= evaluations/debug/dpo
+compare: OUT ?= runs/debug/compare
+endif
+compare: install  ## Vote blindly between the evaluated weights A, B (and C) in the browser, kept in OUT (default: runs/compare)
+	@test -n "$(A)" -a -n "$(B)" || { echo "usage: make compare A=evaluations/x/sft B=evaluations/x/dpo [C=…] [OUT=runs/compare]"; exit 2; }
+	$(BIN)/python tools/compare.py build $(A) $(B) $(C) --out $(or $(OUT),runs/compare) $(COMPARE)
+	$(BIN)/python tools/compare.py serve $(or $(OUT),runs/compare)
+
 house: install  ## Draw the rooms and who imports whom, from the code, to docs/house.md
 	$(BIN)/python tools/house.py > docs/house.md
 
@@ -174,4 +222,4 @@ bench-scaling: install  ## The block under Ulysses on 1, 2 … GPUS GPUs
 	$(BIN)/torchrun --nproc-per-node $(GPUS) kernels/bench/scaling.py
 
 clean:  ## Remove the demo data and what quickstart and the debug config made; keeps .venv
-	rm -rf data/demo data/prepare_demo $(foreach run,$(QUICK) debug vae/debug,runs/$(run) exports/$(run) samples/$(run))
+	rm -rf data/demo data/prepare_demo evaluations/debug $(foreach run,$(QUICK) debug vae/debug,runs/$(run) exports/$(run) samples/$(run))

@@ -16,15 +16,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mugv_ds.config import Status, TrainConfig
+from mugv_ds.config import ConfigError, Status, TrainConfig
 from mugv_ds.config.command import leave, training_command
 
 if TYPE_CHECKING:  # the rest of the package is imported when it is needed: a wrong command line answers at once
+    import numpy as np
+
     from mugv_ds.checkpoint.manifest import StartWeights
     from mugv_ds.data.run_data import RunData
     from mugv_ds.engine.ema import PowerEma
     from mugv_ds.engine.evaluate.reference import ReferenceModel
-    from mugv_ds.engine.preview import Previews
+    from mugv_ds.engine.preview import Evaluations, Previews
     from mugv_ds.engine.process import Process
 
 
@@ -88,15 +90,40 @@ def reference_model(config: TrainConfig, run: Start, fresh: bool) -> "ReferenceM
 
 def make_previews(config: TrainConfig, run: Start, ema: "PowerEma") -> "Previews":
     """Makes the previews of a run, by its weights or by one of their averages."""
-    from mugv_ds.checkpoint.fragments import refresh_weights
     from mugv_ds.engine.preview import Previews
+
+    return Previews(config, run.process, run.engine.module, run.data.previewed, *_sampler(run, ema, config.preview.ema))
+
+
+def make_evaluations(config: TrainConfig, run: Start, ema: "PowerEma") -> "Evaluations":
+    """Makes the evaluations of a run, likewise.
+
+    Raises:
+        ConfigError: OpenCV is not installed.
+    """
+    from mugv_ds.engine.preview import Evaluations
+
+    try:
+        from mugv_ds.evaluation.measures import measure
+    except ImportError as error:
+        raise ConfigError(f"evaluation.every: {error}; pip install 'mugv_ds[evaluation]', or set it to 0") from None
+    from mugv_ds.prepare.demo.judge import demo_measures
+
+    def measure_row(frames: "np.ndarray", caption: str, image: "np.ndarray | None") -> dict[str, float]:
+        return measure(frames, image) | demo_measures(frames, caption)
+
+    given = (config, run.process, run.engine.module, run.data.evaluated)
+    return Evaluations(measure_row, *given, *_sampler(run, ema, config.evaluation.ema))
+
+
+def _sampler(run: Start, ema: "PowerEma", sigma_rel: float | None) -> tuple[Any, ...]:
+    """Returns what samples, what loads codecs, and what has the weights, or an average of them, in the model."""
+    from mugv_ds.checkpoint.fragments import refresh_weights
     from mugv_ds.sampling.sampler import sample_latents
     from mugv_ds.weights.codec import load_codec
 
-    sigma_rel = config.preview.ema
     average = partial(ema.in_model, sigma_rel, partial(refresh_weights, run.engine))
-    weights = nullcontext if sigma_rel is None else average
-    return Previews(config, run.process, run.engine.module, run.data.previewed, sample_latents, load_codec, weights)
+    return sample_latents, load_codec, nullcontext if sigma_rel is None else average
 
 
 def train(config: TrainConfig) -> int:
@@ -122,6 +149,7 @@ def train(config: TrainConfig) -> int:
     store.extra_kinds = ema.averages
     try:
         previews = data.previewed and make_previews(config, run, ema)
+        evaluations = data.evaluated and make_evaluations(config, run, ema)
         taken = store.restore()
         if process.rank == 0:
             fresh = f"starting fresh, from {run.weights.path or 'initial weights'}"
@@ -131,7 +159,15 @@ def train(config: TrainConfig) -> int:
             reference = reference_model(config, run, fresh=not taken)
             reference.open_files()
         trainer = Trainer(
-            config, process, engine, data=data, reference=reference, ema=ema, store=store, previews=previews
+            config,
+            process,
+            engine,
+            data=data,
+            reference=reference,
+            ema=ema,
+            store=store,
+            previews=previews,
+            evaluations=evaluations,
         )
         stopped = trainer.run(taken)
     finally:

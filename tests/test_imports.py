@@ -24,9 +24,12 @@ ALLOWED = {
     "plan": {"config", "data", "models", "objectives", "parallel"},
     "sampling": {"config", "data", "files", "models", "objectives", "parallel"},
     "prepare": {"config", "data", "files", "models", "objectives"},
+    "evaluation": {"config", "data", "files", "models", "sampling"},
     "train.py": {
-        *("checkpoint", "config", "data", "engine", "models", "objectives", "parallel", "plan", "sampling", "weights"),
+        *("checkpoint", "config", "data", "engine", "evaluation", "models", "objectives", "parallel", "plan"),
+        *("prepare", "sampling", "weights"),
     },
+    "sample.py": {"config", "engine", "files", "models", "parallel", "plan", "sampling", "weights"},
     "train_vae.py": {"checkpoint", "config", "data", "engine", "models", "weights"},
     "__init__.py": set(),
 }

@@ -40,6 +40,13 @@ def prepare(args: argparse.Namespace) -> int:
     """
     if args.workers < 1:
         raise InputError(f"--workers {args.workers}: must be at least 1")
+    if args.limit is not None and args.limit < 1:
+        raise InputError(f"--limit {args.limit}: must be at least 1")
+    if args.out.exists() and not args.out.is_dir():
+        raise InputError(f"--out {args.out}: is no folder; name one for the set")
+    for name, folder in (("work", args.work), ("out", args.out)):
+        if folder.resolve().is_relative_to(args.videos.resolve()):
+            raise InputError(f"--{name} {folder}: is, or lies in, the folder of videos; name another")
     stop = Stop()
     config = load_config(args.config, () if args.do == "what-if" else args.set, PrepareConfig)
     with locked(args.work), executor_of(args, stop) as executor:
@@ -152,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gone.add_argument("--video", action="append", default=[], help="path relative to --videos, or SHA-256")
     gone.add_argument("--licence", action="append", default=[], help="all videos of this licence")
     gone.add_argument("--purge", action="store_true", help="also rewrite the shards that hold them")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # the target may come last, too
     return exit_status(lambda: prepare(args))
 
 

@@ -364,6 +364,13 @@ class EmbedSection(Section):
     device: str = Field("auto", description="Where to; auto: CUDA if there is one.")
     shard_mb: int = Field(256, ge=1, le=4096, description="Features of a shard, in MiB, if all captions were longest.")
 
+    @model_validator(mode="after")
+    def _hash_is_even(self) -> "EmbedSection":
+        """Checks that the demo's encoder can have this width."""
+        if self.text_encoder == "hash" and self.channels % 2:
+            raise ConfigError(f"embed.channels = {self.channels}: must be even for the text encoder hash")
+        return self
+
 
 class ValidationSection(Section):
     """The held-out part: whole source videos, so that no clip of a training video is in it."""

@@ -301,17 +301,16 @@ class LoggingSection(Section):
     )
 
 
-class PreviewSection(Section):
-    """Videos that are sampled during training, to look at."""
+class SampledSection(Section):
+    """Videos of the first rows of a manifest that are sampled during training."""
 
-    every: StepsOrNever = Field(0, description="Steps between previews; the last step has some too. 0: none at all.")
+    every: StepsOrNever = Field(0, description="Steps between them; after the last step there are some too. 0: never.")
     manifest: str | None = Field(
         None,
-        description="CSV whose first rows are previewed: their text features, size, fps and caption. "
-        "data.null_text_path, which guidance subtracts, lies where its rows' features do. Required when preview.every "
-        "> 0.",
+        description="CSV whose first rows are sampled: their text features, size, fps and caption. "
+        "data.null_text_path, which guidance subtracts, lies where its rows' features do. Required when every > 0.",
     )
-    count: Count = Field(4, description="Rows that are previewed.")
+    count: Count = Field(4, description="Rows that are sampled.")
     steps: Count = Field(25, description="Evaluations of the model for each video.")
     guidance: float = Field(4.0, ge=0, le=1000, description="Weight of the caption against the negative prompt.")
     first_frame: bool = Field(
@@ -319,9 +318,9 @@ class PreviewSection(Section):
     )
     codec: str | None = Field(
         None,
-        description="What makes pixels: the VideoVAE (vae.pt, safetensors or a folder) or the demo's codec; by default "
-        "the latents are written. All ranks decode together, window by window. The VideoVAE stays in host memory, in "
-        "bf16 0.8 GiB a rank, and is on the GPU only while it decodes.",
+        description="What makes pixels: the VideoVAE (vae.pt, safetensors or a folder) or the demo's codec. All ranks "
+        "decode together, window by window. The VideoVAE stays in host memory, in bf16 0.8 GiB a rank, and is on the "
+        "GPU only while it decodes.",
     )
     ema: float | None = Field(
         None,
@@ -330,13 +329,32 @@ class PreviewSection(Section):
         description="σ_rel of the average, one of ema.sigma_rel, that is sampled with in place of the weights; by "
         "default the weights are.",
     )
+
+    def _require(self, key: str, *names: str) -> None:
+        for name in names:
+            if self.every and getattr(self, name) is None:
+                raise ValueError(f"{key}.{name}: required when {key}.every > 0; give it, or set {key}.every to 0")
+
+
+class PreviewSection(SampledSection):
+    """Videos that are sampled during training, to look at. Without a codec their latents are written."""
+
     dir: str | None = Field(None, description="Folder of the videos. Required when preview.every > 0.")
 
     @model_validator(mode="after")
     def _is_complete(self) -> "PreviewSection":
-        for name in ("manifest", "dir"):
-            if self.every and getattr(self, name) is None:
-                raise ValueError(f"preview.{name}: required when preview.every > 0; give it, or set preview.every to 0")
+        self._require("preview", "manifest", "dir")
+        return self
+
+
+class EvaluationSection(SampledSection):
+    """Videos that are sampled during training and measured as `make eval` measures; TensorBoard has the means."""
+
+    count: Count = Field(16, description="Rows that are sampled.")
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> "EvaluationSection":
+        self._require("evaluation", "manifest", "codec")
         return self
 
 
@@ -465,6 +483,7 @@ class TrainConfig(Section):
     checkpoint: CheckpointSection
     logging: LoggingSection
     preview: PreviewSection = PreviewSection()
+    evaluation: EvaluationSection = EvaluationSection()
     guard: GuardSection = GuardSection()
     preference: PreferenceSection | None = None
     deepspeed: dict[str, Any] = Field(
@@ -505,12 +524,15 @@ class TrainConfig(Section):
             raise ValueError(
                 "data.null_text_path: required when flow.caption_drop > 0; name the features or set it to 0"
             )
-        if self.preview.every and self.data.null_text_path is None:
-            raise ValueError("data.null_text_path: required when preview.every > 0; name the features or set it to 0")
-        if self.preview.ema is not None and self.preview.ema not in self.ema.sigma_rel:
-            raise ValueError(
-                f"preview.ema = {self.preview.ema:g}: must be one of ema.sigma_rel = {list(self.ema.sigma_rel)}"
-            )
+        for key, sampled in self.sampled.items():
+            if sampled.every and self.data.null_text_path is None:
+                raise ValueError(
+                    f"data.null_text_path: required when {key}.every > 0; name the features or set it to 0"
+                )
+            if sampled.ema is not None and sampled.ema not in self.ema.sigma_rel:
+                raise ValueError(
+                    f"{key}.ema = {sampled.ema:g}: must be one of ema.sigma_rel = {list(self.ema.sigma_rel)}"
+                )
         if self.data.budget is not None and self.data.budget.multiple > batch:
             raise ValueError(
                 f"data.budget.multiple = {self.data.budget.multiple}: a step would hold more samples than "
@@ -519,6 +541,11 @@ class TrainConfig(Section):
         for key, why in self._idle():
             raise ValueError(f"{key}: has no effect {why}; leave it out")
         return self
+
+    @property
+    def sampled(self) -> dict[str, SampledSection]:
+        """Returns the sections of what is sampled during training, by their keys."""
+        return {"preview": self.preview, "evaluation": self.evaluation}
 
     def _idle(self) -> Iterator[tuple[str, str]]:
         """Names the keys whose values differ from the defaults and cannot change the run, and why they cannot.
@@ -537,8 +564,9 @@ class TrainConfig(Section):
         if self.checkpoint.resume == "never" and self.checkpoint.init_from is None:
             why = 'with checkpoint.resume = "never" and without checkpoint.init_from'
             yield from changed("checkpoint", self.checkpoint, {"accept_changed_data"}, why)
-        if "every" not in self.preview.model_fields_set:
-            yield from changed("preview", self.preview, set(PreviewSection.model_fields), "without preview.every")
+        for key, sampled in self.sampled.items():
+            if "every" not in sampled.model_fields_set:
+                yield from changed(key, sampled, set(type(sampled).model_fields), f"without {key}.every")
         if preference is not None and preference.objective == "dpo":
             why = 'with preference.objective = "dpo"'
             yield from changed("preference", preference, {"good_weight", "bad_weight"}, why)

@@ -5,11 +5,11 @@ processes, and what they say of some 50,000 rows is kept in a part as soon as it
 on where it was.
 """
 
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain, pairwise
+from functools import lru_cache
+from itertools import chain, groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,7 +19,7 @@ import pyarrow as pa
 from mugv_ds.config.errors import TransientError
 from mugv_ds.config.model import LATENT_CHANNELS, MAX_LATENT_SIDE
 from mugv_ds.data import headers
-from mugv_ds.data.index import CODES, whole_path
+from mugv_ds.data.index import CODES, open_columns, whole_path
 from mugv_ds.data.paths import PathError, split_key
 from mugv_ds.data.patience import read_patiently
 from mugv_ds.data.progress import Progress
@@ -28,6 +28,7 @@ from mugv_ds.data.storage import Files
 from mugv_ds.files.tensor_file import SampleError
 
 Side = Literal["latent", "text"]
+Columns = dict[str, pa.ChunkedArray]
 Wrong = tuple[int, str]  # a row, and what is wrong with its tensor
 
 _COLUMNS = {"latent": "latent_path", "text": "text_feat_path"}
@@ -35,6 +36,7 @@ _FEW_ROWS = 200_000  # about 2 s of one core
 _PART_ROWS = 50_000
 _TASK_ROWS = 2_000
 _MAX_TEXT_SIDE = (1 << 16) - 1  # tokens and channels have two bytes each in an index
+_CODE_OF = {name: code for code, name in enumerate(CODES)}
 _FOUND = np.dtype([("row", "<i4"), ("offset", "<u4"), ("crc", "<u4"), ("dtype", "u1"), ("shape", "<i4", (3,))])
 
 
@@ -44,28 +46,89 @@ class Rows:
 
     Attributes:
         csv_path: the CSV. files: where its paths lead.
-        columns: as `index.open_columns` gives them.
+        arrow: the index's Arrow file. columns: what it holds.
         lines: int64 [rows], where each row starts.
         sizes: int32 [rows, 3], num_frames, height and width; 0 where the CSV does not say.
     """
 
     csv_path: Path
     files: Files
-    columns: dict[str, pa.ChunkedArray]
+    arrow: Path
+    columns: Columns
     lines: np.ndarray
     sizes: np.ndarray
 
 
-class Shard(NamedTuple):
-    """Rows of one shard: its path, and of each row its number, its line in the CSV and the key of its tensor."""
+class Task(NamedTuple):
+    """Rows whose tensors of a side lie in some shards, sorted by shard: int64 [rows], and their lines in the CSV."""
 
-    path: str
-    rows: list[int]
-    lines: list[int]
-    keys: list[str]
+    rows: np.ndarray
+    lines: np.ndarray
 
 
-def shard_numbers(columns: dict[str, pa.ChunkedArray], side: Side) -> np.ndarray:
+@dataclass(frozen=True)
+class Reader:
+    """Reads the headers of shards.
+
+    Args:
+        csv_path, files, arrow: as of `Rows`. side: whose shards.
+    """
+
+    csv_path: Path
+    files: Files
+    arrow: Path
+    side: Side
+
+    def __call__(self, task: Task) -> tuple[np.ndarray, list[Wrong]]:
+        """As `read`, in a process that reads for one index."""
+        return self.read(_opened(self.arrow), task, headers.THREADS_OF_MANY)
+
+    def read(self, columns: Columns, task: Task, threads: int) -> tuple[np.ndarray, list[Wrong]]:
+        """What the headers say of the tensors of the rows, as `_FOUND`, and what is wrong with the others.
+
+        Raises:
+            PathError: a path leads somewhere it must not. TransientError: the file system failed for minutes.
+        """
+        kept, ids = (_take(columns[name], task.rows) for name in (_COLUMNS[self.side], "sample_id"))
+        paths = [path.rpartition("#") for path in kept]  # no key has a #, and one that is the sample's id is left out
+        keys = [key or sample for (_, _, key), sample in zip(paths, ids, strict=True)]
+        members = zip((file for file, _, _ in paths), task.rows.tolist(), task.lines.tolist(), keys, strict=True)
+        shards = [(file, list(group)) for file, group in groupby(members, key=itemgetter(0))]
+        with ThreadPoolExecutor(threads) as pool:
+            answers = list(pool.map(self._of_shard, *zip(*shards, strict=True)))
+        return np.concatenate([found for found, _ in answers]), [one for _, wrong in answers for one in wrong]
+
+    def _of_shard(self, path: str, members: list[tuple[str, int, int, str]]) -> tuple[np.ndarray, list[Wrong]]:
+        """As `read`, of one shard; members: its path, and of its rows number, line and key."""
+
+        def read() -> tuple[str, dict[str, Entry]]:
+            with self.files.open(path) as blob:
+                return blob.name, read_header(blob)
+
+        found, wrong, first = [], [], f"{self.csv_path}:{members[0][2]}"
+        try:
+            name, entries = read_patiently(read, self.files)
+        except TransientError as error:
+            raise TransientError(f"{first}: {error}") from error
+        except SampleError as error:
+            if isinstance(error.__cause__, PathError):
+                raise PathError(f"{first}: {_COLUMNS[self.side]}: {error}") from error
+            wrong = [(row, f"{self.csv_path}:{line}: {path}#{key}: {error}") for _, row, line, key in members]
+            return np.empty(0, _FOUND), wrong
+        shape_of = _latent_shape if self.side == "latent" else _text_shape
+        for _, row, line, key in members:
+            try:
+                entry = find(entries, key, name)
+                found.append((row, entry.offset, entry.crc, _CODE_OF[entry.dtype], shape_of(entry.shape)))
+            except SampleError as error:
+                wrong.append((row, f"{self.csv_path}:{line}: {path}#{key}: {error}"))
+        return np.array(found, _FOUND), wrong
+
+
+_opened = lru_cache(1)(open_columns)
+
+
+def shard_numbers(columns: Columns, side: Side) -> np.ndarray:
     """Numbers the shards of a side in the order of appearance: int32 [rows], −1 for rows whose tensor is in none."""
     numbers: dict[str, int] = {}
     of_rows = [np.empty(0, np.int32)]
@@ -106,21 +169,21 @@ def read_places(
         wanted[side] = unknown[np.argsort(numbers[unknown], kind="stable")]
     wrong: list[Wrong] = []
     total = sum(map(len, wanted.values()))
+    readers = {side: Reader(rows.csv_path, rows.files, rows.arrow, side) for side in wanted}
     if total <= _FEW_ROWS:
-        with ThreadPoolExecutor(headers.THREADS_ALONE) as threads:
-            for side in wanted:
-                read = partial(_read_shard, rows.files, rows.csv_path, side)
-                for found, more in threads.map(read, _shards(rows, side, shards[side], wanted[side])):
-                    _put(rows, side, found, shapes, places)
-                    wrong += more
+        for side in (side for side in wanted if len(wanted[side])):
+            task = Task(wanted[side], rows.lines[wanted[side]])
+            found, more = readers[side].read(rows.columns, task, headers.THREADS_ALONE)
+            _put(rows, side, found, shapes, places)
+            wrong += more
         return wrong
     done, progress = 0, Progress(str(rows.csv_path))
     with headers.processes(rows.csv_path, parts, lambda: f"{done:,} of {total:,}") as pool:
         begun = (
-            (side, of_part, pool.map(partial(_read_shards, rows.files, rows.csv_path, side), tasks))
+            (side, of_part, pool.map(readers[side], tasks))
             for side in wanted
-            for of_part in _parts(shards[side], wanted[side])
-            for tasks in [_tasks(_shards(rows, side, shards[side], of_part))]
+            for of_part in _cut(wanted[side], shards[side], _PART_ROWS)
+            for tasks in [[Task(some, rows.lines[some]) for some in _cut(of_part, shards[side], _TASK_ROWS)]]
         )
         for (side, of_part, answers), _ in pairwise(chain(begun, [None])):  # a part is begun before the last is done
             kept = []
@@ -134,35 +197,11 @@ def read_places(
     return wrong
 
 
-def _parts(shards: np.ndarray, wanted: np.ndarray) -> list[np.ndarray]:
-    """Cuts rows that are sorted by shard into parts of whole shards."""
-    starts = np.flatnonzero(np.diff(shards[wanted])) + 1  # of every shard but the first
-    near = np.searchsorted(starts, np.arange(_PART_ROWS, len(wanted), _PART_ROWS))
-    return np.split(wanted, np.unique(starts[near[near < len(starts)]]))
-
-
-def _shards(rows: Rows, side: Side, shards: np.ndarray, wanted: np.ndarray) -> Iterator[Shard]:
-    """The shards of rows that are sorted by shard."""
-    kept, ids = (_take(rows.columns[name], wanted) for name in (_COLUMNS[side], "sample_id"))
-    paths = [whole_path(path, sample).rpartition("#") for path, sample in zip(kept, ids, strict=True)]  # keys have no #
-    edges = [0, *(np.flatnonzero(np.diff(shards[wanted])) + 1).tolist(), len(wanted)]
-    for first, last in pairwise(edges if len(wanted) else []):
-        of_shard = wanted[first:last]
-        keys = [key for _, _, key in paths[first:last]]
-        yield Shard(paths[first][0], of_shard.tolist(), rows.lines[of_shard].tolist(), keys)
-
-
-def _tasks(shards: Iterable[Shard]) -> Iterator[list[Shard]]:
-    """Groups shards into what a process does at a time."""
-    task, size = [], 0
-    for shard in shards:
-        task.append(shard)
-        size += len(shard.rows)
-        if size >= _TASK_ROWS:
-            yield task
-            task, size = [], 0
-    if task:
-        yield task
+def _cut(rows: np.ndarray, shards: np.ndarray, size: int) -> list[np.ndarray]:
+    """Cuts rows that are sorted by shard into pieces of about so many, each of whole shards."""
+    starts = np.flatnonzero(np.diff(shards[rows])) + 1  # of every shard but the first
+    near = np.searchsorted(starts, np.arange(size, len(rows), size))
+    return np.split(rows, np.unique(starts[near[near < len(starts)]])) if len(rows) else []
 
 
 def _take(column: pa.ChunkedArray, rows: np.ndarray) -> list:
@@ -172,62 +211,26 @@ def _take(column: pa.ChunkedArray, rows: np.ndarray) -> list:
     for chunk in column.chunks:
         first, last = np.searchsorted(ascending, [start, start + len(chunk)])
         if first < last:
-            values[order[first:last]] = chunk.take(pa.array(ascending[first:last] - start)).to_pylist()
+            taken = chunk.take(pa.array(ascending[first:last] - start))
+            values[order[first:last]] = taken.to_numpy(zero_copy_only=False)
         start += len(chunk)
     return values.tolist()
 
 
-def _read_shards(files: Files, csv_path: Path, side: Side, task: list[Shard]) -> tuple[np.ndarray, list[Wrong]]:
-    """What a process does at a time; see `_read_shard`."""
-    with ThreadPoolExecutor(headers.THREADS_OF_MANY) as threads:
-        answers = list(threads.map(partial(_read_shard, files, csv_path, side), task))
-    return np.concatenate([found for found, _ in answers]), [one for _, wrong in answers for one in wrong]
+@lru_cache  # the tensors of a shard have few different shapes
+def _latent_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    if len(shape) != 4 or shape[0] != LATENT_CHANNELS:
+        raise SampleError(f"shape {list(shape)}, expected [{LATENT_CHANNELS}, T, H, W]")
+    if max(shape[2:]) > MAX_LATENT_SIDE:
+        raise SampleError(headers.TOO_LARGE.format(shape[1:]))
+    return shape[1:]
 
 
-def _read_shard(files: Files, csv_path: Path, side: Side, shard: Shard) -> tuple[np.ndarray, list[Wrong]]:
-    """What the header of a shard says of its rows' tensors, as `_FOUND`, and what is wrong with the others.
-
-    Raises:
-        PathError: its path leads somewhere it must not. TransientError: the file system failed for minutes.
-    """
-
-    def read() -> tuple[str, dict[str, Entry]]:
-        with files.open(shard.path) as blob:
-            return blob.name, read_header(blob)
-
-    found, wrong = [], []
-    members = list(zip(shard.rows, shard.lines, shard.keys, strict=True))
-    try:
-        name, entries = read_patiently(read, files)
-    except TransientError as error:
-        raise TransientError(f"{csv_path}:{shard.lines[0]}: {error}") from error
-    except SampleError as error:
-        if isinstance(error.__cause__, PathError):
-            raise PathError(f"{csv_path}:{shard.lines[0]}: {_COLUMNS[side]}: {error}") from error
-        wrong = [(row, f"{csv_path}:{line}: {shard.path}#{key}: {error}") for row, line, key in members]
-        return np.empty(0, _FOUND), wrong
-    for row, line, key in members:
-        try:
-            entry = find(entries, key, name)
-            shape = _latent_shape(entry) if side == "latent" else _text_shape(entry)
-            found.append((row, entry.offset, entry.crc, CODES.index(entry.dtype), shape))
-        except SampleError as error:
-            wrong.append((row, f"{csv_path}:{line}: {shard.path}#{key}: {error}"))
-    return np.array(found, _FOUND), wrong
-
-
-def _latent_shape(entry: Entry) -> tuple[int, int, int]:
-    if len(entry.shape) != 4 or entry.shape[0] != LATENT_CHANNELS:
-        raise SampleError(f"shape {list(entry.shape)}, expected [{LATENT_CHANNELS}, T, H, W]")
-    if max(entry.shape[2:]) > MAX_LATENT_SIDE:
-        raise SampleError(headers.TOO_LARGE.format(entry.shape[1:]))
-    return entry.shape[1:]
-
-
-def _text_shape(entry: Entry) -> tuple[int, int, int]:
-    if len(entry.shape) != 2 or max(entry.shape) > _MAX_TEXT_SIDE:
-        raise SampleError(f"shape {list(entry.shape)}, expected text features [L, C], both at most {_MAX_TEXT_SIDE}")
-    return (*entry.shape, 0)
+@lru_cache
+def _text_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    if len(shape) != 2 or max(shape) > _MAX_TEXT_SIDE:
+        raise SampleError(f"shape {list(shape)}, expected text features [L, C], both at most {_MAX_TEXT_SIDE}")
+    return (*shape, 0)
 
 
 def _put(rows: Rows, side: Side, found: np.ndarray, shapes: np.ndarray, places: np.ndarray) -> None:

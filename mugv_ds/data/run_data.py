@@ -49,7 +49,8 @@ class RunData:
         opener: calls what it is given; on several ranks one has to build an index before the others open it.
 
     Attributes:
-        train, validation, previewed: indexes of data.manifest, data.val_manifest and preview.manifest; None: not given.
+        train, validation: indexes of data.manifest and data.val_manifest; None: not given.
+        previewed, evaluated: indexes of preview.manifest and evaluation.manifest; None: nothing is sampled of them.
         sources, held_out: indexes of the preference sources and of their held-out annotations, in the config's order.
         readers: of the training set first, then of the preference sources.
         plan: the steps of the run.
@@ -72,6 +73,7 @@ class RunData:
         self.train: Index = open_(config.data.manifest)
         self.validation = open_(config.data.val_manifest)
         self.previewed = open_(config.preview.manifest if config.preview.every else None)
+        self.evaluated = open_(config.evaluation.manifest if config.evaluation.every else None)
         self.sources: tuple[Index, ...] = tuple(open_(source.manifest) for source in sources)
         self.held_out = tuple(open_(source.val_manifest) for source in sources)
         self.text_encoder = self._text_encoder()
@@ -108,6 +110,7 @@ class RunData:
             "data.manifest": self.train,
             "data.val_manifest": self.validation,
             "preview.manifest": self.previewed,
+            "evaluation.manifest": self.evaluated,
         }
         for source, index, held_out in zip(sources, self.sources, self.held_out, strict=True):
             indexes |= {f"preference.{source.name}.manifest": index, f"preference.{source.name}.val_manifest": held_out}
@@ -121,8 +124,8 @@ class RunData:
 
     @property
     def shapes(self) -> set[Shape]:
-        """The latent shapes that the run's model may meet: in training, held out and in previews."""
-        indexes = (self.train, self.validation, self.previewed, *self.sources, *self.held_out)
+        """The latent shapes that the run's model may meet: in training, held out and sampled."""
+        indexes = (self.train, self.validation, self.previewed, self.evaluated, *self.sources, *self.held_out)
         return {shape for index in indexes if index is not None for shape in index.buckets().by_shape}
 
     def readers_with(self, references: Sequence[np.ndarray]) -> Sources:

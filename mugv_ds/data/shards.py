@@ -14,6 +14,7 @@ import re
 import zlib
 from collections.abc import Mapping
 from math import prod
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,16 +174,16 @@ def _parse(header: bytes, start: int, file_bytes: int) -> dict[str, Entry]:
         size = prod(shape) * _ITEM_BYTES[dtype]
         if last - first != size:
             raise ValueError(f"{key!r} has {last - first} bytes, and its shape {shape} of {dtype} takes {size}")
-        entries.append((key, Entry(dtype, tuple(shape), start + first, size, int(crc, 16))))
-    entries.sort(key=lambda item: item[1].offset)
+        entries.append((start + first, key, Entry(dtype, tuple(shape), start + first, size, int(crc, 16))))
+    entries.sort(key=itemgetter(0))
     end = start  # from here to the end of the file the tensors follow each other: none is outside it, or overlaps
-    for key, entry in entries:
-        if entry.offset != end:
-            raise ValueError(f"{key!r} begins at byte {entry.offset}, and what lies before it ends at {end}")
+    for offset, key, entry in entries:
+        if offset != end:
+            raise ValueError(f"{key!r} begins at byte {offset}, and what lies before it ends at {end}")
         end += entry.size
     if end != file_bytes:
         raise ValueError(f"its tensors end at byte {end}, and the file has {file_bytes}")
-    return dict(entries)
+    return {key: entry for _, key, entry in entries}
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from mugv_ds.engine.evaluate.validate import Validation
 from mugv_ds.engine.feed import Feed
 from mugv_ds.engine.guard.guard import Guard, StepResult
 from mugv_ds.engine.metrics import OptimizerProbe, Recorder
-from mugv_ds.engine.preview import Previews
+from mugv_ds.engine.preview import Evaluations, Previews
 from mugv_ds.engine.process import Process
 from mugv_ds.engine.steps import Checkpoints, State, StepLoop
 from mugv_ds.models.flops import step_flops
@@ -34,7 +34,7 @@ class Trainer(StepLoop):
         reference: of a preference run; None: it is none.
         ema: averages of the weights, which take in those of every step that was applied.
         store: saves when a checkpoint is due, and holds the state that the run goes on from.
-        previews: writes videos when they are due; None: there are none.
+        previews: writes videos when they are due; None: there are none. evaluations: measures some, likewise.
     """
 
     def __init__(
@@ -48,8 +48,10 @@ class Trainer(StepLoop):
         ema: PowerEma,
         store: Checkpoints,
         previews: Previews | None = None,
+        evaluations: Evaluations | None = None,
     ) -> None:
-        super().__init__(config, process, plan=data.plan, readers=data.readers, store=store, previews=previews)
+        shown = [(config.preview.every, previews), (config.evaluation.every, evaluations)]
+        super().__init__(config, process, plan=data.plan, readers=data.readers, store=store, shown=shown)
         self.engine, self.data, self.reference, self.ema = engine, data, reference, ema
         self.dit = config.model.dit()
         self.feed = Feed(engine.module, process, config.data, self.dit.caption_channels)

@@ -1,10 +1,12 @@
-"""Videos of fixed prompts while the model trains, on disk and in TensorBoard."""
+"""Videos of fixed prompts while the model trains: some to look at, and some whose measures are curves."""
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,15 +41,16 @@ class Prompt:
     first: Tensor  # fp32 [24, 1, H, W]: the first latent frame
 
 
-class Previews:
+class SampledRows(ABC):
     """Samples the first rows of a manifest as the model is. All ranks call each method together.
 
     The data ranks share the rows out, and all ranks the decoding of each. A row's noise is keyed by (data.seed, sample
-    id), so that its previews differ by the weights alone, at every step and in every layout.
+    id), so that its videos differ by the weights alone, at every step and in every layout.
 
     Args:
+        key: of the section of the config that says what is sampled.
         config: the run. process: this process. module: its stage.
-        index: the manifest `preview.manifest`.
+        index: the section's manifest.
         sample: `mugv_ds.sampling.sampler.sample_latents`. load_codec: `mugv_ds.weights.codec.load_codec`.
         weights: has the weights that are to be sampled with in the model for the while of the context; all ranks enter
             and leave it together.
@@ -59,6 +62,7 @@ class Previews:
 
     def __init__(
         self,
+        key: str,
         config: TrainConfig,
         process: Process,
         module: DiTPipeline,
@@ -67,20 +71,23 @@ class Previews:
         load_codec: Callable[..., Codec],
         weights: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
-        self._section, self._data, self._flow = config.preview, config.data, config.flow
+        self._key, self._section, self._data, self._flow = key, config.sampled[key], config.data, config.flow
         self._process, self._model, self._sample = process, PipelinedModel(module), sample
         self._weights = weights
-        self._output = OptionalOutput(f"preview.dir = {config.preview.dir}")
         process.host.attempt(lambda: self._read(index, config.model.dit().caption_channels))
         sizes = {(row.height, row.width) for row in self._rows}
         path = self._section.codec
-        self._codec = None if path is None else PreviewCodec(path, load_codec, process, sizes)
+        self._codec = None if path is None else PreviewCodec(path, load_codec, process, sizes, f"{key}.codec")
+
+    @abstractmethod
+    def _take(self, step: int, number: int, made: Tensor | np.ndarray, recorder: Recorder) -> None:
+        """Does on rank 0 what is done with the latent of a row, or with its frames."""
 
     def _read(self, index: Index, channels: int) -> None:
         count = self._section.count
         if count > len(index):
             raise ConfigError(
-                f"preview.count = {count}: {self._section.manifest} has {len(index)} rows; use at most that many"
+                f"{self._key}.count = {count}: {self._section.manifest} has {len(index)} rows; use at most that many"
             )
         self._rows = [index.row(row) for row in range(count)]
         # Replicas without a row of their own repeat the last, so that all stay in step.
@@ -88,8 +95,6 @@ class Previews:
         mine = [min(begin + first, count - 1) for begin in range(0, count, step)]
         self._prompts = [self._prompt(index, row, channels) for row in mine]
         self._null_text = FlowSamples(index, self._data, self._flow, channels).null_text()
-        if self._process.rank == 0:
-            self._output.attempt(lambda: Path(self._section.dir).mkdir(parents=True, exist_ok=True))
 
     def _prompt(self, index: Index, row: int, channels: int) -> Prompt:
         tokens = self._data.max_text_tokens
@@ -98,11 +103,11 @@ class Previews:
                 lambda: read_row(index, row, channels=channels, max_text_tokens=tokens), index.files
             )
         except SampleError as error:
-            raise ConfigError(f"preview.manifest: {error}; repair the file or leave the row out") from error
+            raise ConfigError(f"{self._key}.manifest: {error}; repair the file or leave the row out") from error
         return Prompt(sample.row, sample.text, sample.text_mask, sample.latent[:, :1].clone())
 
     def write(self, step: int, recorder: Recorder, alive: Callable[[], None]) -> None:
-        """Makes the previews after `step` steps; where the folder does not take them, that is said once.
+        """Samples the rows after `step` steps, and does with them what they are for.
 
         Args:
             recorder: of the run. alive: called now and then, on all ranks equally often; may end it by an error.
@@ -114,8 +119,7 @@ class Previews:
                 alive()  # the others have waited while rank 0 wrote
                 frames = self._decode(number, latent, alive)
                 if self._process.rank == 0:
-                    content = latent if frames is None else frames
-                    self._output.attempt(lambda number=number, made=content: self._write(step, number, made, recorder))
+                    self._take(step, number, latent if frames is None else frames, recorder)
 
     def _latents(self, alive: Callable[[], None]) -> list[Tensor]:
         """[24, T, H, W] of every row, on the CPU of all ranks."""
@@ -176,10 +180,29 @@ class Previews:
         row = self._rows[number]
         if not latent.isfinite().all():
             if self._process.rank == 0:
-                line = f"warning: preview of {row.sample_id}: the latent is not finite, and is written as it is"
+                line = f"warning: {self._key} of {row.sample_id}: the latent is not finite, and is not decoded"
                 print(line, file=sys.stderr, flush=True)
             return None
         return self._codec.decode(latent, self._is_given(row), alive)
+
+    def _fps(self, row: Row) -> float:
+        return row.fps or self._data.default_fps
+
+
+class Previews(SampledRows):
+    """Writes the first rows of `preview.manifest`, sampled as the model is, to disk and to TensorBoard.
+
+    Where the folder does not take them, that is said once.
+    """
+
+    def __init__(self, config: TrainConfig, process: Process, *given: Any, **options: Any) -> None:
+        super().__init__("preview", config, process, *given, **options)
+        self._output = OptionalOutput(f"preview.dir = {config.preview.dir}")
+        if process.rank == 0:
+            self._output.attempt(lambda: Path(self._section.dir).mkdir(parents=True, exist_ok=True))
+
+    def _take(self, step: int, number: int, made: Tensor | np.ndarray, recorder: Recorder) -> None:
+        self._output.attempt(lambda: self._write(step, number, made, recorder))
 
     def _write(self, step: int, number: int, made: Tensor | np.ndarray, recorder: Recorder) -> None:
         """Writes a row's latent, or its frames."""
@@ -192,5 +215,41 @@ class Previews:
         write_mp4(Path(f"{path}.mp4"), made, self._fps(row))
         recorder.write_gif(step, f"preview/{path.name}", encode_gif(made, self._fps(row)))
 
-    def _fps(self, row: Row) -> float:
-        return row.fps or self._data.default_fps
+
+class Evaluations(SampledRows):
+    """Measures the first rows of `evaluation.manifest`, sampled as the model is, and writes the means to TensorBoard.
+
+    Args:
+        measure: measures uint8 RGB frames [F, H, W, 3] of a caption, which start with an image [H, W, 3] or with None;
+            see `mugv_ds.evaluation.measures`.
+        The others are those of `SampledRows`.
+    """
+
+    def __init__(
+        self,
+        measure: Callable[[np.ndarray, str, np.ndarray | None], dict[str, float]],
+        config: TrainConfig,
+        process: Process,
+        *given: Any,
+        **options: Any,
+    ) -> None:
+        super().__init__("evaluation", config, process, *given, **options)
+        self._measure = measure
+        self._found: dict[str, list[float]] = {}  # on rank 0, of the rows that were sampled after this step
+
+    def write(self, step: int, recorder: Recorder, alive: Callable[[], None]) -> None:
+        """Samples and measures the rows; see `SampledRows.write`."""
+        self._found = {}
+        super().write(step, recorder, alive)
+        if self._process.rank == 0:
+            means = {f"evaluation/{name}": float(np.mean(values)) for name, values in self._found.items()}
+            recorder.write(step, means.items())
+
+    def _take(self, step: int, number: int, made: Tensor | np.ndarray, recorder: Recorder) -> None:
+        if isinstance(made, Tensor):  # its latent was not finite, as a warning says
+            return
+        row = self._rows[number]
+        # The frame that was given is the first one, as the codec shows it: of the image there is no more.
+        image = made[0] if self._is_given(row) else None
+        for name, value in self._measure(made, row.caption or "", image).items():
+            self._found.setdefault(name, []).append(value)

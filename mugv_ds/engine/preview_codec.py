@@ -1,4 +1,4 @@
-"""The codec of previews: on the device only for the while that they are decoded, by all ranks together.
+"""The codec of sampled videos: on the device only for the while that they are decoded, by all ranks together.
 
 Shape suffixes: T latent frames, h and w latent height and width, F video frames, H and W video height and width.
 """
@@ -29,17 +29,23 @@ class PreviewCodec:
     is right, else in fp32; on a CPU in fp32. The demo's codec decodes on rank 0, on the CPU.
 
     Args:
-        path: `preview.codec`. load: `mugv_ds.weights.codec.load_codec`. process: this process.
+        path: the value of `key`. load: `mugv_ds.weights.codec.load_codec`. process: this process.
         sizes: (height, width) of the videos in pixels.
+        key: of the config, such as "preview.codec".
 
     Raises:
         ConfigError: the file holds no codec. PeerError: rank 0 says so.
     """
 
     def __init__(
-        self, path: str, load: Callable[..., Codec], process: Process, sizes: Collection[tuple[int, int]]
+        self,
+        path: str,
+        load: Callable[..., Codec],
+        process: Process,
+        sizes: Collection[tuple[int, int]],
+        key: str = "preview.codec",
     ) -> None:
-        self._path, self._load, self._process = path, load, process
+        self._path, self._load, self._process, self._key = path, load, process, key
         on_gpu = process.device.type == "cuda"
         self._codec = self._read(torch.bfloat16 if on_gpu else torch.float32)
         if on_gpu and self._is_shared and not process.host.all(self._computes_right(sizes)):
@@ -56,7 +62,7 @@ class PreviewCodec:
             try:
                 return self._load(self._path, dtype=dtype)
             except CheckpointError as error:
-                raise ConfigError(f"preview.codec: {error}") from None
+                raise ConfigError(f"{self._key}: {error}") from None
 
         return self._process.host.first_then_all(read)
 
@@ -66,7 +72,7 @@ class PreviewCodec:
             for height, width in sorted(sizes):
                 check_conv3d(device, height=height, width=width, config=self._codec.config)
         except InputError as error:
-            line = f"warning: preview.codec: {error}; previews are decoded in float32, which takes twice the memory"
+            line = f"warning: {self._key}: {error}; it decodes in float32, which takes twice the memory"
             print(line, file=sys.stderr, flush=True)
             return False
         finally:

@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any, Protocol
@@ -36,7 +36,7 @@ class Checkpoints(Protocol):
 
 
 class Shown(Protocol):
-    """What is written to look at; see `engine.preview.Previews`."""
+    """What is written to look at; see `engine.preview`."""
 
     def write(self, step: int, recorder: Recorder, alive: Any) -> None: ...
 
@@ -48,7 +48,7 @@ class StepLoop(ABC):
         config: the run. process: this process.
         plan, readers: what each step holds, and who reads it.
         store: saves when a checkpoint is due, and holds the state that the run goes on from.
-        previews: writes something to look at when it is due; None: there is nothing.
+        shown: steps between two → what writes something to look at when it is due; None writes nothing.
 
     Attributes:
         guard: set by the subclass before `run`.
@@ -68,10 +68,10 @@ class StepLoop(ABC):
         plan: Plan,
         readers: Sources,
         store: Checkpoints,
-        previews: Shown | None = None,
+        shown: Sequence[tuple[int, Shown | None]] = (),
     ) -> None:
         self.config, self.process, self.plan, self.readers = config, process, plan, readers
-        self.store, self.previews = store, previews
+        self.store, self.shown = store, shown
         self.waited = 0.0
 
     @abstractmethod
@@ -159,14 +159,15 @@ class StepLoop(ABC):
                 self.store.save(step, self.guard.state())
 
     def _look(self, step: int, recorder: Recorder, result: StepResult | None) -> None:
-        """Validates and writes previews if they are due after `step` steps."""
+        """Validates and writes what is to be looked at, if they are due after `step` steps."""
         steps = self.config.schedule.steps
         if self._due(step, self.config.logging.eval_every or steps) if result else step < steps:
             self._validate(recorder, step)
         # Also where the run goes on from: it may have ended before they were written.
-        if self.previews is not None and step and self._due(step, self.config.preview.every):
-            with recorder.excluded():
-                self.previews.write(step, recorder, partial(self.guard.alive, step))
+        for every, shown in self.shown:
+            if shown is not None and step and self._due(step, every):
+                with recorder.excluded():
+                    shown.write(step, recorder, partial(self.guard.alive, step))
 
     def _readings(self, first: int, stop: int) -> Iterator[list[Reading]]:
         """What this rank reads for each data step of [first, stop): its micro-batches; none where it reads nothing."""

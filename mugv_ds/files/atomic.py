@@ -1,18 +1,21 @@
 """Files that are there as a whole or not at all."""
 
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+HALF = re.compile(r".+\.[0-9a-f]{32}\.tmp")  # names of files that a killed process left half-written
+
 
 @contextmanager
 def write_atomically(path: Path) -> Iterator[BinaryIO]:
     """A new file to write, which takes the name `path` once its content is on the disk.
 
-    If the block raises, `path` stays as it was and nothing is left; a killed process leaves a file ending in `.tmp`.
+    If the block raises, `path` stays as it was and nothing is left; a killed process leaves a file called as in `HALF`.
     Several writers do no harm: the last to finish gives the content.
 
     Args:

@@ -11,7 +11,7 @@ from mugv_ds.config.model import DiTConfig
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.config.videovae import VideoVAEConfig
 from mugv_ds.data.buckets import group_by_shape
-from mugv_ds.data.manifest import Shape
+from mugv_ds.data.manifest import Index, Shape
 from mugv_ds.data.plan import Plan, Stream
 from mugv_ds.data.run_data import RunData
 from mugv_ds.models.dit import Embedders
@@ -65,11 +65,11 @@ def describe(config: TrainConfig, world_size: int | None, codec_sizes: Callable[
 
     Args:
         world_size: processes; None takes as many as the config's layout needs.
-        codec_sizes: `mugv_ds.weights.codec.read_codec_sizes`, for the memory of previews.
+        codec_sizes: `mugv_ds.weights.codec.read_codec_sizes`, for the memory of what is sampled.
 
     Raises:
         ConfigError: the config cannot run on this many processes. ManifestError: a manifest cannot be used.
-        CheckpointError: `preview.codec` is no codec.
+        CheckpointError: `preview.codec` or `evaluation.codec` is no codec.
     """
     parallel = config.parallel
     wanted = (parallel.data or 1) * parallel.sequence * parallel.pipeline
@@ -83,7 +83,8 @@ def describe(config: TrainConfig, world_size: int | None, codec_sizes: Callable[
         f"parameters: {sum(parameters):,} ({config.model.preset}, {config.model.precision})",
         *_stage_lines(config, layout, data.typical_shape, buckets, parameters),
         *(_bucket_line(config, layout, bucket) for bucket in buckets),
-        *_preview_lines(config, layout, data, parameters, codec_sizes),
+        *_sampled_line(config, layout, data, parameters, codec_sizes, "preview", data.previewed),
+        *_sampled_line(config, layout, data, parameters, codec_sizes, "evaluation", data.evaluated),
     ]
     return "\n".join([*lines, "config:", config.model_dump_json(indent=2)])
 
@@ -130,22 +131,24 @@ def _memory(config: TrainConfig, layout: Layout, **stage: int) -> Memory:
     )
 
 
-def _preview_lines(
+def _sampled_line(
     config: TrainConfig,
     layout: Layout,
     data: RunData,
     parameters: list[int],
     codec_sizes: Callable[[str], VideoVAEConfig | None],
+    key: str,
+    index: Index | None,
 ) -> Iterator[str]:
-    """A line with the predicted memory of previews, if there are any: of a device of the largest stage."""
-    if data.previewed is None:
+    """A line with the predicted memory of a section's videos, if there are any: of a device of the largest stage."""
+    if index is None:
         return
-    dit, codec = config.model.dit(), config.preview.codec
-    vae = None if codec is None else codec_sizes(codec)
-    rows = data.previewed.shapes()[: config.preview.count].tolist()
+    dit, section = config.model.dit(), config.sampled[key]
+    vae = None if section.codec is None else codec_sizes(section.codec)
+    rows = index.shapes()[: section.count].tolist()
     shape = max(map(tuple, rows), key=lambda shape: patch_grid(*shape).tokens)
     tokens = patch_grid(*shape).tokens
-    line = f"  previews, latent {'×'.join(map(str, shape))} at most: {tokens:,} tokens"
+    line = f"  {key}s, latent {'×'.join(map(str, shape))} at most: {tokens:,} tokens"
     if config.model.precision != "bf16":
         yield f"{line}; memory not predicted in {config.model.precision}"
         return

@@ -9,7 +9,7 @@ Shape suffixes: F video frames, H and W video height and width, T latent frames,
 import hashlib
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -34,6 +34,7 @@ from mugv_ds.models.videovae import VideoVAE, check_conv3d
 from mugv_ds.prepare.buckets import Misfit, fit
 from mugv_ds.prepare.frames import Crop, read_frames
 from mugv_ds.prepare.rows import ENCODE, ENCODE_PLAN, FIT, SIDES
+from mugv_ds.prepare.scan import Source
 from mugv_ds.prepare.units import Step, digest
 
 Codec = LinearCodec | VideoVAE
@@ -167,6 +168,7 @@ class Shot:
     Attributes:
         path: of the video, relative to the folder of videos. pts: of the frames. crop: of decoded frames.
         error: why it is not to be encoded, such as withdrawn.
+        source: the file as it was scanned, which it must still be; None where nobody knows.
     """
 
     clip: str
@@ -174,6 +176,7 @@ class Shot:
     pts: tuple[int, ...]
     crop: Crop
     error: str | None = None
+    source: Source | None = None
 
 
 @dataclass(frozen=True)
@@ -214,13 +217,20 @@ def units_in(plan: pa.Table) -> Iterator[tuple[int, pa.Table]]:
         yield int(numbers[start]), plan.slice(start, stop - start)
 
 
-def unit_of(rows: pa.Table, read: Read, section: EncodeSection, withdrawn: frozenset[str] = frozenset()) -> EncodeUnit:
+def unit_of(
+    rows: pa.Table,
+    read: Read,
+    section: EncodeSection,
+    withdrawn: frozenset[str] = frozenset(),
+    sources: Callable[[int], Mapping[str, Source]] | None = None,
+) -> EncodeUnit:
     """Returns a unit of the plan with all that its encoding needs.
 
     Args:
         rows: of `ENCODE_PLAN`, those of the unit.
         read: of the steps "videos", "clips" and "fit", by unit of videos.
         withdrawn: ids of videos that may no longer be used.
+        sources: unit of videos → its videos' files of the last scan; None: they lie where they were probed.
     """
     name = rows["bucket"][0].as_py()
     found: dict[str, Shot] = {}
@@ -228,14 +238,18 @@ def unit_of(rows: pa.Table, read: Read, section: EncodeSection, withdrawn: froze
     for part in pc.unique(rows["part"]).to_pylist():
         videos = read("videos", part, ["video", "path"])
         paths = dict(zip(videos["video"].to_pylist(), videos["path"].to_pylist(), strict=True))
+        now = None if sources is None else sources(part)
         fits = read("fit", part, ["clip", "bucket", "pts"])
         fits = fits.filter(pc.and_(pc.equal(fits["bucket"], name), pc.is_in(fits["clip"], rows["clip"])))
         pts = dict(zip(fits["clip"].to_pylist(), fits["pts"].to_pylist(), strict=True))
         clips = read("clips", part, ["clip", "video", *crops])
         for clip in clips.filter(pc.is_in(clips["clip"], fits["clip"])).to_pylist():
-            error = "withdrawn" if clip["video"] in withdrawn else None
+            video, source = clip["video"], None if now is None else now.get(clip["video"])
+            error = "no file has this content any more" if now is not None and source is None else None
+            error = "withdrawn" if video in withdrawn else error
+            path = paths[video] if source is None else source.path
             crop = Crop(*(clip[side] for side in crops))
-            found[clip["clip"]] = Shot(clip["clip"], paths[clip["video"]], tuple(pts[clip["clip"]]), crop, error)
+            found[clip["clip"]] = Shot(clip["clip"], path, tuple(pts[clip["clip"]]), crop, error, source)
     ids = rows["clip"].to_pylist()
     shots = [found.get(clip) or Shot(clip, "", (), Crop(), "is no clip any more") for clip in ids]
     return EncodeUnit(rows["unit"][0].as_py(), bucket_of(rows, section), tuple(shots))
@@ -306,6 +320,8 @@ class Encoder:
         """Returns frames, uint8 [F, H, W, 3] from where they are copied to a GPU at once, and their mean luma."""
         if shot.error is not None:
             return shot.error
+        if shot.source is not None and not shot.source.is_still(self._videos / shot.path):
+            return f"{shot.path}: is not the file that was scanned any more"
 
         def read() -> np.ndarray:
             try:

@@ -4,6 +4,7 @@ The files are somebody else's: only regular files in containers of videos are op
 Shape suffixes: H height, W width.
 """
 
+import errno
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,20 +115,19 @@ def open_video(
 
     Args:
         path: of a regular file. threads: that decode; 0 for as many as there are cores.
-        max_pixels: of a frame, beyond which decoders refuse.
+        max_pixels: of a frame, beyond which the decoder refuses. Opening may decode a larger one, to learn its size.
 
     Raises:
-        VideoError: not_a_video, unreadable or no_video_stream; from the body also decode_error, of what FFmpeg raises
-            there. OSError: the file is missing, or the file system failed.
+        VideoError: not_a_video, unreadable, no_video_stream or crashed (there was too little memory); from the body
+            also decode_error, of what FFmpeg raises there. OSError: the file is missing, or the file system failed.
     """
-    options = dict(OPTIONS) | ({} if max_pixels is None else {"max_pixels": str(max_pixels)})
     with open_regular(path) as file:
         try:
-            container = av.open(file, options=options, metadata_errors="replace")
+            container = av.open(file, options=OPTIONS, metadata_errors="replace")
         except av.error.ArgumentError as error:  # how FFmpeg says that a format is not among those of the list
             raise VideoError("not_a_video", f"of a format that is not read ({error.strerror})", path) from None
         except (av.error.FFmpegError, ValueError) as error:
-            raise VideoError("unreadable", _words(error), path) from None
+            raise VideoError(*_failure("unreadable", error), path) from None
         with container:
             pictures = av.stream.Disposition.attached_pic
             streams = [stream for stream in container.streams.video if not stream.disposition & pictures]
@@ -137,14 +137,25 @@ def open_video(
                 raise VideoError("unreadable", "there is no decoder for its codec", path)
             streams[0].codec_context.thread_count = threads
             streams[0].thread_type = "AUTO" if threads != 1 else "NONE"
+            if max_pixels is not None:
+                streams[0].codec_context.options = {"max_pixels": str(max_pixels)}
             try:
                 yield container, streams[0]
             except av.error.FFmpegError as error:
-                raise VideoError("decode_error", _words(error), path) from None
+                raise VideoError(*_failure("decode_error", error), path) from None
 
 
-def _words(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+def _failure(reason: str, error: Exception) -> tuple[str, str]:
+    """Returns reason and detail of what FFmpeg raised."""
+    words = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if is_out_of_memory(error):
+        return "crashed", f"{words}; decode.memory_gb allows more"
+    return reason, words
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Returns whether FFmpeg was refused memory, which says nothing about whether the video is right."""
+    return getattr(error, "errno", None) == errno.ENOMEM
 
 
 def decode(

@@ -17,7 +17,7 @@ from mugv_ds.models.rope import patch_grid
 from mugv_ds.models.text import load_text_encoder
 from mugv_ds.prepare import report, rows
 from mugv_ds.prepare.chain import EXTRAS, Unit
-from mugv_ds.prepare.encode import devices_of, latent_bytes, latent_shape
+from mugv_ds.prepare.encode import devices_of, facts_of, latent_bytes, latent_shape
 from mugv_ds.prepare.frames import read_frames
 from mugv_ds.prepare.given import sidecar_caption
 from mugv_ds.prepare.manifest import read_manifest
@@ -31,7 +31,7 @@ from mugv_ds.prepare.views import ClipView
 from mugv_ds.prepare.whatif import Explanation, WhatIf, explain, what_if
 
 SETS = ("train", "val")
-_REPAIRED = ("crashed", "timed_out", "changed_while_reading")  # errors of videos that another attempt may not meet
+_REPAIRED = ("crashed", "timed_out", "changed_while_reading", "missing")  # which another attempt may not meet
 _FOLLOWING = {"videos": {"clips", "fit", "gate"}, "caption": {"tags"}}
 _FINAL = (None, "withdrawn", "no caption", "is no clip any more")  # of clips in shards: nothing changes them
 _STRIP = 8  # frames of a clip that is explained
@@ -154,12 +154,12 @@ def collect_garbage(preparation: Preparation) -> tuple[int, int]:
 
 
 def repair(preparation: Preparation) -> list[Path]:
-    """Removes fragments that are damaged, and those with videos or clips that another attempt may do; returns them.
+    """Removes fragments that are damaged or whose shards are, and those with videos or clips that another attempt may
+    do; returns them. A run then makes them anew. All shards are read.
 
-    So it does with captions whose sidecar has changed, and with shards that are missing or of another size, or lack a
-    clip whose video could not be read. A run then makes them anew.
+    So it does with captions whose sidecar has changed.
     """
-    removed = []
+    removed, work = [], preparation.folders.work
     for unit in preparation.chain.units():
         found = {step: unit.found(step) for step in unit.keys}
         bad = {step for step, paths in found.items() if any(_is_bad(step, path) for path in paths)}
@@ -168,9 +168,10 @@ def repair(preparation: Preparation) -> list[Path]:
         for step in ("videos", "caption"):  # these may be others then, and what follows from them has the same keys
             bad |= _FOLLOWING[step] if step in bad else set()
         removed += [path for step in unit.keys if step in bad for path in found[step]]
-    if not removed:  # else it has to be decided anew what shards there are
-        removed += _bad_shards(preparation)
-    decided = [path for name in ("select", "dedup") for path in (preparation.folders.work / name).glob("*.parquet")]
+    for step in SHARDS:
+        paths = sorted((work / step).glob("u*.parquet"))
+        removed += [path for path in paths if _is_bad_shard(preparation.folders.out, path)]
+    decided = [*(work / "select").glob("*"), *(work / "dedup").glob("*.parquet"), *(work / "plan").glob("*.json")]
     for path in (*removed, *decided):
         path.unlink()
     return removed
@@ -206,30 +207,19 @@ def _has_other_sidecars(unit: Unit) -> bool:
     return False
 
 
-def _bad_shards(preparation: Preparation) -> list[Path]:
-    """Returns the fragments of encode and embed that are damaged, or whose shards are; none where no set was made."""
-    try:
-        found = [
-            path
-            for step in SHARDS
-            for number, key in preparation.shard_keys(step).items()
-            for path in Fragments(preparation.folders.work / step).find(number, key)
-        ]
-    except FragmentError:  # nothing was decided yet, or it is damaged: a run decides anew
-        return []
-    return [path for path in found if _is_bad_shard(preparation.folders.out, path)]
-
-
 def _is_bad_shard(out: Path, path: Path) -> bool:
+    """Returns whether a fragment of encode or embed, or its shard, is damaged, or a clip of it met an error."""
     try:
-        facts = read_table(path, ["error", "shard", "bytes"])
+        table = read_table(path)
     except FragmentError:
         return True
-    if any(error not in _FINAL for error in facts["error"].to_pylist()):
-        return True
-    shards = dict(zip(facts["shard"].to_pylist(), facts["bytes"].to_pylist(), strict=True))
-    there = ((out / shard, size) for shard, size in shards.items() if shard is not None)
-    return any(not file.is_file() or file.stat().st_size != size for file, size in there)
+    for row in table.group_by(["error", "shard", "bytes", "sha256"]).aggregate([]).to_pylist():
+        if row["error"] not in _FINAL:
+            return True
+        shard = row["shard"] and out / row["shard"]
+        if shard and (not shard.is_file() or facts_of(shard) != {name: row[name] for name in ("bytes", "sha256")}):
+            return True
+    return False
 
 
 def ask_what_if(preparation: Preparation, then: PrepareConfig) -> WhatIf:
@@ -253,7 +243,12 @@ def ask_why(preparation: Preparation, target: str) -> list[tuple[Explanation, np
     Raises:
         InputError: there is no such clip, video or path.
     """
-    look, found = _look(preparation), explain(target, preparation.unit_rows, preparation.selection())
+
+    def files() -> Iterator[UnitRows]:
+        yield from preparation.unit_rows()
+        yield preparation.chain.unreadable()
+
+    look, found = _look(preparation), explain(target, files, preparation.selection())
     units = {video: unit.number for unit in preparation.chain.units() for video in unit.videos}
     shown = []
     for one in found:

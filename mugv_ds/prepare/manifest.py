@@ -188,9 +188,26 @@ def read_manifest(out: Path) -> dict[str, Any]:
             raise ValueError("a value has another type")
         return content
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: damaged ({str(error)[:200]}); run the step manifest again") from None
+        said = str(error) if isinstance(error, InputError) else f"{path}: damaged ({str(error)[:200]})"
+        raise InputError(f"{said}; run the step manifest again") from None
+
+
+def read_provenance(out: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
+    """Yields the rows of a set's provenance.parquet, with some of the columns of `PROVENANCE` or all.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    path = out / PROVENANCE_NAME
+    try:
+        with pq.ParquetFile(path) as file:
+            if not file.schema_arrow.equals(PROVENANCE):
+                raise ValueError("of another version")
+            for batch in file.iter_batches(_ROWS, columns=columns):
+                yield from batch.to_pylist()
+    except (OSError, ValueError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: damaged ({reason}); run the step manifest again") from None
 
 
 def forget_overwritten(out: Path, step: str, keys: Mapping[int, str]) -> bool:
@@ -271,7 +288,7 @@ def withdraw(
         How many samples were taken out, and the shards that held them.
 
     Raises:
-        InputError: the set has no manifest. SampleError: a shard is damaged.
+        InputError: the set has no manifest, or what it has is damaged. SampleError: a shard is damaged.
         OSError: the file system failed.
     """
     manifest, before = read_manifest(out), Withdrawn.read(out)
@@ -279,7 +296,7 @@ def withdraw(
     gone: dict[str, set[str]] = {}  # shard → clips
     samples: set[str] = set()
     its_videos = set(asked.videos)  # also those of the licences, so that encoding needs only these
-    for row in _provenance(out):
+    for row in read_provenance(out):
         if asked.holds(row):
             samples.add(row["sample"])
             its_videos.add(row["video"])
@@ -309,7 +326,7 @@ def withdraw(
             del manifest["shards"][shard]
     with ExitStack() as stack:
         provenance = _ProvenanceFile(stack, out / PROVENANCE_NAME)
-        for row in _provenance(out):
+        for row in read_provenance(out):
             if not asked.holds(row):
                 provenance.write(row)
         provenance.finish()
@@ -320,12 +337,6 @@ def withdraw(
     withdrawn["withdrawn"] = withdrawn.get("withdrawn", 0) + len(samples)
     _write_json(out / MANIFEST_NAME, manifest | {"files": _files_of(out)})
     return len(samples), sorted(gone)
-
-
-def _provenance(out: Path) -> Iterator[Row]:
-    """Yields the rows of provenance.parquet."""
-    for batch in pq.ParquetFile(out / PROVENANCE_NAME).iter_batches(_ROWS):
-        yield from batch.to_pylist()
 
 
 def _also_stored(work: Path, shards: Mapping[str, Row], videos: set[str]) -> Iterator[tuple[str, set[str]]]:
@@ -582,6 +593,7 @@ class _ProvenanceFile:
     def __init__(self, stack: ExitStack, path: Path) -> None:
         stream = stack.enter_context(write_atomically(path))
         self._writer = pq.ParquetWriter(stream, PROVENANCE, compression="zstd", store_schema=False)
+        stack.callback(self._writer.close)  # before the stream, also where it is not finished
         self._rows: list[Row] = []
 
     def write(self, row: Row) -> None:

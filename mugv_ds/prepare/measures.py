@@ -1,10 +1,8 @@
-"""What is measured of single frames and of pairs: sharpness, motion, borders, jitter, hashes, light.
+"""What is measured of single frames and of pairs: borders, jitter, hashes, light; the rest is in `data.pictures`.
 
 Shape suffixes: H height, W width. Frames are uint8 in full range; grey ones are luma.
 """
 
-import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import cv2
@@ -21,10 +19,6 @@ _BESIDE = 0.02  # of the side, what is beside a border
 _SMALL_HEIGHT, _SMALL_WIDTH = 90, 160  # at which frames are compared
 _HASH_SIDE, _HASH_BITS = 32, 8
 _LEAST_CONTRAST = 2.0  # standard deviation of luma of a hashed frame; a flatter one has no hash
-
-_LEAST_FLOW_SIDE = 12  # pixels, of OpenCV's
-
-Flow = Callable[[np.ndarray, np.ndarray], float]
 
 
 class Light(NamedTuple):
@@ -62,12 +56,6 @@ def light(grey: np.ndarray) -> Light:
     low, high = np.searchsorted(total, (0.02, 0.98))
     mean = float(counts @ np.arange(256)) / grey.size / 255
     return Light(mean, float(high - low), float(total[_DARK - 1]), float(1 - total[_BRIGHT]))
-
-
-def sharpness(grey: np.ndarray) -> float:
-    """Returns the variance of the Laplacian (3 × 3, OpenCV's) of luma [H, W]."""
-    _, deviation = cv2.meanStdDev(cv2.Laplacian(grey, cv2.CV_16S))
-    return float(deviation[0, 0]) ** 2
 
 
 def small(grey: np.ndarray) -> np.ndarray:
@@ -114,23 +102,6 @@ def hashes(grey: np.ndarray) -> tuple[int, int]:
 def _bits(coefficients: np.ndarray) -> int:
     above = coefficients > np.median(coefficients)
     return int.from_bytes(np.packbits(above).tobytes(), "big")
-
-
-def dis_flow() -> Flow:
-    """Returns DIS optical flow (Kroeger et al. 2016; preset FAST): the mean length between two frames, in pixels.
-
-    Frames of less than 12 pixels a side have none: NaN.
-    """
-    method = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
-
-    def flow(before: np.ndarray, after: np.ndarray) -> float:
-        if min(before.shape[:2]) < _LEAST_FLOW_SIDE:
-            return math.nan
-        before, after = (cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in (before, after))
-        x, y = cv2.split(method.calc(before, after, None))
-        return float(cv2.mean(cv2.magnitude(x, y))[0])
-
-    return flow
 
 
 def borders(grey: np.ndarray) -> Borders:

@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from mugv_ds.config.prepare_schema import PrepareConfig
 from mugv_ds.config.regular_file import NotRegularError
+from mugv_ds.data.pictures import Flow, dis_flow, sharpness
 from mugv_ds.files.fingerprint import fingerprint
 from mugv_ds.prepare.css import Lagged, decide
 from mugv_ds.prepare.frames import (
@@ -28,23 +29,13 @@ from mugv_ds.prepare.frames import (
     VideoError,
     decode,
     full_range,
+    is_out_of_memory,
     matrix_of,
     open_video,
     shape_of,
     to_array,
 )
-from mugv_ds.prepare.measures import (
-    Flow,
-    Shift,
-    borders,
-    difference,
-    dis_flow,
-    fitted,
-    hashes,
-    light,
-    sharpness,
-    small,
-)
+from mugv_ds.prepare.measures import Shift, borders, difference, fitted, hashes, light, small
 from mugv_ds.prepare.rows import VIDEO
 from mugv_ds.prepare.scan import Source
 from mugv_ds.prepare.units import Step
@@ -100,26 +91,25 @@ def probe_isolated(folder: Path, source: Source, config: PrepareConfig) -> dict[
         folder: of videos. source: the file. config: see `probe`.
 
     Returns:
-        as `probe`; where the process was killed or its memory was full, `error` is crashed or timed_out.
+        as `probe`; where the process was killed or its memory was full, `error` is crashed or timed_out, and where the
+        file is not what was scanned, changed_while_reading.
     """
+    path = folder / source.path
     arguments = {
-        "path": str(folder / source.path),
+        "path": str(path),
         "relative": source.path,
         "sha256": source.video,
         "config": config.model_dump(mode="json"),
     }
     limits = config.decode
     found = run_isolated(probe_table, arguments, wall_s=limits.wall_extra, memory_gb=limits.memory_gb)
-    if isinstance(found, pa.Table):
+    changed = not source.is_still(path)  # asked last: that nothing changed while it was read, `probe` has seen to
+    if isinstance(found, pa.Table) and not changed:
         return found.to_pylist()[0]
-    error = "timed_out" if found.kind == "timed_out" else "crashed"
-    return dict.fromkeys(VIDEO.names) | {
-        "video": source.video,
-        "path": source.path,
-        "bytes": source.bytes,
-        "error": error,
-        "detail": found.detail,
-    }
+    row = dict.fromkeys(VIDEO.names) | {"video": source.video, "path": source.path, "bytes": source.bytes}
+    if changed:
+        return row | {"error": "changed_while_reading", "detail": "it is not the file that was scanned any more"}
+    return row | {"error": "timed_out" if found.kind == "timed_out" else "crashed", "detail": found.detail}
 
 
 def probe_table(path: str, relative: str, sha256: str, config: dict[str, Any]) -> pa.Table:
@@ -338,6 +328,10 @@ class _Pass:
         """Returns what an error of decoding means, given what the header claims and whether packets follow."""
         if self._encrypted:
             return VideoError("encrypted", "its packets are encrypted")
+        if is_out_of_memory(error):
+            return VideoError("crashed", f"{error.strerror}; decode.memory_gb allows more")
+        if not self._pts and not self._stream.codec_context.width:
+            return VideoError("unreadable", "its decoder refuses its frames: damaged, or larger than FFmpeg can do")
         words = f"{error.strerror} at {self._seconds:.3f} s, after {len(self._pts)} frames"
         words += f"; the header claims {claimed:.3f} s" if claimed else ""
         return VideoError("decode_error" if has_more else "truncated", words)

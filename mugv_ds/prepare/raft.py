@@ -9,14 +9,14 @@ from torch import Tensor
 
 from mugv_ds.config.errors import InputError
 from mugv_ds.config.regular_file import open_regular
-from mugv_ds.prepare.measures import Flow
+from mugv_ds.data.pictures import Flow
 
 _MULTIPLE = 8  # of a side that RAFT takes
 _LEAST_SIDE = 128
 
 
 def raft_flow(weights: str) -> Flow:
-    """Returns RAFT as `measures.dis_flow` is: the mean length of the flow between two frames, in pixels.
+    """Returns RAFT as `data.pictures.dis_flow` is: the mean length of the flow between two frames, in pixels.
 
     Frames are enlarged to sides of a multiple of 8, and at least 128.
 

@@ -25,7 +25,7 @@ from mugv_ds.config.prepare_schema import EmbedSection, PrepareConfig
 from mugv_ds.config.text_encoder import read_text_encoder
 from mugv_ds.data.manifest import read_records
 from mugv_ds.data.progress import Progress
-from mugv_ds.files.atomic import write_atomically
+from mugv_ds.files.atomic import HALF, write_atomically
 from mugv_ds.models.compile import compile_video_vae
 from mugv_ds.models.text import load_text_encoder, read_text_encoder_info
 from mugv_ds.models.videovae import VideoVAE
@@ -229,7 +229,8 @@ class Preparation:
         """Removes what a killed run left half-written; nobody else is at work here."""
         for folder in (self.folders.work, self.folders.out):
             for path in folder.rglob("*.tmp"):
-                path.unlink(missing_ok=True)
+                if HALF.fullmatch(path.name):  # somebody else's may lie there too
+                    path.unlink(missing_ok=True)
 
     def _write_marker(self) -> None:
         text = json.dumps({"config": self.config.model_dump(mode="json")}, indent=1, sort_keys=True)
@@ -283,7 +284,7 @@ class Preparation:
         for unit in self.chain.units():
             paths = {video: source.path for video, source in unit.paths.items()}
             clips = unit.read("clips", ("clip", "video", "reason")).to_pylist()
-            yield from ((row["clip"] or "", paths[row["video"]]) for row in clips)
+            yield from ((row["clip"] or "", paths.get(row["video"], "")) for row in clips)
             yield from (("", source.path) for source in unit.sources)
 
     def _on_cpus(self, step: str, function: Callable[[Job], int], jobs: list[Job]) -> str:
@@ -480,7 +481,9 @@ class Preparation:
         withdrawn = Withdrawn.read(self.folders.out).videos
         for part in parts:
             if step == "encode":
-                unit = unit_of(part, self.read, self.config.encode, withdrawn)
+                unit = unit_of(
+                    part, self.read, self.config.encode, withdrawn, lambda number: self.chain.unit(number).paths
+                )
             else:
                 unit = text_unit_of(part, self.read)
             yield ShardJob(step, unit, keys[unit.number], self.config, self.folders, self.loaders.codec)

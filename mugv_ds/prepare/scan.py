@@ -53,6 +53,14 @@ class Source:
     bytes: int
     mtime_ns: int
 
+    def is_still(self, path: Path) -> bool:
+        """Returns whether the file at a path has the size and time that it had when it was scanned."""
+        try:
+            facts = path.stat()
+        except OSError:
+            return False
+        return (facts.st_size, facts.st_mtime_ns) == (self.bytes, self.mtime_ns)
+
 
 class Scan:
     """The files of a folder, and the units of their contents; about 200 bytes a file.
@@ -120,6 +128,8 @@ def scan(
     if not videos.is_dir():
         raise InputError(f"{videos}: no such folder; --videos names the folder of raw videos")
     names = sorted(set(_listed(videos, listed) if listed else _walk(videos, suffixes)))[:limit]
+    if not names and listed:
+        raise InputError(f"{listed}: names no file; give one path a line")
     if not names:
         raise InputError(f"{videos}: holds no file that ends in {', '.join(suffixes)}; see scan.suffixes")
     plan.mkdir(parents=True, exist_ok=True)

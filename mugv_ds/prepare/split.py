@@ -121,7 +121,8 @@ def _windows(times: np.ndarray, first: int, last: int, interval: float, config: 
         if left <= longest + tolerance:
             yield Window(first, last)
             return
-        after = int(np.searchsorted(times, times[first] + longest - tolerance))
+        # At least one frame: where they lie minutes apart, half an interval is longer than the longest clip.
+        after = max(int(np.searchsorted(times, times[first] + longest - tolerance)), first + 1)
         yield Window(first, after - 1)
         first = after
 

@@ -137,11 +137,17 @@ def read_table(path: Path, columns: Sequence[str] | None = None, schema: pa.Sche
         table = pq.read_table(path, columns=None if columns is None else list(columns), partitioning=None)
     except (OSError, pa.ArrowException, ValueError) as error:
         reason = str(error).partition("\n")[0][:200]
-        raise FragmentError(f"{path}: unreadable ({reason}); `--repair` makes it anew") from None
+        raise FragmentError(f"{path}: unreadable ({reason}); {_remedy(path)}") from None
     missing = [name for name in columns or () if name not in table.column_names]
     if missing or (schema is not None and not table.schema.equals(schema)):
-        raise FragmentError(f"{path}: of another version of this tool; `--repair` makes it anew")
+        raise FragmentError(f"{path}: of another version of this tool; {_remedy(path)}")
     return table
+
+
+def _remedy(path: Path) -> str:
+    if _NAME.fullmatch(path.name):
+        return "`prepare.py repair` has it made anew"
+    return "delete it: the next run makes it anew"
 
 
 def rows_of(paths: Iterable[Path], schema: pa.Schema) -> pa.Table:

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -36,8 +34,7 @@ from mugv_ds.prepare.compare import RIGHT, Compared, compare, decode_latent, lik
 from mugv_ds.prepare.embed import TextEncoder
 from mugv_ds.prepare.encode import Codec
 from mugv_ds.prepare.frames import VideoError
-from mugv_ds.prepare.manifest import MANIFEST_NAME, PROVENANCE_NAME, SETS, Withdrawn, read_manifest
-from mugv_ds.prepare.rows import PROVENANCE
+from mugv_ds.prepare.manifest import MANIFEST_NAME, PROVENANCE_NAME, SETS, Withdrawn, read_manifest, read_provenance
 
 Status = Literal["pass", "fail", "warn", "not checked"]
 
@@ -161,16 +158,15 @@ class Verification:
             return None
 
     def _provenance(self, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-        """Yields the rows of provenance.parquet, of both sets."""
-        for batch in pq.ParquetFile(self._out / PROVENANCE_NAME).iter_batches(columns=columns):
-            yield from batch.to_pylist()
+        """Returns the rows of provenance.parquet, of both sets."""
+        return read_provenance(self._out, columns)
 
     @cached_property
     def _has_provenance(self) -> bool:
         """Whether there is a provenance.parquet that can be read."""
         try:
-            return pq.read_schema(self._out / PROVENANCE_NAME).equals(PROVENANCE)
-        except (OSError, pa.ArrowException):
+            return all(True for _ in self._provenance())  # to its end
+        except InputError:
             return False
 
     def _damaged(self) -> Iterator[Check]:

@@ -145,12 +145,14 @@ class Explanation:
 
     Attributes:
         clip: its row of `rows.CLIP`, or None. selected: its row of `rows.SELECT`.
+        detail: what was found of a video that is in error, or None.
         scores: (bound, score; NaN where it has none) of each bound that holds.
         extras: step → its row. duplicates: rows of `rows.DUPLICATE` that name it, on either side.
     """
 
     clip: dict[str, Any] | None
     selected: dict[str, Any]
+    detail: str | None
     scores: list[tuple[Limit, float]]
     extras: dict[str, dict[str, Any]]
     duplicates: list[dict[str, Any]]
@@ -170,6 +172,8 @@ class Explanation:
             )
         for reason in selected["reasons"]:
             yield f"  REASON {reason['name']}: {reason['field']} ({reason['step']}){_told(reason)}"
+        if self.detail is not None:
+            yield f"  found: {self.detail!r}"
         for limit, score in self.scores:
             shown = "–" if score != score else f"{score:.6g}"
             yield f"  {limit.score:12} {shown:>12}   {_range(limit.bound.low, limit.bound.high)}"
@@ -207,6 +211,7 @@ def _explained(
     scores, bounds = Scores(rows), limits(selection.config, rows.extras)
     values = [(limit, scores[limit.score]) for limit in bounds]
     extras = {step: {row["clip"]: row for row in table.to_pylist()} for step, table in rows.extras.items()}
+    details = dict(zip(*(rows.videos[name].to_pylist() for name in ("video", "detail")), strict=True))
     for place in places:
         row = selected.slice(place, 1).to_pylist()[0]
         clip = rows.clips.slice(place, 1).to_pylist()[0] if place < len(rows.clips) else None
@@ -214,6 +219,7 @@ def _explained(
         yield Explanation(
             clip,
             row,
+            details.get(row["video"]),
             [(limit, float(value[place])) for limit, value in values],
             {step: found[name] for step, found in extras.items() if name in found},
             _naming(selection.duplicates, name),

@@ -178,6 +178,7 @@ FULL = {
     "flow": {"shift": 1.0},
     "ema": {"sigma_rel": [0.05]},
     "preview": {},
+    "evaluation": {},
     "guard": {},
     "parallel": {},
     "preference": {"objective": "kto", "sources": [{"name": "a", "manifest": "a.csv"}]},

@@ -374,16 +374,19 @@ def test_a_build_that_ends_goes_on_where_it_was(whole, small_parts, monkeypatch,
     assert [path.stem for path in kept] == ["latent-000000000000", "latent-000000000006", "latent-000000000009"]
     kept[1].write_bytes(b"\x93NUMPY")
     monkeypatch.setattr(headers, "write_part", keep)
-    asked = []
-    taken = places._shards
-    monkeypatch.setattr(
-        places,
-        "_shards",
-        lambda rows, side, shards, wanted: asked.append((side, wanted.tolist())) or taken(rows, side, shards, wanted),
-    )
+    asked, read = [], places.Reader.read
+
+    def listed(reader, columns, task, threads):
+        asked.append((reader.side, task.rows.tolist()))
+        return read(reader, columns, task, threads)
+
+    monkeypatch.setattr(places.Reader, "read", listed)
     caplog.clear()
     index = open_index(sharded)
-    assert asked == [("latent", [1, 6, 7, 8]), ("text", [0, 1, 2, 3, 4, 5]), ("text", [6, 7, 8]), ("text", [9])]
+    assert asked == [
+        *(("latent", rows) for rows in ([1], [6, 7, 8])),
+        *(("text", rows) for rows in ([0, 1, 2], [3, 4, 5], [6, 7, 8], [9])),
+    ]
     assert index.places().tobytes() == expected
     assert "damaged" in caplog.text and f"sharded.csv:3: {LATENTS}#none: " in caplog.text
     assert not list(sharded.parent.glob(".index/*.parts"))

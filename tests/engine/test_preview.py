@@ -388,9 +388,7 @@ def test_a_gpu_decodes_in_bf16_where_it_computes_that_right(data, alone, monkeyp
     codec = PreviewCodec(str(data / "vae.pt"), load, replace(alone, device=torch.device("cuda")), {(48, 72), (32, 48)})
     assert codec._codec is read[-1] and read[-1].logvar.dtype == (torch.bfloat16 if right else torch.float32)
     assert checked == [(32, 48), (48, 72)][: 2 if right else 1]
-    assert (
-        "preview.codec: conv3d in bf16 is wrong; previews are decoded in float32" in capsys.readouterr().err
-    ) != right
+    assert ("preview.codec: conv3d in bf16 is wrong; it decodes in float32" in capsys.readouterr().err) != right
 
 
 def test_a_latent_that_is_not_finite_is_written_as_it_is(tmp_path, data, alone, capsys):

@@ -4,8 +4,9 @@ import cv2
 import numpy as np
 import pytest
 
+from mugv_ds.data.pictures import dis_flow, sharpness
 from mugv_ds.prepare.demo.drawn import DrawnScene
-from mugv_ds.prepare.measures import Shift, borders, dis_flow, fitted, hashes, light, sharpness, small
+from mugv_ds.prepare.measures import Shift, borders, fitted, hashes, light, small
 
 HEIGHT, WIDTH = 360, 640
 

@@ -141,6 +141,16 @@ def test_large_frames_are_refused_before_anything_is_decoded(video, monkeypatch)
         assert found["error"] == "too_large" and "320×180" in found["detail"]
 
 
+@pytest.mark.parametrize(("codec", "name"), [("libvpx-vp9", "x.webm"), ("mpeg4", "x.avi"), ("ffv1", "x.mkv")])
+def test_large_frames_are_refused_whatever_finds_their_size(frames, tmp_path, codec, name):
+    """Of these FFmpeg knows the size only by the container or by decoding."""
+    path = write_video(tmp_path / name, frames[:2], codec=codec, options={})
+    found = probed(path, decode={"max_pixels": 320 * 180 - 1})
+    assert found["error"] == "too_large" and "320×180" in found["detail"]
+    with open_video(path, max_pixels=320 * 180 - 1) as (container, stream), pytest.raises(av.error.FFmpegError):
+        list(decode(container, stream))
+
+
 def test_frames_that_change_their_size(frames, tmp_path):
     parts = [frames[:24], [cv2.resize(frame, (640, 360)) for frame in frames[:24]]]
     paths = [
@@ -198,7 +208,7 @@ def test_tags_of_shape_and_colour(frames, tmp_path):
 
 
 def test_a_process_of_its_own_gives_the_same_row(video, row, tmp_path, monkeypatch):
-    source = Source(video.name, "ab" * 32, None, video.stat().st_size, 0)
+    source = Source(video.name, "ab" * 32, None, video.stat().st_size, video.stat().st_mtime_ns)
     try:
         isolated = probe_isolated(video.parent, source, PrepareConfig())
         config = PrepareConfig().model_dump(mode="json")

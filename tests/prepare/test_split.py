@@ -68,6 +68,13 @@ def test_one_frame_is_no_clip():
     assert split(row_of(1, times=[0.0]), PrepareConfig()) == [Window(0, 0, "too_short_scene")]
 
 
+def test_frames_that_lie_far_apart_are_windows_of_one():
+    """Half of the mean interval is longer than the longest clip: so of a time lapse, and after a gap of years."""
+    for times in (np.arange(6) * 60.0, [0.0, 0.5, 1.0, 1e6]):
+        windows = split(row_of(len(times), times=times), config())
+        assert [(window.first, window.last) for window in windows] == [(i, i) for i in range(len(times))]
+
+
 def test_a_margin_is_left_on_both_sides_of_a_cut():
     row = row_of(200, content=with_values(200, 1.0, {100: 40.0}))
     assert np.flatnonzero(transitions(row, PrepareConfig())).tolist() == list(range(96, 104))

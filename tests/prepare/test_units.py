@@ -43,5 +43,5 @@ def test_a_damaged_fragment_is_named(tmp_path, damage):
     if content is not None:
         path.write_bytes(content)
     schema = pa.schema([("clip", pa.string()), ("value", pa.int32())]) if content is None else None
-    with pytest.raises(FragmentError, match=rf"{path.name}.*--repair"):
+    with pytest.raises(FragmentError, match=rf"{path.name}.*prepare.py repair"):
         read_table(path, schema=schema)

@@ -134,8 +134,8 @@ def test_videos_their_latents_and_what_made_them_are_there_and_a_list_goes_on(to
     def fail(*_):
         raise AssertionError("nothing is to be loaded again")
 
-    monkeypatch.setattr("tools.sample.load_dit", fail)
-    monkeypatch.setattr("tools.sample.load_text_encoder", fail)
+    monkeypatch.setattr("mugv_ds.sample.load_dit", fail)
+    monkeypatch.setattr("mugv_ds.sample.load_text_encoder", fail)
     before = (tmp_path / "out/01-a-red-circle.mp4").read_bytes()
     (tmp_path / "out/01-a-red-circle.mp4").unlink()
     assert main(arguments) == 0

@@ -53,7 +53,8 @@ class VaeTrainer(StepLoop):
         store: Checkpoints,
         previews: VaePreviews | None = None,
     ) -> None:
-        super().__init__(config, process, plan=data.plan, readers=data.readers, store=store, previews=previews)
+        shown = [(config.preview.every, previews)]
+        super().__init__(config, process, plan=data.plan, readers=data.readers, store=store, shown=shown)
         self.engines, self.vae = engines, engines.vae.module.vae
         self.validation = data.held_out and VaeValidation(config, process, self.vae, engines.perceptual, data.held_out)
         probed = engines.vae.module
