@@ -31,6 +31,7 @@ from mugv_ds.data.storage import Files, Folder, Range
 from mugv_ds.files.atomic import write_atomically
 
 VERSION = 3  # part of the files' names: a change of what they hold must raise it
+_IN_A_SHARD = f"{SHARD_SUFFIX}#"
 _NUMBER = pa.int16()  # of a value in a chunk, which has 10,000 rows
 
 
@@ -265,12 +266,13 @@ def open_columns(path: Path) -> dict[str, pa.ChunkedArray]:
 
 def kept_path(path: str, sample_id: str) -> str:
     """A path as the index keeps it: without a key that is the sample's id, so that rows of a shard have the same."""
-    return path.removesuffix(sample_id) if path.endswith(f"{SHARD_SUFFIX}#{sample_id}") else path
+    shard = path.removesuffix(sample_id)
+    return shard if shard.endswith(_IN_A_SHARD) else path
 
 
 def whole_path(kept: str, sample_id: str) -> str:
     """The path of the CSV of what `kept_path` made of it."""
-    return kept + sample_id if kept.endswith(f"{SHARD_SUFFIX}#") else kept
+    return kept + sample_id if kept.endswith(_IN_A_SHARD) else kept
 
 
 def _entry(dtype: str, shape: tuple[int, ...], offset: int, crc: int) -> Entry | None:

@@ -245,7 +245,8 @@ def _write_columns(csv_path: Path, stream: BinaryIO) -> tuple[np.ndarray, np.nda
                 sizes.extend([record[name] or 0 for name in SIZES])
                 for name in _PATHS:
                     record[name] = kept_path(record[name], sample_id)
-            columns = [pa.array([record[field.name] for _, record in chunk], field.type) for field in SCHEMA]
+            types = zip(SCHEMA.names, SCHEMA.types, strict=True)
+            columns = [pa.array([record[name] for _, record in chunk], type_) for name, type_ in types]
             writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
             progress.tell(f"{len(lines):,} rows read")
         if not lines:
