@@ -92,10 +92,11 @@ def test_without_the_launcher_nothing_starts(config):
     assert done.returncode == 2 and "without the deepspeed launcher" in done.stderr
 
 
+TRAINED = [p for p in (ROOT / "ds_configs").rglob("*.json") if p.stem != "common" and "vae" not in p.parts]
+
+
 @pytest.mark.parametrize(
-    "config",
-    sorted(p for p in (ROOT / "ds_configs").rglob("*.json") if p.stem != "common" and "vae" not in p.parts),
-    ids=lambda path: path.stem,
+    "config", sorted(p for p in TRAINED if not p.stem.startswith("prepare")), ids=lambda path: path.stem
 )
 def test_the_configs_that_ship_are_valid(config):
     from mugv_ds.config import load_config
@@ -103,3 +104,11 @@ def test_the_configs_that_ship_are_valid(config):
 
     loaded = load_config(config)
     assert deepspeed_config(loaded, loaded.parallel.data or 8)["zero_optimization"]["stage"] == 1
+
+
+@pytest.mark.parametrize("name", ["prepare", "prepare_demo"])
+def test_the_configs_of_preparations_are_valid(name):
+    from mugv_ds.config import load_config
+    from mugv_ds.config.prepare_schema import PrepareConfig
+
+    assert load_config(ROOT / "ds_configs" / f"{name}.json", (), PrepareConfig).encode.vae

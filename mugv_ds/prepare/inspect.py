@@ -168,9 +168,7 @@ def repair(preparation: Preparation) -> list[Path]:
         for step in ("videos", "caption"):  # these may be others then, and what follows from them has the same keys
             bad |= _FOLLOWING[step] if step in bad else set()
         removed += [path for step in unit.keys if step in bad for path in found[step]]
-    for step in SHARDS:
-        paths = sorted((work / step).glob("u*.parquet"))
-        removed += [path for path in paths if _is_bad_shard(preparation.folders.out, path)]
+    removed += _bad_shards(preparation)
     decided = [*(work / "select").glob("*"), *(work / "dedup").glob("*.parquet"), *(work / "plan").glob("*.json")]
     for path in (*removed, *decided):
         path.unlink()
@@ -205,6 +203,25 @@ def _has_other_sidecars(unit: Unit) -> bool:
         if captions != {None if said is None else said.strip()}:
             return True
     return False
+
+
+def _bad_shards(preparation: Preparation) -> list[Path]:
+    """Returns the fragments of encode and embed that count and are damaged, or whose shards are.
+
+    Where nothing was decided yet, or that is damaged, it is not known which count: all are looked at.
+    """
+    folders = {step: Fragments(preparation.folders.work / step) for step in SHARDS}
+    try:
+        counted = {step: preparation.shard_keys(step) for step in SHARDS}
+        found = [
+            path
+            for step, keys in counted.items()
+            for unit, key in keys.items()
+            for path in folders[step].find(unit, key)
+        ]
+    except InputError:
+        found = [path for step in SHARDS for path in sorted(folders[step].folder.glob("u*.parquet"))]
+    return [path for path in found if _is_bad_shard(preparation.folders.out, path)]
 
 
 def _is_bad_shard(out: Path, path: Path) -> bool:
