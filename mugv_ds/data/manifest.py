@@ -167,7 +167,7 @@ def _build(csv_path: Path, path: Path, files: Files) -> None:
     latents = Latents(csv_path, files, lines, sizes, columns["latent_path"], single)
     unreadable = read_shapes(latents, shapes, parts)
     if places is not None:
-        rows = Rows(csv_path, files, path, columns, lines, sizes)
+        rows = Rows(csv_path, files, path, lines, sizes)
         wrong = read_places(rows, shards, shapes, places, parts)
         without = [row for row, _ in wrong]
         shapes[without], places[without] = 0, 0

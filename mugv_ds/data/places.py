@@ -28,7 +28,7 @@ from mugv_ds.data.storage import Files
 from mugv_ds.files.tensor_file import SampleError
 
 Side = Literal["latent", "text"]
-Columns = dict[str, pa.ChunkedArray]
+Columns = dict[str, "Column"]
 Wrong = tuple[int, str]  # a row, and what is wrong with its tensor
 
 _COLUMNS = {"latent": "latent_path", "text": "text_feat_path"}
@@ -40,13 +40,44 @@ _CODE_OF = {name: code for code, name in enumerate(CODES)}
 _FOUND = np.dtype([("row", "<i4"), ("offset", "<u4"), ("crc", "<u4"), ("dtype", "u1"), ("shape", "<i4", (3,))])
 
 
+class Column:
+    """A column of an index, of which rows are taken in any order; Arrow itself would copy all of it first.
+
+    Args:
+        values: the column.
+    """
+
+    def __init__(self, values: pa.ChunkedArray) -> None:
+        self._chunks = values.chunks
+        self._starts = np.cumsum([0, *map(len, self._chunks)])
+
+    def take(self, rows: np.ndarray) -> list:
+        """The values of rows, int64 [n]."""
+        order = np.argsort(rows)
+        ascending, values = rows[order], np.empty(len(rows), object)
+        edges = np.searchsorted(ascending, self._starts)
+        for k in np.flatnonzero(np.diff(edges)).tolist():
+            first, last = edges[k], edges[k + 1]
+            taken = self._chunks[k].take(pa.array(ascending[first:last] - self._starts[k]))
+            values[order[first:last]] = taken.to_numpy(zero_copy_only=False)
+        return values.tolist()
+
+
+def read_columns(arrow: Path) -> Columns:
+    """The columns of an index's Arrow file, memory-mapped."""
+    return {name: Column(values) for name, values in open_columns(arrow).items()}
+
+
+_of_the_index = lru_cache(1)(read_columns)  # of a process that reads for one
+
+
 @dataclass(frozen=True)
 class Rows:
     """What the CSV says of its rows.
 
     Attributes:
         csv_path: the CSV. files: where its paths lead.
-        arrow: the index's Arrow file. columns: what it holds.
+        arrow: the index's Arrow file.
         lines: int64 [rows], where each row starts.
         sizes: int32 [rows, 3], num_frames, height and width; 0 where the CSV does not say.
     """
@@ -54,7 +85,6 @@ class Rows:
     csv_path: Path
     files: Files
     arrow: Path
-    columns: Columns
     lines: np.ndarray
     sizes: np.ndarray
 
@@ -80,8 +110,8 @@ class Reader:
     side: Side
 
     def __call__(self, task: Task) -> tuple[np.ndarray, list[Wrong]]:
-        """As `read`, in a process that reads for one index."""
-        return self.read(_opened(self.arrow), task, headers.THREADS_OF_MANY)
+        """As `read`, in a process for each CPU."""
+        return self.read(_of_the_index(self.arrow), task, headers.THREADS_OF_MANY)
 
     def read(self, columns: Columns, task: Task, threads: int) -> tuple[np.ndarray, list[Wrong]]:
         """What the headers say of the tensors of the rows, as `_FOUND`, and what is wrong with the others.
@@ -89,7 +119,7 @@ class Reader:
         Raises:
             PathError: a path leads somewhere it must not. TransientError: the file system failed for minutes.
         """
-        kept, ids = (_take(columns[name], task.rows) for name in (_COLUMNS[self.side], "sample_id"))
+        kept, ids = (columns[name].take(task.rows) for name in (_COLUMNS[self.side], "sample_id"))
         paths = [path.rpartition("#") for path in kept]  # no key has a #, and one that is the sample's id is left out
         keys = [key or sample for (_, _, key), sample in zip(paths, ids, strict=True)]
         members = zip((file for file, _, _ in paths), task.rows.tolist(), task.lines.tolist(), keys, strict=True)
@@ -125,10 +155,7 @@ class Reader:
         return np.array(found, _FOUND), wrong
 
 
-_opened = lru_cache(1)(open_columns)
-
-
-def shard_numbers(columns: Columns, side: Side) -> np.ndarray:
+def shard_numbers(columns: dict[str, pa.ChunkedArray], side: Side) -> np.ndarray:
     """Numbers the shards of a side in the order of appearance: int32 [rows], −1 for rows whose tensor is in none."""
     numbers: dict[str, int] = {}
     of_rows = [np.empty(0, np.int32)]
@@ -171,9 +198,10 @@ def read_places(
     total = sum(map(len, wanted.values()))
     readers = {side: Reader(rows.csv_path, rows.files, rows.arrow, side) for side in wanted}
     if total <= _FEW_ROWS:
+        columns = read_columns(rows.arrow)
         for side in (side for side in wanted if len(wanted[side])):
             task = Task(wanted[side], rows.lines[wanted[side]])
-            found, more = readers[side].read(rows.columns, task, headers.THREADS_ALONE)
+            found, more = readers[side].read(columns, task, headers.THREADS_ALONE)
             _put(rows, side, found, shapes, places)
             wrong += more
         return wrong
@@ -202,19 +230,6 @@ def _cut(rows: np.ndarray, shards: np.ndarray, size: int) -> list[np.ndarray]:
     starts = np.flatnonzero(np.diff(shards[rows])) + 1  # of every shard but the first
     near = np.searchsorted(starts, np.arange(size, len(rows), size))
     return np.split(rows, np.unique(starts[near[near < len(starts)]])) if len(rows) else []
-
-
-def _take(column: pa.ChunkedArray, rows: np.ndarray) -> list:
-    """The values of rows in any order; Arrow itself would copy the whole column first."""
-    order = np.argsort(rows)
-    ascending, values, start = rows[order], np.empty(len(rows), object), 0
-    for chunk in column.chunks:
-        first, last = np.searchsorted(ascending, [start, start + len(chunk)])
-        if first < last:
-            taken = chunk.take(pa.array(ascending[first:last] - start))
-            values[order[first:last]] = taken.to_numpy(zero_copy_only=False)
-        start += len(chunk)
-    return values.tolist()
 
 
 @lru_cache  # the tensors of a shard have few different shapes
@@ -249,7 +264,8 @@ def _put(rows: Rows, side: Side, found: np.ndarray, shapes: np.ndarray, places: 
     declared = headers.latent_sizes(rows.sizes[at])
     for k in np.flatnonzero(((declared != 0) & (declared != found["shape"])).any(axis=1))[:1].tolist():
         row = int(at[k])
-        kept, sample = (rows.columns[name][row].as_py() for name in ("latent_path", "sample_id"))
+        columns = open_columns(rows.arrow)
+        kept, sample = (columns[name][row].as_py() for name in ("latent_path", "sample_id"))
         name = f"{rows.files}/{whole_path(kept, sample)}"
         where = f"{rows.csv_path}:{rows.lines[row]}"
         headers.refuse_contradiction(where, rows.sizes[row].tolist(), found["shape"][k].tolist(), name)

@@ -164,9 +164,9 @@ def _parse(header: bytes, start: int, file_bytes: int) -> dict[str, Entry]:
         dtype, shape, offsets, crc = value["dtype"], value["shape"], value["data_offsets"], checksums[key]
         if type(dtype) is not str or dtype not in _ITEM_BYTES:
             raise ValueError(f"{key!r} has dtype {dtype!r:.50}, and {', '.join(DTYPES)} may be in a shard")
-        if not _are_integers(shape) or len(shape) > _MAX_DIMENSIONS or min(shape) < 1:
+        if type(shape) is not list or {*map(type, shape)} != {int} or len(shape) > _MAX_DIMENSIONS or min(shape) < 1:
             raise ValueError(f"{key!r} has shape {shape!r:.100}")
-        if not _are_integers(offsets) or len(offsets) != 2:
+        if type(offsets) is not list or [*map(type, offsets)] != [int, int]:
             raise ValueError(f"{key!r} has data_offsets {offsets!r:.100}")
         if type(crc) is not str or not _CRC.fullmatch(crc):
             raise ValueError(f"{key!r} has a CRC-32 of {crc!r:.50}")
@@ -203,10 +203,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no number")
-
-
-def _are_integers(values: Any) -> bool:
-    return type(values) is list and {*map(type, values)} == {int}
 
 
 def _looks_like(head: bytes) -> str:
