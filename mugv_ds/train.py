@@ -23,11 +23,14 @@ if TYPE_CHECKING:  # the rest of the package is imported when it is needed: a wr
     import numpy as np
 
     from mugv_ds.checkpoint.manifest import StartWeights
+    from mugv_ds.checkpoint.store import Store
     from mugv_ds.data.run_data import RunData
     from mugv_ds.engine.ema import PowerEma
     from mugv_ds.engine.evaluate.reference import ReferenceModel
     from mugv_ds.engine.preview import Evaluations, Previews
     from mugv_ds.engine.process import Process
+    from mugv_ds.engine.reward.old_policy import OldPolicy
+    from mugv_ds.engine.reward.rounds import Rounds
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,38 @@ def reference_model(config: TrainConfig, run: Start, fresh: bool) -> "ReferenceM
     return ReferenceModel(config, run.process, run.engine, run.data, weights, held=fresh)
 
 
+def make_rounds(config: TrainConfig, run: Start, store: "Store", old: "OldPolicy") -> "Rounds":
+    """Makes the rounds of a run that learns from a reward."""
+    from mugv_ds.checkpoint.fragments import refresh_weights
+    from mugv_ds.engine.evaluate.evaluate import Evaluator
+    from mugv_ds.engine.feed import Feed
+    from mugv_ds.engine.reward.rounds import Rounds
+    from mugv_ds.sampling.sampler import sample_latents
+    from mugv_ds.weights.codec import load_codec
+    from mugv_ds.weights.start import FrozenWeights
+
+    start, host = FrozenWeights(run.weights, config), run.process.host
+
+    def distance() -> float:
+        pieces = ((piece.name, piece.start, piece.tensors["weight"]) for piece in store.fragments)
+        moved, size = map(sum, zip(*host.gather(host.attempt(lambda: start.distance(pieces))), strict=True))
+        return (moved / size) ** 0.5
+
+    feed = Feed(run.engine.module, run.process, config.data, config.model.dit().caption_channels)
+    return Rounds(
+        config,
+        run.process,
+        run.engine.module,
+        Evaluator(run.process, run.engine, feed, config.data.num_workers),
+        run.data,
+        old=old,
+        refresh=partial(refresh_weights, run.engine),
+        sample=sample_latents,
+        load_codec=load_codec,
+        distance=distance,
+    )
+
+
 def make_previews(config: TrainConfig, run: Start, ema: "PowerEma") -> "Previews":
     """Makes the previews of a run, by its weights or by one of their averages."""
     from mugv_ds.engine.preview import Previews
@@ -141,12 +176,18 @@ def train(config: TrainConfig) -> int:
     from mugv_ds.checkpoint.store import Store
     from mugv_ds.engine.ema import PowerEma
     from mugv_ds.engine.loop import Trainer
+    from mugv_ds.engine.reward.old_policy import OldPolicy
 
     run = start(config)
     process, data, engine = run.process, run.data, run.engine
     store = Store(config, process, engine, data.order(), run.weights, data.text_encoder)
-    ema = PowerEma([fragment.tensors["weight"] for fragment in store.fragments], config.ema.sigma_rel)
+    masters = [fragment.tensors["weight"] for fragment in store.fragments]
+    ema = PowerEma(masters, config.ema.sigma_rel)
     store.extra_kinds = ema.averages
+    old = None
+    if config.reward is not None:
+        old = OldPolicy(masters, config.reward.old_decay, config.reward.old_decay_max)
+        store.extra_kinds = store.extra_kinds | old.kinds
     try:
         previews = data.previewed and make_previews(config, run, ema)
         evaluations = data.evaluated and make_evaluations(config, run, ema)
@@ -158,6 +199,7 @@ def train(config: TrainConfig) -> int:
         if config.preference is not None:
             reference = reference_model(config, run, fresh=not taken)
             reference.open_files()
+        rounds = old and make_rounds(config, run, store, old)
         trainer = Trainer(
             config,
             process,
@@ -168,6 +210,7 @@ def train(config: TrainConfig) -> int:
             store=store,
             previews=previews,
             evaluations=evaluations,
+            rounds=rounds,
         )
         stopped = trainer.run(taken)
     finally:

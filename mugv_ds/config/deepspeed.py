@@ -239,12 +239,12 @@ def engine_config(
 def gradient_accumulation(config: TrainConfig, data_parallel: int) -> int:
     """Micro-batches that a data rank runs in one optimizer step.
 
-    With a budget or preferences every step has its own number, and this is a placeholder.
+    With a budget, preferences or rollouts every step has its own number, and this is a placeholder.
 
     Raises:
         ConfigError: `data.global_batch_size` is not a multiple of what all data ranks hold at once.
     """
-    if config.data.budget is not None or config.preference is not None:
+    if any(section is not None for section in (config.data.budget, config.preference, config.reward)):
         return 1
     return micro_batches(config.data.global_batch_size, config.data.micro_batch_size, data_parallel)
 

@@ -470,6 +470,126 @@ class PreferenceSection(Section):
         return self
 
 
+class RewardFunctionSection(Section):
+    """What judges rollouts: a command, an HTTP endpoint or a Python function, by one protocol; see docs/reward.md."""
+
+    name: str = Field(description="What messages and files call it.", pattern="^[A-Za-z0-9_-]+$", max_length=64)
+    weights: dict[Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$", max_length=64)], float] = Field(
+        description="Names of the numbers that it gives for a video, and their weights in the reward, in which each is "
+        "measured in units of its own spread. A negative weight asks for less; 0 only records the number.",
+        min_length=1,
+    )
+    command: tuple[str, ...] | None = Field(
+        None,
+        description="Program and arguments. It reads the request from stdin and writes the answer to stdout.",
+        min_length=1,
+    )
+    url: str | None = Field(
+        None, description="http:// or https:// address that the request is posted to.", pattern="^https?://"
+    )
+    entry_point: str | None = Field(
+        None,
+        description="package.module:function, called with the list of videos; it returns the numbers by id and name.",
+        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
+    )
+    in_process: bool = Field(
+        False,
+        description="Call the entry point in rank 0's own process, where it can hold a model but also take memory or "
+        "end the run, and cannot be timed out; by default it has a process of its own for every request.",
+    )
+    batch: Count = Field(32, description="Videos of a request.")
+    timeout_s: float = Field(600.0, gt=0, le=7 * 24 * 3600, description="Seconds that a request may take.")
+    retries: int = Field(2, ge=0, le=100, description="How many times a request that failed is made again.")
+
+    @model_validator(mode="after")
+    def _is_one(self) -> "RewardFunctionSection":
+        given = [name for name in ("command", "url", "entry_point") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"reward.functions.{self.name}: must have one of command, url and entry_point, "
+                f"{' and '.join(given) or 'none'} given"
+            )
+        if self.in_process and self.entry_point is None:
+            raise ValueError(
+                f"reward.functions.{self.name}.in_process: has no effect without entry_point; leave it out"
+            )
+        return self
+
+
+class RewardSection(Section):
+    """Online learning from a reward, in rounds of rollouts, rewards and updates by DiffusionNFT (arXiv 2509.16117).
+
+    data.manifest is then the real data whose flow loss keeps the policy near to them, as in DDRL (arXiv 2512.04332).
+    """
+
+    manifest: str = Field(
+        description="CSV of prompts: a rollout takes a row's text features, size, fps and, if asked, first frame."
+    )
+    dir: str = Field(description="Folder of the rounds' rollouts and rewards, which all hosts share.")
+    codec: str = Field(description="What makes pixels of rollouts, see preview.codec.")
+    functions: tuple[RewardFunctionSection, ...] = Field(description="What judges the rollouts.", min_length=1)
+    prompts: Samples = Field(description="Rows of a round, all of one latent shape.")
+    rollouts: int = Field(
+        ge=2, le=1 << 16, description="Rollouts of each row, among which its rewards are compared (24 in the paper)."
+    )
+    passes: Count = Field(1, description="How often each rollout is trained on in its round (1 in the paper).")
+    steps: Count = Field(10, description="Evaluations of the model for a rollout (10 in the paper's training).")
+    guidance: float = Field(
+        1.0, ge=0, le=1000, description="Weight of the caption in rollouts; the method needs none: 1."
+    )
+    first_frame: bool = Field(False, description="Give the first latent frame of the row clean (image-to-video).")
+    sample_batch: Samples = Field(1, description="Rollouts that a replica samples at once.")
+    beta: float = Field(
+        1.0, gt=0, le=1e3, description="β of the loss: how far v⁺ and v⁻ lie from the old policy. 1 is the paper's."
+    )
+    advantage_clip: float = Field(
+        5.0,
+        gt=0,
+        le=1e3,
+        description="Advantage, in spreads, from which on a rollout is wholly good or bad. 5 is the released code's; "
+        "smaller values go further in a round.",
+    )
+    old_decay: float = Field(
+        0.001,
+        ge=0,
+        lt=1,
+        description="η: after round i the old policy keeps min(η·i, old_decay_max) of itself and takes the rest of the "
+        "trained one. 0.001 and 0.5 are the paper's; 0: the policy of each round is the trained one.",
+    )
+    old_decay_max: Decay = Field(0.5, description="Largest share that the old policy keeps of itself.")
+    data_weight: float = Field(
+        0.1, ge=0, le=1e6, description="Weight of the flow loss on data.manifest. Ours; 0: no real data."
+    )
+    data_ratio: float = Field(
+        0.5, gt=0, le=1000, description="Real samples for each rollout of a step, of the same latent shape. Ours."
+    )
+    keep_rounds: Count = Field(
+        10, description="Newest rounds whose latents and videos are kept; the rewards of all are."
+    )
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "RewardSection":
+        for what, names in (
+            ("names", [function.name for function in self.functions]),
+            ("names of numbers", [name for function in self.functions for name in function.weights]),
+        ):
+            if len(set(names)) < len(names):
+                raise ValueError(f"reward.functions: {what} must differ, these are {', '.join(names)}")
+        if not any(self.weights.values()):
+            raise ValueError("reward.functions: all weights are 0, so nothing is rewarded; give one a weight")
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Returns the weight of every number, by its name."""
+        return {name: weight for function in self.functions for name, weight in function.weights.items()}
+
+    @property
+    def samples(self) -> int:
+        """Returns the rollouts of a round."""
+        return self.prompts * self.rollouts
+
+
 class TrainConfig(Section):
     """One training run. JSON files hold these sections; `extends` names a file whose values come first."""
 
@@ -486,6 +606,7 @@ class TrainConfig(Section):
     evaluation: EvaluationSection = EvaluationSection()
     guard: GuardSection = GuardSection()
     preference: PreferenceSection | None = None
+    reward: RewardSection | None = None
     deepspeed: dict[str, Any] = Field(
         default_factory=dict, description="Passed on to DeepSpeed after its keys are checked."
     )
@@ -520,6 +641,8 @@ class TrainConfig(Section):
             raise ValueError("data.mixture: the groups' names must differ")
         if self.preference is not None and self.data.mixture:
             raise ValueError("data.mixture: the SFT set of a preference run is not mixed; leave one of the two out")
+        if self.reward is not None:
+            self._check_rounds(self.reward)
         if self.flow.caption_drop > 0 and self.data.null_text_path is None:
             raise ValueError(
                 "data.null_text_path: required when flow.caption_drop > 0; name the features or set it to 0"
@@ -541,6 +664,29 @@ class TrainConfig(Section):
         for key, why in self._idle():
             raise ValueError(f"{key}: has no effect {why}; leave it out")
         return self
+
+    def _check_rounds(self, reward: RewardSection) -> None:
+        for key, given in (("preference", self.preference), ("data.budget", self.data.budget)):
+            if given is not None:
+                raise ValueError(f"{key}: does not go with reward; leave one of the two out")
+        if self.data.mixture:
+            raise ValueError("data.mixture: the real data beside rollouts are not mixed; leave it out")
+        batch = self.data.global_batch_size
+        if reward.samples * reward.passes % batch:
+            raise ValueError(
+                f"data.global_batch_size = {batch}: must divide reward.prompts × rollouts × passes = "
+                f"{reward.samples * reward.passes}, so that a round is a number of steps; use "
+                f"{_divisors(reward.samples * reward.passes)}"
+            )
+        if self.checkpoint.init_from is None:
+            raise ValueError("checkpoint.init_from: required with reward; name the weights whose videos are judged")
+        if reward.guidance != 1 and self.data.null_text_path is None:
+            raise ValueError("data.null_text_path: required when reward.guidance is not 1; name the features")
+
+    @property
+    def steps_per_round(self) -> int:
+        """Returns the optimizer steps of a round of learning from a reward."""
+        return self.reward.samples * self.reward.passes // self.data.global_batch_size
 
     @property
     def sampled(self) -> dict[str, SampledSection]:

@@ -101,8 +101,8 @@ def _batch_size(
     micro = next(sizes, None)
     if micro is None:
         raise ConfigError(
-            f"preference.sft_ratio: gives {more} SFT samples beside {step * item_size}, which {ranks} data ranks with "
-            f"micro-batches of multiples of {item_size} cannot share evenly; use another ratio"
+            f"preference.sft_ratio or reward.data_ratio: gives {more} SFT samples beside {step * item_size}, which "
+            f"{ranks} data ranks with micro-batches of multiples of {item_size} cannot share evenly; use another ratio"
         )
     return BatchSize(step, micro)
 

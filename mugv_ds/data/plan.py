@@ -151,9 +151,10 @@ class Plan:
             self._companions = dict(zip(*group_by_shape(companion.shapes), strict=True))
             for shape in sorted({shape for stream in streams for shape in stream.sizes}):
                 if shape not in self._companions:
+                    names = " and ".join(stream.name for stream in streams if shape in stream.sizes)
                     raise ConfigError(
-                        f"data.manifest: no SFT sample has latents of {'×'.join(map(str, shape))}, as preference "
-                        "samples have; add some, or set preference.sft_weight to 0"
+                        f"data.manifest: no SFT sample has latents of {'×'.join(map(str, shape))}, as there are in "
+                        f"{names}; add some, or set preference.sft_weight or reward.data_weight to 0"
                     )
 
     def identity(self) -> dict[str, str]:

@@ -40,6 +40,7 @@ class Batch(NamedTuple):
     weight: Tensor  # fp32 [B], of the sample in the loss; 0 for a filler that counts nowhere
     role: Tensor  # int8 [B], 1 better or good, −1 worse or bad, 0 neither
     reference: Tensor  # fp32 [B], flow loss under the frozen reference; 0 where there is none
+    optimality: Tensor  # fp32 [B], of a rollout, see `objectives.reward.optimality`; 0 where there is none
     row: Tensor  # int64 [B], of its source's manifest
     visit: Tensor  # int64 [B]
     content: Tensor  # int64 [B], `content_of` what was read; 0 where nobody asks
@@ -157,34 +158,58 @@ class FlowSamples:
             with_content: whether to hash what is read, for a comparison with what a reference was measured on.
         """
         tokens = self.data.max_text_tokens
-        row = self.index.row(row_number)
         drop = self._drops_caption(key)
         given = {"channels": self.channels, "max_text_tokens": tokens, "with_text": not drop}
         sample = read_patiently(lambda: read_row(self.index, row_number, **given), self.index.files)
-        x0, frames = sample.latent, sample.latent.shape[1]
+        x0 = sample.latent
         text, text_mask = self.null_text() if drop else (sample.text, sample.text_mask)
+        share = 0.0 if self.held_out else self.flow.first_frame_share
+        given = noise.first_frame_uniform(*key) < share
+        batch = self.noised(
+            row_number, visit, key, x0, text, text_mask, t=self.draw_time(row_number, key, quarter), first_frame=given
+        )
+        return batch._replace(content=torch.tensor(content_of(x0, text))) if with_content else batch
 
-        t = torch.tensor(self.draw_time(row_number, key, quarter))
+    def noised(
+        self,
+        row_number: int,
+        visit: int | None,
+        key: Key,
+        x0: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        *,
+        t: float,
+        first_frame: bool,
+    ) -> Batch:
+        """Noises a latent of a row with what is drawn from `key`, and makes a `Batch` without the first dimension.
+
+        Args:
+            x0: fp32 [24, T, H, W], normalised. text, text_mask: [L, C] and [L].
+            t: timestep. first_frame: whether the first frame of a clip is given clean; images are not concerned.
+        """
+        frames = x0.shape[1]
         epsilon = noise.gaussian(*key, tuple(x0.shape))
         x_mask = torch.ones(frames, dtype=torch.bool)
-        if frames > 1 and not self.held_out and noise.first_frame_uniform(*key) < self.flow.first_frame_share:
+        if frames > 1 and first_frame:
             x_mask[0] = False
-        x_t = flow.interpolate(x0[None], epsilon[None], t[None])[0]
-
+        time = torch.tensor(t)
+        x_t = flow.interpolate(x0[None], epsilon[None], time[None])[0]
         return Batch(
             x=torch.where(x_mask[None, :, None, None], x_t, x0),
             target=flow.velocity(x0, epsilon),
-            timestep=t.float(),
+            timestep=time.float(),
             text=text,
             text_mask=text_mask,
             x_mask=x_mask,
-            fps=torch.tensor(row.fps or self.data.default_fps, dtype=torch.float32),
+            fps=torch.tensor(self.index.row(row_number).fps or self.data.default_fps, dtype=torch.float32),
             weight=torch.tensor(0.0 if visit is None else 1.0),
             role=torch.tensor(0, dtype=torch.int8),
             reference=torch.tensor(0.0),
+            optimality=torch.tensor(0.0),
             row=torch.tensor(row_number),
             visit=torch.tensor(visit or 0),
-            content=torch.tensor(content_of(x0, text) if with_content else 0),
+            content=torch.tensor(0),
         )
 
     def filler(self, row_number: int) -> Batch:
@@ -204,6 +229,7 @@ class FlowSamples:
             weight=torch.tensor(0.0),
             role=torch.tensor(0, dtype=torch.int8),
             reference=torch.tensor(0.0),
+            optimality=torch.tensor(0.0),
             row=torch.tensor(row_number),
             visit=torch.tensor(0),
             content=torch.tensor(0),

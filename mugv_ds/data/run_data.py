@@ -20,6 +20,7 @@ from mugv_ds.data.mixture import group_shapes, row_weights
 from mugv_ds.data.pairs import labels, pairs
 from mugv_ds.data.plan import Companion, Plan, Stream
 from mugv_ds.data.readers import AnnotatedSamples, FlowSamples, Reader, Sources
+from mugv_ds.data.rounds import RolloutSamples, Round, RoundPlan, prompt_stream
 
 Opener = Callable[[Callable[[], Index]], Index]
 
@@ -52,7 +53,8 @@ class RunData:
         train, validation: indexes of data.manifest and data.val_manifest; None: not given.
         previewed, evaluated: indexes of preview.manifest and evaluation.manifest; None: nothing is sampled of them.
         sources, held_out: indexes of the preference sources and of their held-out annotations, in the config's order.
-        readers: of the training set first, then of the preference sources.
+        prompts: index of reward.manifest; None: nothing is rolled out.
+        readers: of the training set first, then of the preference sources or of rollouts.
         plan: the steps of the run.
         text_encoder: what made the text features of all sets and of the null text beside them; None: none says.
 
@@ -76,8 +78,10 @@ class RunData:
         self.evaluated = open_(config.evaluation.manifest if config.evaluation.every else None)
         self.sources: tuple[Index, ...] = tuple(open_(source.manifest) for source in sources)
         self.held_out = tuple(open_(source.val_manifest) for source in sources)
+        self.prompts = open_(config.reward and config.reward.manifest)
         self.text_encoder = self._text_encoder()
-        self.readers = Sources((self._flows(self.train), *map(self._annotated, self.sources)))
+        rollouts = () if self.prompts is None else (RolloutSamples(self._flows(self.prompts), config.reward),)
+        self.readers = Sources((self._flows(self.train), *map(self._annotated, self.sources), *rollouts))
         self.plan = self._plan()
 
     def order(self) -> dict[str, str]:
@@ -86,9 +90,9 @@ class RunData:
         A run may go on from a checkpoint of another one with the same parts without repeating or leaving out samples.
         """
         ids, annotations = hashlib.sha256(), hashlib.sha256()
-        for index in (self.train, *self.sources):
+        for index in filter(None, (self.train, *self.sources, self.prompts)):
             ids.update(index.ids_digest().encode())
-        for reader in self.readers.readers[1:]:
+        for reader in self.readers.readers[1:] if self.sources else ():
             for array in (reader.rows, reader.roles):
                 annotations.update(np.ascontiguousarray(array, np.int32).data)
         parts = {"the sample ids": ids.hexdigest(), **self.plan.identity()}
@@ -111,6 +115,7 @@ class RunData:
             "data.val_manifest": self.validation,
             "preview.manifest": self.previewed,
             "evaluation.manifest": self.evaluated,
+            "reward.manifest": self.prompts,
         }
         for source, index, held_out in zip(sources, self.sources, self.held_out, strict=True):
             indexes |= {f"preference.{source.name}.manifest": index, f"preference.{source.name}.val_manifest": held_out}
@@ -119,13 +124,19 @@ class RunData:
     @property
     def typical_shape(self) -> Shape:
         """The latent shape whose sample costs the most; for it pipeline stages are balanced and attention is chosen."""
-        shapes = {shape for index in self.sources or (self.train,) for shape in index.buckets().by_shape}
+        shapes = {shape for index in self._played for shape in index.buckets().by_shape}
         return max(sorted(shapes), key=self._load.flops)
+
+    @property
+    def _played(self) -> tuple[Index, ...]:
+        """The indexes whose shapes the steps have."""
+        return self.sources or (self.train if self.prompts is None else self.prompts,)
 
     @property
     def shapes(self) -> set[Shape]:
         """The latent shapes that the run's model may meet: in training, held out and sampled."""
-        indexes = (self.train, self.validation, self.previewed, self.evaluated, *self.sources, *self.held_out)
+        others = (self.validation, self.previewed, self.evaluated, self.prompts)
+        indexes = (self.train, *others, *self.sources, *self.held_out)
         return {shape for index in indexes if index is not None for shape in index.buckets().by_shape}
 
     def readers_with(self, references: Sequence[np.ndarray]) -> Sources:
@@ -133,6 +144,11 @@ class RunData:
         flows, *annotated = self.readers.readers
         given = zip(annotated, references, strict=True)
         return Sources((flows, *(replace(reader, reference=table) for reader, table in given)))
+
+    def readers_of(self, played: Round, optimality: Sequence[float]) -> Sources:
+        """Returns the readers for a round of learning from a reward. optimality: r of its rollouts."""
+        flows, rollouts = self.readers.readers
+        return Sources((flows, replace(rollouts, round=played, optimality=tuple(optimality))))
 
     def held_out_flows(self) -> FlowSamples | None:
         """Returns the reader of data.val_manifest; None where there is none."""
@@ -171,6 +187,8 @@ class RunData:
 
     def _plan(self) -> Plan:
         seed, preference = self._config.data.seed, self._config.preference
+        if self.prompts is not None:
+            return self._round_plan()
         if preference is None:
             return Plan(self._flow_streams(), seed)
         flows, *annotated = self.readers.readers
@@ -190,6 +208,15 @@ class RunData:
             for number, (source, reader) in enumerate(zip(preference.sources, annotated, strict=True), 1)
         ]
         return Plan(streams, seed, companion)
+
+    def _round_plan(self) -> RoundPlan:
+        section, (flows, rollouts) = self._config.reward, self.readers.readers
+        companion = None
+        if section.data_weight > 0:
+            companion = Companion(0, flows.shapes, section.data_ratio, row_weights(self.train))
+        sizes = self._batch_sizes(rollouts.shapes, companion=companion)
+        stream = prompt_stream(rollouts.prompts, sizes, row_weights(self.prompts))
+        return RoundPlan(section, self._config.data.global_batch_size, stream, self._config.data.seed, companion)
 
     def _stream(self, stream: Stream) -> Stream:
         """Leaves out the latent shapes whose steps would be filled with copies of few rows, and says so.

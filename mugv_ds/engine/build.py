@@ -66,7 +66,7 @@ def build_engine(
 def build_stage(config: TrainConfig, process: Process, shape: tuple[int, int, int]) -> DiTPipeline:
     """Makes this rank's stage with its initial weights, and chooses how it attends; see `build_engine`."""
     layout, dit = process.layout, config.model.dit()
-    objective = Objective(config.preference, process.group, layout.sequence)
+    objective = Objective(config.preference, config.reward, process.group, layout.sequence)
     attention = pick_attention(config, process, shape)
     module = DiTPipeline(
         dit,

@@ -59,17 +59,24 @@ class PowerEma:
                 the run, and nothing is put back: the others would not come to `refresh`.
         """
         pairs = list(zip(self._tensors, self.averages[kind_name(sigma_rel)], strict=True))
-        _swap(pairs)
-        refresh()
-        stopped = None
-        try:
+        with exchanged(pairs, refresh):
             yield
-        except Stopped as raised:
-            stopped = raised
-        _swap(pairs)
-        refresh()
-        if stopped is not None:
-            raise stopped
+
+
+@contextmanager
+def exchanged(pairs: Sequence[tuple[Tensor, Tensor]], refresh: Callable[[], None]) -> Iterator[None]:
+    """Has the content of each two tensors exchanged for the while of the context; see `PowerEma.in_model`."""
+    _swap(pairs)
+    refresh()
+    stopped = None
+    try:
+        yield
+    except Stopped as raised:
+        stopped = raised
+    _swap(pairs)
+    refresh()
+    if stopped is not None:
+        raise stopped
 
 
 def _swap(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:

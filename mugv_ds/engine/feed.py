@@ -36,6 +36,7 @@ def empty_batch(size: int, shape: tuple[int, int, int], text_tokens: int, channe
         weight=empty(size),
         role=empty(size, dtype=torch.int8),
         reference=empty(size),
+        optimality=empty(size),
         row=empty(size, dtype=torch.int64),
         visit=empty(size, dtype=torch.int64),
         content=empty(size, dtype=torch.int64),
@@ -67,7 +68,7 @@ class Feed:
         Args:
             batches: where this rank reads, the micro-batches; elsewhere None.
             size: samples of each.
-            preferred: how many of the first ones are for a preference objective; the others are for the flow loss.
+            preferred: how many of the first ones are for a preference or a reward; the others are for the flow loss.
         Raises:
             StopIteration: there are fewer batches. All were read before, so that nothing can fail here that would have
                 the other ranks of the sequence wait, and no device has to be waited for to find out.
@@ -86,6 +87,7 @@ class Feed:
                         scale=batch.weight,
                         role=batch.role if number < preferred else batch.role[:0],
                         reference=batch.reference,
+                        optimality=batch.optimality,
                         token_n=self.module.token_n,
                     )
                 ),

@@ -19,6 +19,7 @@ from mugv_ds.engine.guard.guard import Guard, StepResult
 from mugv_ds.engine.metrics import OptimizerProbe, Recorder
 from mugv_ds.engine.preview import Evaluations, Previews
 from mugv_ds.engine.process import Process
+from mugv_ds.engine.reward.rounds import Rounds
 from mugv_ds.engine.steps import Checkpoints, State, StepLoop
 from mugv_ds.models.flops import step_flops
 from mugv_ds.models.rope import patch_grid
@@ -31,7 +32,7 @@ class Trainer(StepLoop):
     Args:
         config: the run. process: this process. engine: see `build_engine`.
         data: what is trained on and validated with.
-        reference: of a preference run; None: it is none.
+        reference: of a preference run; None: it is none. rounds: of one that learns from a reward, likewise.
         ema: averages of the weights, which take in those of every step that was applied.
         store: saves when a checkpoint is due, and holds the state that the run goes on from.
         previews: writes videos when they are due; None: there are none. evaluations: measures some, likewise.
@@ -49,10 +50,11 @@ class Trainer(StepLoop):
         store: Checkpoints,
         previews: Previews | None = None,
         evaluations: Evaluations | None = None,
+        rounds: Rounds | None = None,
     ) -> None:
         shown = [(config.preview.every, previews), (config.evaluation.every, evaluations)]
         super().__init__(config, process, plan=data.plan, readers=data.readers, store=store, shown=shown)
-        self.engine, self.data, self.reference, self.ema = engine, data, reference, ema
+        self.engine, self.data, self.reference, self.ema, self.rounds = engine, data, reference, ema, rounds
         self.dit = config.model.dit()
         self.feed = Feed(engine.module, process, config.data, self.dit.caption_channels)
         self.evaluator = Evaluator(process, engine, self.feed, config.data.num_workers)
@@ -66,11 +68,17 @@ class Trainer(StepLoop):
         # The last stage reads the same samples as the first.
         self.reads, self.reports = self.feed.reads, self.feed.module.is_first
 
-    def _complete(self, start: int, position: int, stop: int) -> None:
-        """Has the reference measured on the preference samples that are to come."""
+    def _ready_until(self, position: int, stop: int) -> int:
+        """The end of the round, where there are rounds."""
+        return stop if self.rounds is None else min(stop, self.rounds.end_of(position))
+
+    def _complete(self, step: int, position: int, stop: int, recorder: Recorder) -> None:
+        """Has the reference measured on the preference samples that are to come, or the round's rollouts made."""
+        alive = partial(self.guard.alive, step)
         if self.reference is not None:
-            tables = self.reference.complete(position, stop, partial(self.guard.alive, start))
-            self.readers = self.data.readers_with(tables)
+            self.readers = self.data.readers_with(self.reference.complete(position, stop, alive))
+        if self.rounds is not None:
+            self.readers = self.rounds.complete(position, stop, step, recorder, alive)
 
     def _train_step(self, step: int, batches: list[Batch] | None, recorder: Recorder) -> StepResult:
         """Takes the optimizer step after `step` steps.
@@ -85,6 +93,8 @@ class Trainer(StepLoop):
         loss = self.engine.train_batch(work)
         if self.engine.was_step_applied():
             self.ema.update(step + 1)
+        if self.rounds is not None:
+            self.rounds.finished(planned.position)
         self._note(planned, loss, recorder)
         if recorder.due(step):
             self._record(step + 1, planned, rate, recorder)
@@ -93,10 +103,15 @@ class Trainer(StepLoop):
     def _prepare(self, planned: PlannedStep, batches: list[Batch] | None) -> Iterator[tuple]:
         """Tells the engine the step's shape and size, and returns what its schedule asks this rank for."""
         streamed, companions = planned.counts(self.process.layout.data)
-        count, preferred = streamed + companions, 0 if self.config.preference is None else streamed
-        if preferred:
+        count, preferred = streamed + companions, 0
+        if self.config.preference is not None:
+            preferred = streamed
             self._set_reference_point(planned, batches, streamed)
-            batches = self._weigh(batches, streamed, companions)
+            batches = self._weigh(batches, streamed, companions, self.config.preference.sft_weight)
+        if self.rounds is not None:
+            preferred = streamed
+            self.engine.module.loss.old = self.rounds.old_velocities(planned.position)
+            batches = self._weigh(batches, streamed, companions, self.config.reward.data_weight)
         self.evaluator.set_shape(planned.shape, planned.micro)
         engine = self.engine
         engine.set_train_batch_size(engine.train_micro_batch_size_per_gpu() * count * engine.dp_world_size)
@@ -113,15 +128,18 @@ class Trainer(StepLoop):
         point = float(kl_reference_point(torch.from_numpy(gains))) if len(gains) else 0.0  # all may be fillers
         self.engine.module.loss.kl_reference_point = point
 
-    def _weigh(self, batches: list[Batch] | None, streamed: int, companions: int) -> list[Batch] | None:
-        """Weighs the micro-batches so that the step's loss is L + λ·ℓ(SFT).
+    @staticmethod
+    def _weigh(
+        batches: list[Batch] | None, streamed: int, companions: int, companion_weight: float
+    ) -> list[Batch] | None:
+        """Weighs the micro-batches so that the step's loss is L + λ·ℓ(companions).
 
         DeepSpeed averages over all micro-batches; of both kinds the mean is wanted.
         """
         if batches is None:
             return None
-        sft_weight, count = self.config.preference.sft_weight, streamed + companions
-        weights = [count / streamed] * streamed + [sft_weight * count / max(companions, 1)] * companions
+        count = streamed + companions
+        weights = [count / streamed] * streamed + [companion_weight * count / max(companions, 1)] * companions
         return [batch._replace(weight=batch.weight * weight) for batch, weight in zip(batches, weights, strict=True)]
 
     def _note(self, planned: PlannedStep, loss: torch.Tensor, recorder: Recorder) -> None:

@@ -62,6 +62,15 @@ def quartile_means(sums: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]
     return means
 
 
+def reward_means(sums: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+    """Means of what `objectives.reward.REWARD_TERMS` sum up to, by tag; none where there are no rollouts."""
+    means = {}
+    for of in sums.values():
+        if (count := float(of.get("rollouts", 0))) > 0:
+            means |= {f"train/{name}": float(of[name]) / count for name in ("positive", "negative", "moved")}
+    return means
+
+
 class OptimizerProbe:
     """Sums over the optimizer's fp32 partitions, taken right before a step, when gradients are reduced and clipped.
 
@@ -215,6 +224,7 @@ class Recorder:
         scalars = {
             "train/loss": loss,
             **self._means(self._sums),
+            **reward_means(self._sums),
             **{f"data/share_{stream}": count / self._counted["samples"] for stream, count in self._samples.items()},
             **{f"preference/{stream}/{name}": m for stream, of in preferences.items() for name, m in of.items()},
             "train/lr": rate,

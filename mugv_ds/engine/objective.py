@@ -4,36 +4,52 @@ A rank holds part of a sample's tokens, so its squared errors are part of the sa
 gradients over the ranks that share a sample, whose parts have to be summed: hence the factors `sequence`.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mugv_ds.config.schema import PreferenceSection
+from mugv_ds.config.schema import PreferenceSection, RewardSection
 from mugv_ds.objectives.flow import loss_by_quartile, weighted_error
 from mugv_ds.objectives.preference import PREFERENCE_TERMS, dpo_loss, dpo_terms, kto_loss, kto_terms
+from mugv_ds.objectives.reward import REWARD_TERMS, nft_errors, nft_loss, nft_terms
 from mugv_ds.parallel.pipeline import Labels
 
 QUARTILE_TERMS = tuple(f"{kind}_q{q}" for q in range(4) for kind in ("loss", "count"))
 
 
 class Objective:
-    """The flow loss or, for micro-batches that have roles, a preference objective. Without gradients it takes notes.
+    """The flow loss or, for micro-batches that have roles, that of a preference or of a reward.
+
+    Without gradients it takes notes.
 
     Args:
-        preference: section of the config; None for flow matching alone.
+        preference, reward: sections of the config, of which one is None; both are for flow matching alone.
         group: ranks that share a sequence, None where there are none. sequence: how many they are.
 
     Attributes:
         terms: names of what is reported of every micro-batch.
         kl_reference_point: KTO's KL reference point z of the step; set before it.
         recorded: ℓ [B] of every micro-batch that went through without gradients, until it is taken away.
+        velocities: likewise the velocities [B, n, P, 24], on the CPU, while it is a list; None: they are not kept.
+        old: the velocities of the old policy for the micro-batches of rollouts of the step, in their order; set before
+            it.
     """
 
-    def __init__(self, preference: PreferenceSection | None, group: dist.ProcessGroup | None, sequence: int) -> None:
-        self.terms = QUARTILE_TERMS + (PREFERENCE_TERMS if preference else ())
+    def __init__(
+        self,
+        preference: PreferenceSection | None,
+        reward: RewardSection | None,
+        group: dist.ProcessGroup | None,
+        sequence: int,
+    ) -> None:
+        self.terms = QUARTILE_TERMS + (PREFERENCE_TERMS if preference else ()) + (REWARD_TERMS if reward else ())
         self.kl_reference_point = 0.0
         self.recorded: list[Tensor] = []
-        self._preference, self._group, self._sequence = preference, group, sequence
+        self.velocities: list[Tensor] | None = None
+        self.old: Iterator[Tensor] = iter(())
+        self._preference, self._reward, self._group, self._sequence = preference, reward, group, sequence
 
     def __call__(self, velocity: Tensor, labels: Labels) -> tuple[Tensor, dict[str, Tensor]]:
         """(this rank's loss, a scalar; sums to report by `terms`).
@@ -46,10 +62,15 @@ class Objective:
         if not torch.is_grad_enabled():
             loss_B = self._summed(part_B)
             self.recorded.append(loss_B)
+            if self.velocities is not None:
+                self.velocities.append(velocity.detach().to("cpu", copy=True))
             return loss_B.mean(), zeros
         if not len(labels.role):
             loss_B = part_B * self._sequence
             return (loss_B * labels.scale).mean(), zeros | loss_by_quartile(loss_B, labels.timestep)
+        if self._reward is not None:
+            loss, terms = self._learn(velocity, labels)
+            return loss, zeros | terms
         whole_B = self._summed(part_B.detach())
         loss_B = whole_B + (part_B - part_B.detach()) * self._sequence  # the sum, with the gradient of this part
         loss, terms = self._prefer(loss_B, labels)
@@ -61,6 +82,15 @@ class Objective:
             part_B = part_B.clone()
             dist.all_reduce(part_B, group=self._group)
         return part_B
+
+    def _learn(self, velocity: Tensor, labels: Labels) -> tuple[Tensor, dict[str, Tensor]]:
+        """DiffusionNFT's loss of rollouts. It is linear in the errors, so that the ranks' parts of them will do."""
+        old_BnPC, weight_BnP1 = next(self.old).to(velocity), labels.weight_BnP1
+        errors = nft_errors(velocity, old_BnPC, labels.target_BnPC, weight_BnP1, self._reward.beta)
+        positive_B, negative_B = (error_B * self._sequence for error_B in errors)
+        moved_B = weighted_error(velocity.detach(), old_BnPC, weight_BnP1) * self._sequence
+        loss_B = nft_loss(positive_B, negative_B, labels.optimality)
+        return (loss_B * labels.scale).mean(), nft_terms(positive_B, negative_B, moved_B)
 
     def _prefer(self, loss_B: Tensor, labels: Labels) -> tuple[Tensor, dict[str, Tensor]]:
         section, reference_B = self._preference, labels.reference

@@ -3,7 +3,7 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any, Protocol
 
@@ -86,8 +86,16 @@ class StepLoop(ABC):
     def _validate(self, recorder: Recorder, step: int) -> None:
         """Writes what the held-out samples give."""
 
-    def _complete(self, start: int, position: int, stop: int) -> None:  # noqa: B027, most loops need nothing
-        """Makes ready what the data steps of [position, stop) need, before the run goes on after `start` steps."""
+    def _complete(self, step: int, position: int, stop: int, recorder: Recorder) -> None:  # noqa: B027, may do nothing
+        """Makes ready what the data steps of [position, stop) need, before the run goes on after `step` steps.
+
+        Raises:
+            Stopped: a rank was asked to stop.
+        """
+
+    def _ready_until(self, position: int, stop: int) -> int:
+        """The end of the data steps from `position` on, `stop` at most, that can be made ready at once."""
+        return stop
 
     def run(self, start: int) -> bool:
         """Trains from step `start` to the config's last, with records, validations and checkpoints as it says.
@@ -124,27 +132,41 @@ class StepLoop(ABC):
         peak = peak_tflops(logging, self.process.device)
         world = {"rank": self.process.rank, "world_size": self.process.layout.world_size}
         recorder = Recorder(logging, **world, start=start, steps=steps, peak=peak, means=self.means)
-        position = self.guard.history.position(start)
-        self._complete(start, position, position + steps - start)
-        self.waited = 0.0
-        with closing(recorder), closing(self._readings(position, position + steps - start)) as readings:
-            step, result = start, None
+        with closing(recorder), ExitStack() as reading:
+            step, result, ready, readings = start, None, start, None
+            self.waited = 0.0
             while True:
-                batches, prefetched = self._read(readings if step < steps else None)
+                batches, prefetched = self._read(readings if step < ready else None)
                 stop = self.guard.boundary(step, result, prefetched)
                 self._save(step, recorder, result, stop)
                 if stop and step < steps:
                     return True
                 try:
                     self._look(step, recorder, result)
-                except Stopped:  # before all was measured or written, which is then done when the run goes on
+                    if step >= steps:
+                        return False
+                    if step == ready:
+                        reading.close()
+                        ready, readings = self._make_ready(step, recorder)
+                        reading.enter_context(closing(readings))
+                        batches, prefetched = self._read(readings)
+                        stop = self.guard.boundary(step, None, prefetched)
+                except Stopped:  # before all was measured, written or made ready, which is then done when it goes on
+                    stop = True
+                if stop:
                     self._save(step, recorder, result, stop=True)
                     return True
-                if step >= steps:
-                    return False
                 with profiled(logging, step + 1, self.process):
                     result = self._train_step(step, batches, recorder)
                 step += 1
+
+    def _make_ready(self, step: int, recorder: Recorder) -> tuple[int, Iterator[list[Reading]]]:
+        """Makes the coming steps ready; returns after which step others have to be, and what is read for these."""
+        position = self.guard.history.position(step)
+        stop = self._ready_until(position, position + self.config.schedule.steps - step)
+        with recorder.excluded():
+            self._complete(step, position, stop, recorder)
+        return step + stop - position, self._readings(position, stop)
 
     def _due(self, done: int, every: int) -> bool:
         """Whether what happens every so many steps, and after the last, happens after `done`; 0 is never."""

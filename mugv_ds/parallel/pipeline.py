@@ -50,6 +50,7 @@ class Labels(NamedTuple):
     elements: Tensor  # [B], number of latent elements of the noised frames
     role: Tensor  # int8 [B]: 1 for better or good, −1 for worse or bad; empty where the flow loss is wanted
     reference: Tensor  # [B], flow loss under the frozen reference model
+    optimality: Tensor  # [B], of rollouts, see `objectives.reward.optimality`
 
 
 def layer_prefix(layer: int, depth: int) -> str:
@@ -60,21 +61,21 @@ def layer_prefix(layer: int, depth: int) -> str:
 
 
 def labels(
-    target: Tensor, weight: Tensor, *, timestep: Tensor, scale: Tensor, role: Tensor, reference: Tensor, token_n: Tensor
+    target: Tensor, weight: Tensor, *, token_n: Tensor, timestep: Tensor, scale: Tensor, **of_samples: Tensor
 ) -> Labels:
     """Makes the labels of the tokens `token_n` from those of whole latents.
 
     Args:
         target: [B, C, T, H, W]. weight: [B, 1, T, H, W], see `objectives.flow.loss_weight`.
-        timestep, scale, role, reference: as in `Labels`.
         token_n: indices into the sequence; those that are no patch get the weight 0.
+        timestep, scale, role, reference, optimality: as in `Labels`.
     """
     grid = patch_grid(*target.shape[2:])
     patch_n = positions(token_n, grid).patch_N
     is_patch_n = (token_n > 0) & (token_n <= grid.patches)
     weight_BnP1 = patch_pixels(weight)[:, patch_n] * is_patch_n[:, None, None]
     elements_B = target.shape[1] * (weight > 0).flatten(1).sum(dim=1)
-    return Labels(patch_pixels(target)[:, patch_n], weight_BnP1, timestep, scale, elements_B, role, reference)
+    return Labels(patch_pixels(target)[:, patch_n], weight_BnP1, timestep, scale, elements_B, **of_samples)
 
 
 def pack(tokens: Tensor, condition: Condition, x_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -101,7 +101,7 @@ def guided_velocity(
 
     Args:
         interval: (from, to) in timesteps; outside of it the velocity is v_text alone (Kynkäänniemi et al. 2024), for
-            which one rank does not compute the negative prompt.
+            which one rank does not compute the negative prompt. So it is at all times where guidance is 1.
         pair: this rank's part of two that compute one branch each; None if it computes both. The model then gets
             this rank's text alone at all times, so that what is kept of a text (`models.reuse`) is that text's.
         The other arguments are those of `sample_latents`; `frame_mask` is bool.
@@ -118,7 +118,7 @@ def guided_velocity(
         return out[:, : z.shape[1]].unflatten(0, (count, len(z)))
 
     def velocity(z: Tensor, t: Tensor) -> Tensor:
-        is_guided = bool(interval[0] <= t <= interval[1])
+        is_guided = guidance != 1 and bool(interval[0] <= t <= interval[1])
         if pair is not None:
             both = pair.exchange(branches(z, t, slice(pair.branch, pair.branch + 1))[0])
         else:

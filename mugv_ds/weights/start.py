@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mugv_ds.checkpoint import files
 from mugv_ds.checkpoint.manifest import StartWeights
@@ -85,6 +85,22 @@ class FrozenWeights:
             raise CheckpointError(f"{self.start.path}: the weights that the run started from are gone; {remedy}")
         if start_digest(self.start.path, self.config) != self.digest:
             raise CheckpointError(f"{self.start.path}: not the weights that the run started from any more; {remedy}")
+
+    def distance(self, pieces: Iterable[tuple[str, int, Tensor]]) -> tuple[float, float]:
+        """Returns Σ ‖θ − θ_start‖² and Σ ‖θ_start‖² over pieces of parameters.
+
+        Args:
+            pieces: name, first element of the flattened parameter, and the elements as they are now, fp32 [n].
+
+        Raises:
+            CheckpointError: the weights are gone, or do not fit.
+        """
+        weights, moved, size = _open(Path(self.start.path)), 0.0, 0.0
+        for name, first, now in pieces:
+            start = weights[name].flatten()[first : first + now.numel()].to(now)
+            moved += float((now - start).square().sum(dtype=torch.float64))
+            size += float(start.square().sum(dtype=torch.float64))
+        return moved, size
 
     def put_in(self, layers: Layers) -> None:
         """Puts them into parts of a DiT, each with the prefix of its names; see `load_into` for the errors."""

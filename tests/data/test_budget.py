@@ -115,7 +115,7 @@ def test_companions_are_split_into_micro_batches_of_the_same_size():
         (
             section(32, 2),
             {"item_size": 2, "companions": lambda samples: 3 * samples // 8},
-            r"preference\.sft_ratio: gives 12 SFT samples beside 32, which 4 data ranks .* multiples of 2 cannot share",
+            r"reward\.data_ratio: gives 12 SFT samples beside 32, which 4 data ranks .* multiples of 2 cannot share",
         ),
     ],
     ids=["multiple", "tokens", "tokens of a pair", "step", "micro", "odd micro", "odd step", "companions"],

@@ -31,20 +31,21 @@ def given(first_frames: list[bool]) -> Labels:
         scale=torch.tensor([1.0, 1.0, 2.0, 2.0]),
         role=torch.tensor([1, -1, 1, -1], dtype=torch.int8),
         reference=torch.tensor([1.02, 1.0, 0.99, 1.03]),
+        optimality=torch.zeros(4),
         token_n=torch.arange(2 * 2 * 2 + 2),
     )
 
 
 def minimised(preference: PreferenceSection, what: Labels, point: float) -> tuple[float, torch.Tensor, torch.Tensor]:
     """Loss, gradient, and the samples' mean errors."""
-    objective = Objective(preference, None, 1)
+    objective = Objective(preference, None, None, 1)
     objective.kl_reference_point = point
     noise = torch.randn(what.target_BnPC.shape, generator=torch.Generator().manual_seed(1))
     velocity = (what.target_BnPC + noise).requires_grad_()
     loss, _ = objective(velocity, what)
     loss.backward()
     with torch.no_grad():
-        plain = Objective(None, None, 1)
+        plain = Objective(None, None, None, 1)
         plain(velocity, what)
     return loss.item(), velocity.grad, plain.recorded[0]
 

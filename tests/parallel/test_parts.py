@@ -109,7 +109,8 @@ def test_the_weights_of_all_ranks_sum_to_those_of_the_sample(size):
     target, weight = torch.randn(2, 24, 3, 3, 5), torch.rand(2, 1, 3, 3, 5)
     tokens = patch_grid(3, 3, 5).tokens
     zeros = torch.zeros(2)
-    given = {"timestep": zeros, "scale": zeros, "role": zeros, "reference": zeros}
+    names = ("timestep", "scale", "role", "reference", "optimality")
+    given = dict.fromkeys(names, zeros)
     parts = [labels(target, weight, **given, token_n=local_tokens(tokens, size, rank)) for rank in range(size)]
     total = sum(part.weight_BnP1.sum(dim=(1, 2, 3)) for part in parts)
     torch.testing.assert_close(total, weight.flatten(1).sum(dim=1))

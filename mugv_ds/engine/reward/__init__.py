@@ -1,0 +1,1 @@
+"""Online learning from a reward: rounds of rollouts, rewards and updates."""

@@ -1,0 +1,450 @@
+"""The rounds of learning from a reward: rollouts, their videos and rewards, and what the old policy says of them.
+
+Everything that costs something is in `reward.dir` as soon as it is made, under the round's number. So a run that is
+killed goes on in the middle of a round, and a round whose updates are taken again finds its rollouts and rewards.
+"""
+
+import json
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mugv_ds.config.errors import ConfigError, InputError, TrainingError
+from mugv_ds.config.regular_file import read_text_file
+from mugv_ds.config.schema import RewardFunctionSection, TrainConfig
+from mugv_ds.data.readers import Sources
+from mugv_ds.data.rounds import (
+    LATENT_SUFFIX,
+    VIDEO_SUFFIX,
+    RolloutSamples,
+    Round,
+    RoundPlan,
+    read_rollout,
+    round_folder,
+    write_rollout,
+)
+from mugv_ds.data.run_data import RunData
+from mugv_ds.data.video import encode_gif, read_mp4, write_mp4
+from mugv_ds.engine.evaluate.evaluate import Evaluator
+from mugv_ds.engine.metrics import Recorder
+from mugv_ds.engine.preview_codec import Codec, PreviewCodec
+from mugv_ds.engine.process import Process
+from mugv_ds.engine.reward.judges import Numbers, ask, make_judge
+from mugv_ds.engine.reward.old_policy import OldPolicy
+from mugv_ds.files.atomic import write_atomically
+from mugv_ds.objectives.reward import advantages, diversity, optimality
+from mugv_ds.parallel.inference import PipelinedModel
+from mugv_ds.parallel.pipeline import DiTPipeline
+
+_PATIENCE_SECONDS = 1.0
+_MOST_BYTES = 1 << 28  # of a file of rewards
+_RUN, _ROUND = "run.json", "round.json"
+
+Alive = Callable[[], None]
+
+
+class Rounds:
+    """Makes ready what the updates of a round need. All ranks call each method together.
+
+    Args:
+        config: the run. process: this process. module: its stage. evaluator: runs samples through it. data: of the run.
+        old: the old policy. refresh: puts the weights, rounded, into the model of all ranks.
+        sample: `mugv_ds.sampling.sampler.sample_latents`. load_codec: `mugv_ds.weights.codec.load_codec`.
+        distance: how far the policy is from where the run started, as a share; called on all ranks.
+
+    Raises:
+        ConfigError: the codec cannot be used, or `reward.dir` holds the rounds of another run. PeerError: rank 0 says
+            so.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        process: Process,
+        module: DiTPipeline,
+        evaluator: Evaluator,
+        data: RunData,
+        *,
+        old: OldPolicy,
+        refresh: Callable[[], None],
+        sample: Callable[..., Tensor],
+        load_codec: Callable[..., Codec],
+        distance: Callable[[], float],
+    ) -> None:
+        self._config, self._section, self._process, self._module = config, config.reward, process, module
+        self._evaluator, self._data, self._old, self._refresh = evaluator, data, old, refresh
+        self._sample, self._distance, self._model = sample, distance, PipelinedModel(module)
+        self._plan: RoundPlan = data.plan
+        sizes = {(8 * height, 8 * width) for _, height, width in data.prompts.buckets().by_shape}
+        self._codec = PreviewCodec(self._section.codec, load_codec, process, sizes, "reward.codec")
+        self._velocities: dict[int, list[Tensor]] = {}  # of the old policy, by position
+        self._seconds: dict[str, float] = {}
+        self._ready: float | None = None  # when the last round was
+        process.host.first(self._open)
+
+    def _open(self) -> None:
+        """Makes the folder, or checks that what is in it is of the run whose checkpoints are in checkpoint.dir."""
+        folder, mark = Path(self._section.dir), Path(self._config.checkpoint.dir) / "reward.run"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not mark.exists() and not any(folder.iterdir()):
+                _write(mark, uuid.uuid4().hex)
+            known = _read(mark) if mark.exists() else None
+            if known is not None and not any(folder.glob("round-*")):
+                _write(folder / _RUN, known)
+            if known is None or _read(folder / _RUN) != known:
+                raise ConfigError(
+                    f"reward.dir = {folder}: holds the rounds of another run than that in checkpoint.dir = "
+                    f"{mark.parent}; name another folder, or remove it"
+                )
+        except OSError as error:
+            raise ConfigError(f"reward.dir = {folder}: {error.filename or folder}: {error.strerror or error}") from None
+
+    def end_of(self, position: int) -> int:
+        """Returns the position at which the next round begins."""
+        return (position // self._plan.steps_per_round + 1) * self._plan.steps_per_round
+
+    def complete(self, position: int, stop: int, step: int, recorder: Recorder, alive: Alive) -> Sources:
+        """Rolls out, has the rollouts judged, and asks the old policy about what the positions [position, stop) hold.
+
+        Args:
+            position, stop: within one round. step: steps taken. alive: see `Guard.alive`.
+
+        Returns:
+            The readers of the round.
+
+        Raises:
+            InputError: a prompt, a rollout or a reward function cannot be used. TrainingError: a rollout is not finite.
+            PeerError: another rank met an error. Stopped: a rank was asked to stop.
+        """
+        self._seconds = {} if self._ready is None else {"updates": time.perf_counter() - self._ready}
+        played = self._plan.round(position // self._plan.steps_per_round)
+        _, rollouts = self._data.readers_of(played, ()).readers
+        self._process.host.first(lambda: self._begin(played.number))
+        with self._timed("rollouts"):
+            self._roll_out(rollouts, alive)
+        with self._timed("videos"):
+            self._film(rollouts, alive)
+        with self._timed("rewards"):
+            numbers = self._judge(rollouts, alive)
+        found = self._conclude(rollouts, numbers)
+        sources = self._data.readers_of(played, found["optimality"])
+        with self._timed("old_policy"):
+            self._ask_old(sources, range(position, stop), alive)
+        distance = self._distance()
+        if self._process.rank == 0:
+            self._record(rollouts, found, distance, step, recorder)
+            self._tidy(played.number)
+        self._ready = time.perf_counter()
+        return sources
+
+    def old_velocities(self, position: int) -> Iterator[Tensor]:
+        """Takes the old policy's velocities of a step's rollouts, by micro-batch; none where this rank has no loss."""
+        return iter(self._velocities.pop(position))
+
+    def finished(self, position: int) -> None:
+        """Has the old policy follow, if the step at this position was the last of its round."""
+        number, turn = divmod(position, self._plan.steps_per_round)
+        if turn == self._plan.steps_per_round - 1:
+            self._old.update(number)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        if self._process.device.type == "cuda":
+            torch.cuda.synchronize(self._process.device)
+        self._seconds[name] = time.perf_counter() - begin
+
+    def _begin(self, number: int) -> None:
+        try:
+            round_folder(self._section.dir, number).mkdir(exist_ok=True)
+        except OSError as error:
+            raise InputError(f"reward.dir: {error.filename}: {error.strerror}") from None
+
+    def _missing(self, rollouts: RolloutSamples, suffix: str) -> list[int]:
+        """The items without a file of this suffix, as rank 0 sees it."""
+        items = [rollout.item for rollout in rollouts.round.rollouts]
+        return self._process.host.first(lambda: [item for item in items if not rollouts.path(item, suffix).exists()])
+
+    def _roll_out(self, rollouts: RolloutSamples, alive: Alive) -> None:
+        """Samples the latents that are not there, in batches that are the same whatever is."""
+        missing, items = set(self._missing(rollouts, LATENT_SUFFIX)), [r.item for r in rollouts.round.rollouts]
+        size, layout, place = self._section.sample_batch, self._process.layout, self._process.coordinates
+        batches = [items[first : first + size] for first in range(0, len(items), size)]
+        batches = [batch for batch in batches if missing & set(batch)]
+        if not batches:
+            return
+        writes = place.stage == place.sequence == 0
+        with self._old.in_model(self._refresh):
+            for first in range(0, len(batches), layout.data):
+                turn = batches[first : first + layout.data]
+                # Replicas without a batch of their own repeat the last, so that all stay in step.
+                batch = turn[min(place.data, len(turn) - 1)]
+                given = self._process.host.attempt(lambda batch=batch: self._given(rollouts, batch))
+                latents = self._latents(rollouts, batch, given, alive)
+                mine = set(batch) & missing if writes and place.data < len(turn) else set()
+                self._process.host.attempt(lambda b=batch, x=latents, m=mine: self._keep(rollouts, b, x, m))
+
+    def _given(self, rollouts: RolloutSamples, batch: Sequence[int]) -> dict[str, Tensor]:
+        """What the sampler takes of rollouts, on the CPU."""
+        prompts = [rollouts.prompt(item) for item in batch]
+        noise = torch.stack([rollouts.first_noise(item) for item in batch])
+        reference, frame_mask = torch.zeros_like(noise), torch.ones(len(batch), noise.shape[2], dtype=torch.bool)
+        if self._gives_first_frame(rollouts.round):
+            reference[:, :, :1] = torch.stack([prompt.latent[:, :1] for prompt in prompts])
+            frame_mask[:, 0] = False
+        text, text_mask = (torch.stack([getattr(p, name) for p in prompts]) for name in ("text", "text_mask"))
+        negative_text, negative_mask = text, text_mask
+        if self._section.guidance != 1:
+            null = rollouts.prompts.null_text()
+            negative_text, negative_mask = (part[None].expand(len(batch), *part.shape) for part in null)
+        fps = torch.tensor([prompt.row.fps or self._config.data.default_fps for prompt in prompts])
+        return {
+            "noise": noise,
+            "reference": reference,
+            "frame_mask": frame_mask,
+            "text": text,
+            "text_mask": text_mask,
+            "negative_text": negative_text,
+            "negative_mask": negative_mask,
+            "fps": fps.float(),
+        }
+
+    def _gives_first_frame(self, played: Round) -> bool:
+        return self._section.first_frame and played.shape[0] > 1
+
+    def _latents(
+        self, rollouts: RolloutSamples, batch: Sequence[int], given: dict[str, Tensor], alive: Alive
+    ) -> Tensor:
+        """The latents [B, 24, T, H, W] of a batch, on every rank of the replica."""
+
+        def model(*inputs: Tensor) -> Tensor:
+            alive()
+            return self._model(*inputs)
+
+        row = rollouts.prompts.index.row(rollouts.rollout(batch[0]).row)
+        shift = self._config.flow.shift
+        return self._sample(
+            model,
+            **{name: value.to(self._process.device) for name, value in given.items()},
+            height=row.height,
+            width=row.width,
+            steps=self._section.steps,
+            guidance=self._section.guidance,
+            shift=None if shift == "resolution" else shift,
+        )
+
+    def _keep(self, rollouts: RolloutSamples, batch: Sequence[int], latents: Tensor, mine: set[int]) -> None:
+        if not latents.isfinite().all():
+            raise TrainingError(
+                f"round {rollouts.round.number}: a rollout is not finite: the policy has diverged; go on from an "
+                "earlier checkpoint with a smaller optimizer.lr or a larger reward.data_weight"
+            )
+        for item, latent in zip(batch, latents.float().cpu(), strict=True):
+            if item in mine:
+                with _named():
+                    write_rollout(rollouts.path(item, LATENT_SUFFIX), latent)
+
+    def _film(self, rollouts: RolloutSamples, alive: Alive) -> None:
+        """Decodes the videos that are not there; all ranks share the work of each."""
+        missing = self._missing(rollouts, VIDEO_SUFFIX)
+        if not missing:
+            return
+        played = rollouts.round
+        with self._codec.on_device():
+            for item in missing:
+                path = rollouts.path(item, LATENT_SUFFIX)
+                latent = self._process.host.attempt(lambda path=path: read_rollout(path, played.shape))
+                frames = self._codec.decode(latent, self._gives_first_frame(played), alive)
+                alive()
+                if self._process.rank == 0:
+                    row = rollouts.prompts.index.row(rollouts.rollout(item).row)
+                    with _named(), write_atomically(rollouts.path(item, VIDEO_SUFFIX)) as stream:
+                        write_mp4(stream.name, frames, row.fps or self._config.data.default_fps)
+
+    def _judge(self, rollouts: RolloutSamples, alive: Alive) -> Numbers:
+        """Asks all reward functions about the rollouts that they have not judged; returns the numbers, by id."""
+        host, cancelled = self._process.host, threading.Event()
+        with ThreadPoolExecutor(1, "reward") as thread:
+            first = self._process.rank == 0
+            asked = thread.submit(lambda: self._ask_all(rollouts, cancelled) if first else {})
+            try:
+                wait([asked], timeout=_PATIENCE_SECONDS)
+                while not host.all(asked.done()):
+                    alive()
+                    wait([asked], timeout=_PATIENCE_SECONDS)
+            except BaseException:
+                cancelled.set()  # leaving the pool waits for its thread
+                raise
+        return host.first(asked.result)
+
+    def _ask_all(self, rollouts: RolloutSamples, cancelled: threading.Event) -> Numbers:
+        """On rank 0, what all reward functions say; each answer is kept as soon as it is there."""
+        numbers: Numbers = {}
+        for function in self._section.functions:
+            for name, values in self._ask_one(function, rollouts, cancelled).items():
+                numbers[name] = numbers.get(name, {}) | values
+        return numbers
+
+    def _ask_one(
+        self, function: RewardFunctionSection, rollouts: RolloutSamples, cancelled: threading.Event
+    ) -> Numbers:
+        folder = round_folder(self._section.dir, rollouts.round.number)
+        path = folder / f"rewards-{function.name}.json"
+        videos = {_name(rollouts, r.item): _about(rollouts, r.item) for r in rollouts.round.rollouts}
+        with _named():
+            known = _known(path, set(videos), set(function.weights))
+            judge, missing = None, [video for name, video in videos.items() if name not in known]
+            for first in range(0, len(missing), function.batch):
+                judge = judge or make_judge(function, folder / f"rewards-{function.name}.log")
+                some = missing[first : first + function.batch]
+                known |= ask(function, judge, some, cancelled, lambda line: print(f"warning: {line}", flush=True))
+                _write(path, {name: known[name] for name in videos if name in known})
+        return known
+
+    def _conclude(self, rollouts: RolloutSamples, numbers: Numbers) -> dict[str, Any]:
+        """What follows from the rewards: on rank 0 computed and written, on all ranks returned."""
+        return self._process.host.first(lambda: self._conclusion(rollouts, numbers))
+
+    def _conclusion(self, rollouts: RolloutSamples, numbers: Numbers) -> dict[str, Any]:
+        section, items = self._section, [rollout.item for rollout in rollouts.round.rollouts]
+        names = [_name(rollouts, item) for item in items]
+        by_name = {
+            name: torch.tensor([numbers[video][name] for video in names], dtype=torch.float64).view(
+                -1, section.rollouts
+            )
+            for name in section.weights
+        }
+        share_PK = optimality(by_name, section.weights, section.advantage_clip)
+        spreads = {name: (r - r.mean(dim=1, keepdim=True)).square().mean().sqrt().item() for name, r in by_name.items()}
+        total_PK = sum(weight * advantages(by_name[name]) for name, weight in section.weights.items())
+        found = {
+            "optimality": share_PK.flatten().tolist(),
+            "rewards": {name: rewards.mean().item() for name, rewards in by_name.items()},
+            "spreads": spreads,
+            "diversity": self._diversity(rollouts, items),
+            "best": items[int(total_PK.argmax())],
+            "worst": items[int(total_PK.argmin())],
+        }
+        about = [
+            _about(rollouts, item) | {"rewards": numbers[name], "optimality": found["optimality"][at]}
+            for at, (item, name) in enumerate(zip(items, names, strict=True))
+        ]
+        with _named():
+            _write(round_folder(section.dir, rollouts.round.number) / _ROUND, {"rollouts": about, **found})
+        return found
+
+    def _diversity(self, rollouts: RolloutSamples, items: Sequence[int]) -> float:
+        """The mean diversity of the prompts' rollouts, of which one prompt's are held at a time."""
+        of_prompts, count = [], self._section.rollouts
+        for first in range(0, len(items), count):
+            paths = [rollouts.path(item, LATENT_SUFFIX) for item in items[first : first + count]]
+            of_prompts.append(diversity(torch.stack([read_rollout(path, rollouts.round.shape) for path in paths])))
+        return float(torch.stack(of_prompts).mean())
+
+    def _ask_old(self, sources: Sources, positions: Sequence[int], alive: Alive) -> None:
+        """Notes the velocities of the old policy for the rollouts of some steps, at the noise that they train with."""
+        objective, layout = self._module.loss, self._process.layout
+        self._velocities = {}
+        with self._old.in_model(self._refresh):
+            for position in positions:
+                alive()
+                planned = self._plan.step(position)
+                count, _ = planned.counts(layout.data)
+                refs = planned.micro_batches(self._process.coordinates.data, layout.data)[:count]
+                reads = self._evaluator.reads
+                batches = self._process.host.attempt(
+                    lambda refs=refs, reads=reads: [sources(some) for some in refs] if reads else None
+                )
+                objective.velocities = []
+                self._evaluator.losses(batches, planned.shape, planned.micro, count)
+                self._velocities[position], objective.velocities = objective.velocities, None
+
+    def _record(
+        self, rollouts: RolloutSamples, found: dict[str, Any], distance: float, step: int, recorder: Recorder
+    ) -> None:
+        """Writes the curves of a round, the best and the worst of its rollouts, and one line."""
+        scalars = {
+            **{f"reward/{name}": mean for name, mean in found["rewards"].items()},
+            **{f"reward/{name}_spread": spread for name, spread in found["spreads"].items()},
+            "reward/diversity": found["diversity"],
+            "reward/distance": distance,
+            **{f"reward/seconds_{name}": seconds for name, seconds in self._seconds.items()},
+        }
+        recorder.write(step, scalars.items())
+        for which in ("best", "worst"):
+            frames, fps = read_mp4(rollouts.path(found[which], VIDEO_SUFFIX))
+            recorder.write_gif(step, f"reward/{which}", encode_gif(frames, fps))
+        rewards = ", ".join(f"{name} {mean:.4g}" for name, mean in found["rewards"].items())
+        seconds = ", ".join(f"{name.replace('_', ' ')} {taken:.1f} s" for name, taken in self._seconds.items())
+        recorder.say(
+            f"round {rollouts.round.number} (step {step}): {rewards}; diversity {found['diversity']:.3f}, distance "
+            f"{distance:.2e}; {seconds}"
+        )
+
+    def _tidy(self, number: int) -> None:
+        """Removes latents and videos of rounds that no checkpoint goes back to."""
+        saved = self._config.checkpoint
+        behind = saved.keep_last * -(-max(saved.save_every, 1) // self._plan.steps_per_round) + 1
+        newest = round_folder(self._section.dir, max(number - max(self._section.keep_rounds, behind), -1) + 1).name
+        for folder in Path(self._section.dir).glob("round-*"):
+            for path in folder.glob("rollout-*") if folder.name < newest else ():
+                path.unlink(missing_ok=True)
+
+
+def _name(rollouts: RolloutSamples, item: int) -> str:
+    """What a request calls a rollout."""
+    path = rollouts.path(item, "")
+    return f"{path.parent.name}/{path.name}"
+
+
+def _about(rollouts: RolloutSamples, item: int) -> dict[str, Any]:
+    """What a request says of a rollout."""
+    row = rollouts.prompts.index.row(rollouts.rollout(item).row)
+    return {
+        "id": _name(rollouts, item),
+        "video": str(rollouts.path(item, VIDEO_SUFFIX).resolve()),
+        "prompt": row.caption or "",
+        "sample_id": row.sample_id,
+        "fps": row.fps or rollouts.prompts.data.default_fps,
+    }
+
+
+def _known(path: Path, ids: set[str], names: set[str]) -> Numbers:
+    """The answers that are there, of those that are asked for."""
+    if not path.exists():
+        return {}
+    found = _read(path)
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: not a file of rewards; delete it, and they are asked for again")
+    return {name: values for name, values in found.items() if name in ids and set(values) == names}
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(read_text_file(path, _MOST_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: {error}; delete it, and it is made again") from None
+
+
+def _write(path: Path, value: Any) -> None:
+    with write_atomically(path) as stream:
+        stream.write((json.dumps(value, indent=1) + "\n").encode())
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Turns what the file system says into an InputError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"reward.dir: {error.filename or ''}: {error.strerror or error}") from error
