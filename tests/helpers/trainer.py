@@ -53,7 +53,8 @@ class TestTrainer(Trainer):
             ema=PowerEma([], ()),
             store=NoStore(),
         )
-        self.readers = data.readers_with(self.references)
+        if self.references:
+            self.readers = data.readers_with(self.references)
         self.recorder = Recorder(
             config.logging, rank=process.rank, world_size=process.layout.world_size, start=0, steps=10**6, peak=None
         )

@@ -94,7 +94,8 @@ class Rounds:
         """Makes the folder, or checks that what is in it is of the run whose checkpoints are in checkpoint.dir."""
         folder, mark = Path(self._section.dir), Path(self._config.checkpoint.dir) / "reward.run"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            for made in (folder, mark.parent):
+                made.mkdir(parents=True, exist_ok=True)
             if not mark.exists() and not any(folder.iterdir()):
                 _write(mark, uuid.uuid4().hex)
             known = _read(mark) if mark.exists() else None
