@@ -45,7 +45,7 @@ train: install  ## Train CONFIG on the hosts of HOSTFILE; SET="section.key=value
 
 # The recipe, in this order: each starts from the one before. PRESET=debug runs them small, on the demo data; PRESET=2b
 # is the proxy, of which there are stages 1 and 2.
-RECIPE := stage1 stage2 stage3 sft dpo kto
+RECIPE := stage1 stage2 stage3 sft dpo kto reward
 .PHONY: $(RECIPE) reference ensemble
 stage1:  ## Train on images and 2 s clips (PRESET=debug: small, on the demo data; PRESET=2b: the proxy)
 stage2:  ## Go on with clips of 2 s growing to 5 s, some with their first frame given
@@ -53,6 +53,7 @@ stage3:  ## Go on with 720p
 sft:  ## Go on with hand-picked clips and a falling learning rate; then `make ensemble`
 dpo:  ## Go on from pairs of better and worse clips; `make reference` comes first
 kto:  ## Go on from clips labelled good and bad; `make reference` comes first
+reward:  ## Learn from a reward online, by rounds of rollouts that a command, an endpoint or a function judges
 $(RECIPE): install $(if $(filter debug,$(PRESET)),demo-data)
 	$(MAKE) --no-print-directory train CONFIG=ds_configs/$(PRESET:%=%/)$@.json
 

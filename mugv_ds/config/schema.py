@@ -481,7 +481,8 @@ class RewardFunctionSection(Section):
     )
     command: tuple[str, ...] | None = Field(
         None,
-        description="Program and arguments. It reads the request from stdin and writes the answer to stdout.",
+        description="Program and arguments, where the program python is the one that trains. It reads the request from "
+        "stdin and writes the answer to stdout.",
         min_length=1,
     )
     url: str | None = Field(

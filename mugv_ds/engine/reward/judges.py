@@ -65,8 +65,8 @@ def make_judge(section: RewardFunctionSection, log: Path) -> Judge:
         return _Endpoint(section)
     if section.in_process:
         return _Function(section)
-    command = section.command or (sys.executable, "-m", "mugv_ds.engine.reward.entry_point", section.entry_point)
-    return _Command(command, section.timeout_s, log)
+    program, *arguments = section.command or ("python", "-m", "mugv_ds.engine.reward.entry_point", section.entry_point)
+    return _Command([sys.executable if program == "python" else program, *arguments], section.timeout_s, log)
 
 
 def ask(

@@ -88,26 +88,8 @@ class Rounds:
         self._velocities: dict[int, list[Tensor]] = {}  # of the old policy, by position
         self._seconds: dict[str, float] = {}
         self._ready: float | None = None  # when the last round was
-        process.host.first(self._open)
-
-    def _open(self) -> None:
-        """Makes the folder, or checks that what is in it is of the run whose checkpoints are in checkpoint.dir."""
-        folder, mark = Path(self._section.dir), Path(self._config.checkpoint.dir) / "reward.run"
-        try:
-            for made in (folder, mark.parent):
-                made.mkdir(parents=True, exist_ok=True)
-            if not mark.exists() and not any(folder.iterdir()):
-                _write(mark, uuid.uuid4().hex)
-            known = _read(mark) if mark.exists() else None
-            if known is not None and not any(folder.glob("round-*")):
-                _write(folder / _RUN, known)
-            if known is None or _read(folder / _RUN) != known:
-                raise ConfigError(
-                    f"reward.dir = {folder}: holds the rounds of another run than that in checkpoint.dir = "
-                    f"{mark.parent}; name another folder, or remove it"
-                )
-        except OSError as error:
-            raise ConfigError(f"reward.dir = {folder}: {error.filename or folder}: {error.strerror or error}") from None
+        mark = Path(config.checkpoint.dir) / "reward.run"
+        process.host.first(lambda: claim_folder(Path(self._section.dir), mark))
 
     def end_of(self, position: int) -> int:
         """Returns the position at which the next round begins."""
@@ -400,6 +382,32 @@ class Rounds:
         for folder in Path(self._section.dir).glob("round-*"):
             for path in folder.glob("rollout-*") if folder.name < newest else ():
                 path.unlink(missing_ok=True)
+
+
+def claim_folder(folder: Path, mark: Path) -> None:
+    """Makes the folder of the rounds, or checks that what is in it is of the run with this mark.
+
+    Args:
+        mark: file in the run's folder of checkpoints; made if there is none.
+
+    Raises:
+        ConfigError: the rounds are another run's, or the file system failed.
+    """
+    try:
+        for made in (folder, mark.parent):
+            made.mkdir(parents=True, exist_ok=True)
+        if not mark.exists() and not any(folder.iterdir()):
+            _write(mark, uuid.uuid4().hex)
+        known = _read(mark) if mark.exists() else None
+        if known is not None and not any(folder.glob("round-*")):
+            _write(folder / _RUN, known)
+        if known is None or not (folder / _RUN).exists() or _read(folder / _RUN) != known:
+            raise ConfigError(
+                f"reward.dir = {folder}: holds the rounds of another run than that in checkpoint.dir = {mark.parent}; "
+                "name another folder, or remove it"
+            )
+    except OSError as error:
+        raise ConfigError(f"reward.dir = {folder}: {error.filename or folder}: {error.strerror or error}") from None
 
 
 def _name(rollouts: RolloutSamples, item: int) -> str:

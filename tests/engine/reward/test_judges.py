@@ -36,7 +36,7 @@ def asked(config: RewardFunctionSection, log: Path, said: list[str] | None = Non
 
 
 def python(code: str) -> tuple[str, ...]:
-    return sys.executable, "-c", code
+    return "python", "-c", code
 
 
 def test_a_command_answers(tmp_path):

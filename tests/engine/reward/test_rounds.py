@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -10,10 +11,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mugv_ds.checkpoint.fragments import fragments, refresh_weights
-from mugv_ds.config import load_config
+from mugv_ds.config import ConfigError, load_config
 from mugv_ds.data.run_data import RunData
 from mugv_ds.engine.reward.old_policy import OldPolicy
-from mugv_ds.engine.reward.rounds import Rounds
+from mugv_ds.engine.reward.rounds import Rounds, claim_folder
 from mugv_ds.models.flops import SampleCost
 from mugv_ds.objectives.flow import flow_loss, loss_weight
 from mugv_ds.objectives.reward import nft_errors, nft_loss
@@ -28,29 +29,55 @@ LAYOUTS = {"one": (1, 1, 1), "dp2": (2, 1, 1), "sp2-pp2": (1, 2, 2)}
 OLD = 1.01  # times the trained weights: an old policy that differs is what the loss is for
 
 
-def train_one_step(paths: list[Path]) -> None:
-    """A round and one step of each config; every rank writes loss and gradients."""
-    for path in paths:
-        config = load_config(path)
-        trainer = TestTrainer(config)
-        old = OldPolicy([piece.tensors["weight"] for piece in fragments(trainer.engine)], 0.0, 0.0)
-        torch._foreach_mul_(old.kinds["old_policy"], OLD)
-        trainer.rounds = Rounds(
-            config,
-            trainer.process,
-            trainer.engine.module,
-            trainer.evaluator,
-            trainer.data,
-            old=old,
-            refresh=partial(refresh_weights, trainer.engine),
-            sample=sample_latents,
-            load_codec=load_codec,
-            distance=lambda: 0.0,
-        )
-        trainer._complete(0, 0, trainer.rounds.end_of(0), trainer.recorder)
-        losses = trainer.train(1)
-        results = {"losses": losses, "gradients": trainer.first_gradients(BETA1)}
-        torch.save(results, path.parent / f"rank{trainer.process.rank}.pt")
+def make_trainer(path: Path) -> TestTrainer:
+    """A trainer whose old policy is not the trained one."""
+    config = load_config(path)
+    trainer = TestTrainer(config)
+    old = OldPolicy([piece.tensors["weight"] for piece in fragments(trainer.engine)], 0.0, 0.0)
+    torch._foreach_mul_(old.kinds["old_policy"], OLD)
+    trainer.rounds = Rounds(
+        config,
+        trainer.process,
+        trainer.engine.module,
+        trainer.evaluator,
+        trainer.data,
+        old=old,
+        refresh=partial(refresh_weights, trainer.engine),
+        sample=sample_latents,
+        load_codec=load_codec,
+        distance=lambda: 0.0,
+    )
+    return trainer
+
+
+def train_one_step(path: Path, again: bool = False) -> None:
+    """A round and one step; every rank writes loss and gradients. again: loses part of the round and makes it again."""
+    trainer = make_trainer(path)
+    ready = partial(trainer._complete, 0, 0, trainer.rounds.end_of(0), trainer.recorder)
+    ready()
+    if again:
+        lose_a_part(path.parent / "rounds/round-000000", ready)
+    results = {"losses": trainer.train(1), "gradients": trainer.first_gradients(BETA1)}
+    torch.save(results, path.parent / f"rank{trainer.process.rank}.pt")
+
+
+def lose_a_part(folder: Path, ready: Callable[[], None]) -> None:
+    """A round of which a part is lost has the same bytes when it is ready again, and what was kept is not made anew."""
+    whole = {file.name: file.read_bytes() for file in folder.iterdir()}
+    rewards = json.loads(whole["rewards-judge.json"])
+    kept_rewards = {name: rewards[name] | {"a": 100.0} for name in list(rewards)[:3]}  # as nobody would answer now
+    (folder / "rewards-judge.json").write_text(json.dumps(kept_rewards))
+    for name in ("rollout-00001.safetensors", "rollout-00006.safetensors", "rollout-00002.mp4", "round.json"):
+        (folder / name).unlink()
+    kept = {file.name: file.stat().st_mtime_ns for file in folder.glob("rollout-*")}
+    ready()
+    assert {name: (folder / name).stat().st_mtime_ns for name in kept} == kept
+    same = {name for name, content in whole.items() if (folder / name).read_bytes() == content}
+    assert whole.keys() - same <= {"rewards-judge.json", "round.json"}, whole.keys() - same
+    assert json.loads((folder / "rewards-judge.json").read_text()) == rewards | kept_rewards
+    (folder / "rewards-judge.json").write_bytes(whole["rewards-judge.json"])
+    ready()
+    assert all((folder / name).read_bytes() == content for name, content in whole.items())
 
 
 def expected(path: Path) -> tuple[float, dict[str, torch.Tensor]]:
@@ -80,13 +107,13 @@ def expected(path: Path) -> tuple[float, dict[str, torch.Tensor]]:
 @pytest.fixture(scope="module")
 def results(root) -> dict[str, list[dict]]:
     paths = {name: configure(root / name, root, layout) for name, layout in LAYOUTS.items()}
-    run_ranks(1, train_one_step, [paths["one"]])
+    run_ranks(1, train_one_step, paths["one"], True)
     for name, (data, sequence, pipeline) in list(LAYOUTS.items())[1:]:
         # What was rolled out and judged under one layout serves the others.
         shutil.copytree(root / "one/rounds", root / name / "rounds")
         (root / name / "checkpoints").mkdir(exist_ok=True)
         shutil.copy(root / "one/checkpoints/reward.run", root / name / "checkpoints")
-        run_ranks(data * sequence * pipeline, train_one_step, [paths[name]])
+        run_ranks(data * sequence * pipeline, train_one_step, paths[name])
     return {
         name: [torch.load(file, weights_only=True) for file in sorted((root / name).glob("rank*.pt"))] for name in paths
     }
@@ -166,9 +193,8 @@ def killed(path: Path, at: str, monkeypatch) -> Path:
 PHASES = ["rollout 5", "video 3", "reward 2", "old_policy 3", "step 6"]
 
 
-@pytest.mark.parametrize(
-    "at", [pytest.param(phase, marks=() if phase == "reward 2" else pytest.mark.long) for phase in PHASES]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("at", PHASES)
 def test_killed_in_any_phase_a_run_ends_with_the_same_rewards_and_losses(root, straight, at, monkeypatch):
     folder = killed(configure(root / at.replace(" ", "-"), root, **RUN), at, monkeypatch)
     assert len(rounds(straight)) == 3 and rounds(folder) == rounds(straight)
@@ -177,12 +203,20 @@ def test_killed_in_any_phase_a_run_ends_with_the_same_rewards_and_losses(root, s
     assert scalars(straight, "train/moved")[10] > 0 and scalars(straight, "reward/distance")[8] > 0
 
 
-def test_rounds_of_another_run_are_refused(root, straight, tmp_path):
-    path = configure(tmp_path, root, reward={"dir": str(straight / "rounds")})
-    status, output = finish(launch(path, 1))
-    assert status == 2 and "holds the rounds of another run than that in checkpoint.dir" in output
+def test_rounds_of_another_run_are_refused(tmp_path):
+    mark, folder = tmp_path / "run/checkpoints/reward.run", tmp_path / "rounds"
+    claim_folder(folder, mark)
+    claim_folder(folder, mark)
+    (folder / "round-000000").mkdir()
+    claim_folder(folder, mark)
+    for other in (tmp_path / "other/checkpoints/reward.run", mark):
+        if other == mark:  # the checkpoints were removed, to start afresh
+            mark.unlink()
+        with pytest.raises(ConfigError, match=r"reward\.dir = .*rounds: holds the rounds of another run"):
+            claim_folder(folder, other)
 
 
+@pytest.mark.long
 def test_a_judge_that_gives_up_ends_the_run_with_one_line_and_loses_nothing(root, straight, tmp_path):
     """It answers once and then lies; repaired, the run asks only for what is missing."""
     path = configure(tmp_path, root, **RUN)
