@@ -65,6 +65,7 @@ def global_batch(step: int) -> Batch:
         weight=torch.ones(b),
         role=torch.zeros(b, dtype=torch.int8),
         reference=torch.zeros(b),
+        optimality=torch.zeros(b),
         row=torch.arange(b),
         visit=torch.zeros(b, dtype=torch.int64),
         content=torch.zeros(b, dtype=torch.int64),
