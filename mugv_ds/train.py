@@ -48,7 +48,8 @@ class Start:
 def start(config: TrainConfig, resume: bool = True) -> Start:
     """Joins the launch, opens the data and builds the engine.
 
-    A run that goes on from a checkpoint needs nothing of the weights that it started from, which may be gone.
+    A run that goes on from a checkpoint needs nothing of the weights that it started from, which may be gone; one with
+    adapters loads them again.
 
     Args:
         resume: whether a checkpoint in `checkpoint.dir` is what the run goes on from.
@@ -62,7 +63,7 @@ def start(config: TrainConfig, resume: bool = True) -> Start:
     from mugv_ds.engine.guard.stopping import stop_if_asked
     from mugv_ds.engine.process import check_same, start_process
     from mugv_ds.models.flops import SampleCost
-    from mugv_ds.weights.start import check_start_features, find_weights, load_into, saved_start
+    from mugv_ds.weights.start import check_resumed_base, check_start_features, find_weights, put_start, saved_start
 
     process = start_process(config)
     stop_if_asked(process.host)
@@ -73,7 +74,9 @@ def start(config: TrainConfig, resume: bool = True) -> Start:
     weights = find_weights(config, saved, process.host.first)
     if saved is None and weights.path and not config.checkpoint.accept_changed_data:
         process.host.first(lambda: check_start_features(weights.path, data.text_encoder))
-    load = partial(load_into, weights.path, config.model.dit()) if saved is None and weights.path else None
+    if saved is not None and config.lora is not None and weights.digest is not None:
+        process.host.first(lambda: check_resumed_base(weights, config))
+    load = put_start(weights, config, fresh=saved is None)
     engine = build_engine(config, process, data.typical_shape, weights=load, shapes=len(data.shapes))
     stop_if_asked(process.host)
     return Start(process, data, engine, weights)
@@ -155,7 +158,7 @@ def train(config: TrainConfig) -> int:
             fresh = f"starting fresh, from {run.weights.path or 'initial weights'}"
             print(f"going on after step {taken}" if taken else fresh, flush=True)
         reference = None
-        if config.preference is not None:
+        if config.preference is not None and config.lora is None:  # with adapters it is the base, at every step
             reference = reference_model(config, run, fresh=not taken)
             reference.open_files()
         trainer = Trainer(
