@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from mugv_ds.config.model import DiTConfig
 from mugv_ds.config.schema import LoraSection, TrainConfig
-from mugv_ds.models.lora import adapter_shapes
+from mugv_ds.models.lora import block_adapter_shapes
 from mugv_ds.models.rope import patch_grid
 
 # The parts of a block (`block_parts`) that the backward pass runs again, by `parallel.activation_checkpointing`. They
@@ -60,10 +60,9 @@ def block_parts(config: DiTConfig, tokens: int, text_tokens: int, lora: LoraSect
 def adapter_parts(config: DiTConfig, tokens: int, lora: LoraSection | None) -> dict[str, float]:
     """Returns the forward FLOPs of one block's adapters for one sample by part of the block: 2·N·r·(in + out) each."""
     parts: dict[str, float] = {}
-    for name, (rows, columns) in (adapter_shapes(config, lora) if lora is not None else {}).items():
-        block, target = name.split(".", 2)[1], name.split(".", 2)[2].rsplit(".", 2)[0]
-        if block == "0" and target in _PART_OF:
-            part = _PART_OF[target]
+    for name, (rows, columns) in (block_adapter_shapes(config, lora) if lora is not None else {}).items():
+        part = _PART_OF.get(name.rsplit(".", 2)[0])  # that of the text's keys and values is left out, as they are
+        if part is not None:
             parts[part] = parts.get(part, 0.0) + 2.0 * tokens * rows * columns
     return parts
 

@@ -7,7 +7,7 @@ A linear's adapter is its children `lora_A` and `lora_B`, by peft's names: A and
 their names, so published weights load as they are.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -85,12 +85,17 @@ def merged(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     return torch.addmm(weight.float(), b.float(), a.float(), alpha=scaling)
 
 
-def adapter_shapes(config: DiTConfig, lora: LoraSection) -> Mapping[str, tuple[int, int]]:
-    """Returns the shapes of all adapters of a DiT of these sizes by full name, in the model's order."""
+def block_adapter_shapes(config: DiTConfig, lora: LoraSection) -> dict[str, tuple[int, int]]:
+    """Returns the shapes of the adapters of one block, of a DiT of these sizes, by name in the block."""
     from mugv_ds.models.layers import Block  # which computes with what is above
 
     with torch.device("meta"):
         block = Block(config)
     add_adapters(block, lora)
-    shapes = {name: tuple(p.shape) for name, p in block.named_parameters() if p.requires_grad}
+    return {name: tuple(p.shape) for name, p in block.named_parameters() if p.requires_grad}
+
+
+def adapter_shapes(config: DiTConfig, lora: LoraSection) -> dict[str, tuple[int, int]]:
+    """Returns the shapes of all adapters of a DiT of these sizes by full name, in the model's order."""
+    shapes = block_adapter_shapes(config, lora)
     return {f"blocks.{i}.{name}": shape for i in range(config.depth) for name, shape in shapes.items()}
