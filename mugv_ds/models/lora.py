@@ -44,8 +44,8 @@ def carry_adapter(old: nn.Module, new: nn.Module) -> None:
 
 
 def has_adapter(linear: nn.Module) -> bool:
-    """Tells whether a linear has an adapter, switched on or off."""
-    return hasattr(linear, "lora_A")
+    """Tells whether a linear has an adapter of ours, switched on or off. A layer that peft has put in has its own."""
+    return hasattr(linear, "lora_on")
 
 
 def is_factor(name: str) -> bool:

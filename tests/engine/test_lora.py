@@ -1,6 +1,7 @@
 """Runs with adapters: the same gradients under every layout, the base as the reference, and small checkpoints."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -76,8 +77,14 @@ def configured(root: Path, objective: str, layout: str) -> Path:
 
 
 def train_one_step(paths: list[Path]) -> None:
+    """Beside the step it checks that the base is as it was, and has no gradient."""
+    base = policy().state_dict()
     for path in paths:
-        trainer.run(path, path.parent / "out", 1)
+        module = trainer.run(path, path.parent / "out", 1).engine.module
+        for prefix, layer in module.named_layers():
+            for name, parameter in layer.named_parameters():
+                if not is_factor(name):
+                    assert torch.equal(parameter, base[prefix + name]) and parameter.grad is None
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +98,7 @@ def results(root) -> dict[tuple[str, str], list[dict]]:
     }
 
 
+@cache
 def expected(path: Path) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and the adapters' gradients of step 0 by the formulas; the reference is the model without adapters."""
     config = load_config(path)

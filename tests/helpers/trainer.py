@@ -78,7 +78,7 @@ class TestTrainer(Trainer):
         }
 
 
-def run(path: Path, out: Path, steps: int) -> None:
+def run(path: Path, out: Path, steps: int) -> TestTrainer:
     """Trains the config at `path`; every rank writes losses, and the gradients of one step, to `out`."""
     config = load_config(path)
     trainer = TestTrainer(config)
@@ -88,3 +88,4 @@ def run(path: Path, out: Path, steps: int) -> None:
     out.mkdir(exist_ok=True)
     results = {"losses": losses, "gradients": gradients, "references": references}
     torch.save(results, out / f"rank{trainer.process.rank}.pt")
+    return trainer

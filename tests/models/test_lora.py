@@ -11,7 +11,15 @@ from torch._dynamo.backends.debugging import aot_eager
 from mugv_ds.config.schema import LORA_TARGETS, LoraSection
 from mugv_ds.models import DiT, DiTConfig
 from mugv_ds.models.dit import init_weights
-from mugv_ds.models.lora import adapter_shapes, adapters_off, add_adapters, block_adapter_shapes, is_factor, merged
+from mugv_ds.models.lora import (
+    adapter_shapes,
+    adapters_off,
+    add_adapters,
+    block_adapter_shapes,
+    has_adapter,
+    is_factor,
+    merged,
+)
 from mugv_kernels.dispatch import use
 from tests.helpers.records import relative
 
@@ -115,7 +123,7 @@ def test_merged_weights_give_the_adapters_output():
     model, whole = make_model(), make_model_off()
     with torch.no_grad():
         for name, linear in model.named_modules():
-            if hasattr(linear, "lora_A"):
+            if has_adapter(linear):
                 factors = linear.lora_A.weight, linear.lora_B.weight
                 whole.get_submodule(name).weight.copy_(merged(linear.weight, *factors, LORA.scaling))
         on = run(model)
