@@ -1,6 +1,6 @@
 # Everything runs inside .venv, which `make install` creates.
 # Variables: CONFIG, PRESET, STAGE, SET, RANKS, STEPS, HOSTFILE, CKPT, WEIGHTS, CODEC, TEXT, PROMPTS, SAMPLE, EVAL, VIDEOS,
-# WORK, DATA, INFO, IMAGES, VIDEO, VBENCH, A, B, C, COMPARE, OUT, GAMMA, FORMAT, DTYPE, NOISE, PYTHON.
+# WORK, DATA, INFO, IMAGES, VIDEO, VBENCH, A, B, C, COMPARE, OUT, GAMMA, FORMAT, ADAPTER, DTYPE, NOISE, PYTHON.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -89,9 +89,9 @@ balance: install  ## Print how evenly CONFIG loads RANKS data ranks, and how muc
 	$(BIN)/python tools/balance.py --config $(CONFIG) $(addprefix --data-ranks ,$(RANKS)) $(addprefix --steps ,$(STEPS)) \
 		$(addprefix --set ,$(SET))
 
-convert-hf: install  ## Write checkpoint CKPT as published-format weights to OUT (FORMAT=pt, bin or safetensors)
+convert-hf: install  ## Write checkpoint CKPT as published-format weights to OUT (FORMAT=pt, bin or safetensors; ADAPTER=1: its LoRA adapters, as peft does)
 	@test -n "$(CKPT)" -a -n "$(OUT)" || { echo "usage: make convert-hf CKPT=runs/…/checkpoints OUT=exports/…"; exit 2; }
-	$(BIN)/python tools/convert_hf.py --ckpt $(CKPT) --out $(OUT) --format $(FORMAT)
+	$(BIN)/python tools/convert_hf.py --ckpt $(CKPT) --out $(OUT) --format $(FORMAT) $(if $(ADAPTER),--adapter)
 
 import-hf: install  ## Check WEIGHTS (published in any form, or Megatron's) and write them to OUT, to start a run from
 	@test -n "$(WEIGHTS)" -a -n "$(OUT)" || { echo "usage: make import-hf WEIGHTS=… OUT=exports/…"; exit 2; }

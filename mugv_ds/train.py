@@ -51,7 +51,8 @@ class Start:
 def start(config: TrainConfig, resume: bool = True) -> Start:
     """Joins the launch, opens the data and builds the engine.
 
-    A run that goes on from a checkpoint needs nothing of the weights that it started from, which may be gone.
+    A run that goes on from a checkpoint needs nothing of the weights that it started from, which may be gone; one with
+    adapters loads them again.
 
     Args:
         resume: whether a checkpoint in `checkpoint.dir` is what the run goes on from.
@@ -65,7 +66,7 @@ def start(config: TrainConfig, resume: bool = True) -> Start:
     from mugv_ds.engine.guard.stopping import stop_if_asked
     from mugv_ds.engine.process import check_same, start_process
     from mugv_ds.models.flops import SampleCost
-    from mugv_ds.weights.start import check_start_features, find_weights, load_into, saved_start
+    from mugv_ds.weights.start import check_resumed_base, check_start_features, find_weights, put_start, saved_start
 
     process = start_process(config)
     stop_if_asked(process.host)
@@ -76,7 +77,9 @@ def start(config: TrainConfig, resume: bool = True) -> Start:
     weights = find_weights(config, saved, process.host.first)
     if saved is None and weights.path and not config.checkpoint.accept_changed_data:
         process.host.first(lambda: check_start_features(weights.path, data.text_encoder))
-    load = partial(load_into, weights.path, config.model.dit()) if saved is None and weights.path else None
+    if saved is not None and config.lora is not None and weights.digest is not None:
+        process.host.first(lambda: check_resumed_base(weights, config))
+    load = put_start(weights, config, fresh=saved is None)
     engine = build_engine(config, process, data.typical_shape, weights=load, shapes=len(data.shapes))
     stop_if_asked(process.host)
     return Start(process, data, engine, weights)
@@ -97,15 +100,21 @@ def make_rounds(config: TrainConfig, run: Start, store: "Store", old: "OldPolicy
     from mugv_ds.engine.evaluate.evaluate import Evaluator
     from mugv_ds.engine.feed import Feed
     from mugv_ds.engine.reward.rounds import Rounds
+    from mugv_ds.models.lora import adapter_sizes
     from mugv_ds.sampling.sampler import sample_latents
     from mugv_ds.weights.codec import load_codec
     from mugv_ds.weights.start import FrozenWeights
 
     start, host = FrozenWeights(run.weights, config), run.process.host
 
+    def sizes() -> tuple[float, float]:
+        if config.lora is None:
+            return start.distance((piece.name, piece.start, piece.tensors["weight"]) for piece in store.fragments)
+        place = run.process.coordinates  # of the replicas of a stage, one counts
+        return adapter_sizes(run.engine.module) if place.data == place.sequence == 0 else (0.0, 0.0)
+
     def distance() -> float:
-        pieces = ((piece.name, piece.start, piece.tensors["weight"]) for piece in store.fragments)
-        moved, size = map(sum, zip(*host.gather(host.attempt(lambda: start.distance(pieces))), strict=True))
+        moved, size = map(sum, zip(*host.gather(host.attempt(sizes)), strict=True))
         return (moved / size) ** 0.5
 
     feed = Feed(run.engine.module, run.process, config.data, config.model.dit().caption_channels)
@@ -196,7 +205,7 @@ def train(config: TrainConfig) -> int:
             fresh = f"starting fresh, from {run.weights.path or 'initial weights'}"
             print(f"going on after step {taken}" if taken else fresh, flush=True)
         reference = None
-        if config.preference is not None:
+        if config.preference is not None and config.lora is None:  # with adapters it is the base, at every step
             reference = reference_model(config, run, fresh=not taken)
             reference.open_files()
         rounds = old and make_rounds(config, run, store, old)

@@ -1,5 +1,7 @@
 """Averages the weights of a run's checkpoints and writes the result in the published format (safetensors).
 
+Of a run with adapters (LoRA) their factors are averaged, and then merged into its base.
+
 tools/ema.py reconstruct --sigma-rel 0.08 --checkpoints runs/base/checkpoints --out exports/ema_0.08
 tools/ema.py ensemble --gamma 0.9 --out exports/ensemble runs/base/checkpoints/step-*
 """
@@ -12,10 +14,10 @@ from pathlib import Path
 from mugv_ds.checkpoint.reader import CheckpointReader, open_checkpoint, open_run
 from mugv_ds.config import CheckpointError, InputError
 from mugv_ds.config.power_profile import kind_sigma_rel
-from mugv_ds.config.schema import ModelSection
 from mugv_ds.weights.average import Average, ensemble, reconstruct
 from mugv_ds.weights.base import check_weights
 from mugv_ds.weights.convert import DTYPES
+from mugv_ds.weights.lora import check_base, whole_weights
 from mugv_ds.weights.save import save_weights
 
 TOLERANCE = 0.05  # error of the profile's fit from which on it is reported as a bad one
@@ -47,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def write_reconstruction(args: argparse.Namespace) -> Path:
     """Writes a power-function average of the width that was asked for, and warns if the stored ones fit it badly."""
     checkpoints = open_run(args.checkpoints, lambda kind: kind_sigma_rel(kind) is not None)
-    model = newest_model(checkpoints)
-    average, fit = reconstruct(checkpoints, args.sigma_rel, DTYPES[model.dtype])
+    last = newest(checkpoints)
+    average, fit = reconstruct(checkpoints, args.sigma_rel, DTYPES[last.run_config().model.dtype])
     print(f"fit of the profile: relative error {fit.error:.3g}")
     if fit.error > TOLERANCE:
         print(
@@ -64,7 +66,7 @@ def write_reconstruction(args: argparse.Namespace) -> Path:
             file=sys.stderr,
         )
     facts = {"sigma_rel": str(args.sigma_rel), "fit_error": f"{fit.error:.3g}", **({"began": late} if late else {})}
-    return write(average, model, args.out, **facts)
+    return write(average, last, args.out, **facts)
 
 
 def late_averages(checkpoints: Sequence[CheckpointReader]) -> str:
@@ -81,19 +83,30 @@ def write_ensemble(args: argparse.Namespace) -> Path:
     if not whole:
         raise CheckpointError("no whole checkpoint among those that were named")
     checkpoints = [open_checkpoint(path) for path in whole]
-    model = newest_model(checkpoints)
-    return write(ensemble(checkpoints, args.gamma, DTYPES[model.dtype]), model, args.out, gamma=str(args.gamma))
+    last = newest(checkpoints)
+    for checkpoint in checkpoints:
+        if last.run_config().lora and checkpoint.manifest.start != last.manifest.start:
+            raise CheckpointError(f"{checkpoint.folder}: its adapters have another base than those of {last.folder}")
+    average = ensemble(checkpoints, args.gamma, DTYPES[last.run_config().model.dtype])
+    return write(average, last, args.out, gamma=str(args.gamma))
 
 
-def newest_model(checkpoints: Sequence[CheckpointReader]) -> ModelSection:
-    """Returns the model section of the config of the checkpoint of the latest step."""
-    return max(checkpoints, key=lambda checkpoint: checkpoint.manifest.step).run_config().model
+def newest(checkpoints: Sequence[CheckpointReader]) -> CheckpointReader:
+    """Returns the checkpoint of the latest step."""
+    return max(checkpoints, key=lambda checkpoint: checkpoint.manifest.step)
 
 
-def write(average: Average, model: ModelSection, out: Path, **facts: str) -> Path:
-    """Writes the average, with what it was made from and the `facts` as metadata; returns the folder."""
-    check_weights(average, model.dit())
-    return save_weights(average, model.dit(), out, "safetensors", metadata={"average": average.recipe(), **facts})
+def write(average: Average, last: CheckpointReader, out: Path, **facts: str) -> Path:
+    """Writes the average, with what it was made from and the `facts` as metadata; returns the folder.
+
+    Args:
+        last: the newest of its checkpoints, for the sizes and for the base of adapters.
+    """
+    sizes = last.run_config().model.dit()
+    check_base(last.manifest)
+    weights = whole_weights(last, average)
+    check_weights(weights, sizes)
+    return save_weights(weights, sizes, out, "safetensors", metadata={"average": average.recipe(), **facts})
 
 
 if __name__ == "__main__":

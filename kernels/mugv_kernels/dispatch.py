@@ -65,14 +65,23 @@ def modulate_forward(
 
 
 def modulate_backward(
-    dy_BND: Tensor, x_BND: Tensor, scale_BKD: Tensor, clean_BN: Tensor, mean_BN: Tensor, rstd_BN: Tensor
+    dy_BND: Tensor,
+    x_BND: Tensor,
+    scale_BKD: Tensor,
+    clean_BN: Tensor,
+    mean_BN: Tensor,
+    rstd_BN: Tensor,
+    needs_rows: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of x, shift and scale from that of `modulate_forward`'s first output.
 
     It is for a backward pass that is written by hand, as in `mugv_ds.models.modulated`.
+
+    Args:
+        needs_rows: whether those of shift and scale are needed; else they come back empty.
     """
     run = _modulate.modulate_backward if _uses_triton(x_BND) else _modulate.modulate_backward_reference
-    return run(dy_BND, x_BND, scale_BKD, clean_BN, mean_BN, rstd_BN)
+    return run(dy_BND, x_BND, scale_BKD, clean_BN, mean_BN, rstd_BN, needs_rows)
 
 
 def gated_residual(residual_BND: Tensor, x_BND: Tensor, bias_D: Tensor, gate_BKD: Tensor, clean_BN: Tensor) -> Tensor:

@@ -44,7 +44,13 @@ def modulate_forward_reference(
 
 
 def modulate_backward_reference(
-    dy_BND: Tensor, x_BND: Tensor, scale_BKD: Tensor, clean_BN: Tensor, mean_BN: Tensor, rstd_BN: Tensor
+    dy_BND: Tensor,
+    x_BND: Tensor,
+    scale_BKD: Tensor,
+    clean_BN: Tensor,
+    mean_BN: Tensor,
+    rstd_BN: Tensor,
+    needs_rows: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Does what `modulate_backward` does in plain PyTorch."""
     dy_BND, rstd_BN1 = dy_BND.to(mean_BN.dtype), rstd_BN[..., None]
@@ -52,6 +58,8 @@ def modulate_backward_reference(
     g_BND = dy_BND * (1 + by_class(scale_BKD.to(mean_BN.dtype), clean_BN))
     mean_g_BN1, mean_g_normed_BN1 = g_BND.mean(-1, keepdim=True), (g_BND * normed_BND).mean(-1, keepdim=True)
     dx_BND = rstd_BN1 * (g_BND - mean_g_BN1 - normed_BND * mean_g_normed_BN1)
+    if not needs_rows:
+        return dx_BND.to(x_BND.dtype), scale_BKD.new_empty(0), scale_BKD.new_empty(0)
     classes_BKN = torch.stack([~clean_BN, clean_BN], dim=1).to(dy_BND.dtype)
     dshift_BKD, dscale_BKD = classes_BKN @ dy_BND, classes_BKN @ (dy_BND * normed_BND)
     return dx_BND.to(x_BND.dtype), dshift_BKD.to(scale_BKD.dtype), dscale_BKD.to(scale_BKD.dtype)
@@ -291,15 +299,25 @@ def modulate_forward(
 
 
 def modulate_backward(
-    dy_BND: Tensor, x_BND: Tensor, scale_BKD: Tensor, clean_BN: Tensor, mean_BN: Tensor, rstd_BN: Tensor
+    dy_BND: Tensor,
+    x_BND: Tensor,
+    scale_BKD: Tensor,
+    clean_BN: Tensor,
+    mean_BN: Tensor,
+    rstd_BN: Tensor,
+    needs_rows: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of x, shift and scale from that of `modulate_forward`'s first output.
 
     It is for a backward pass that calls `modulate_forward` again; `modulate` itself is differentiable.
 
+    Args:
+        needs_rows: whether the gradients of shift and scale are needed; else they come back empty.
     Returns:
         dx [B, N, D] in x's dtype; dshift and dscale [B, 2, D] in scale's.
     """
-    dx_BND, rows = _backward(dy_BND, x_BND, scale_BKD, clean_BN, mean_BN, rstd_BN, True, True)
+    dx_BND, rows = _backward(dy_BND, x_BND, scale_BKD, clean_BN, mean_BN, rstd_BN, True, needs_rows)
+    if not needs_rows:
+        return dx_BND, rows, rows.clone()
     dshift_BKD, dscale_BKD = rows.unbind()
     return dx_BND, dshift_BKD.clone(), dscale_BKD  # an operator that returns both may not return views of one tensor

@@ -49,6 +49,8 @@ class Engine(Protocol):
 def fragments(engine: Engine, prefix: str = "") -> list[Fragment]:
     """All fragments of this rank, in the order of the model. Moments that do not exist yet are made, as zeros.
 
+    Frozen parameters have none.
+
     Args:
         prefix: put before the names of all its parameters.
     """
@@ -59,6 +61,8 @@ def _fragments(engine: Engine, of_engine: str) -> Iterator[Fragment]:
     optimizer = engine.basic_optimizer
     for prefix, layer in engine.module.named_layers():
         for name, parameter in layer.named_parameters():
+            if not parameter.requires_grad:
+                continue
             linked = parameter._hp_mapping
             if linked is None:  # this rank's slice holds nothing of it
                 continue

@@ -42,6 +42,7 @@ from mugv_ds.config.run import RunConfig
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.config.text_encoder import TextEncoderInfo, agree
 from mugv_ds.models.dit import DiT
+from mugv_ds.models.lora import adapter_shapes
 
 _ASK_SECONDS = 1.0  # between two questions to the other ranks
 _LEAVE_SECONDS = 25.0  # that the end of a failed run waits for what is being saved
@@ -420,6 +421,12 @@ class Store:
                 f"{folder}: is of a run with preference.objective = {objectives[0]}, this one has {objectives[1]}; use "
                 "another checkpoint.dir, and name this one as checkpoint.init_from"
             )
+        adapters = [_adapters(config) for config in (manifest.config, self._run.model_dump(mode="json"))]
+        if adapters[0] != adapters[1]:
+            raise CheckpointError(
+                f"{folder}: is of a run with lora = {json.dumps(adapters[0])}, this one has {json.dumps(adapters[1])}; "
+                "set the section as it was, or use another checkpoint.dir, and name this one as checkpoint.init_from"
+            )
         for key in sorted(then.keys() | now.keys()):
             if then.get(key) != now.get(key):
                 self._say(f"changed since {folder.name}: {key} = {_short(then.get(key))} → {_short(now.get(key))}")
@@ -454,9 +461,18 @@ class Store:
         return CheckpointError(text) if self._rank == 0 else PeerError(text, CheckpointError.status)
 
 
-def _dit_shapes(config: TrainConfig) -> dict[str, tuple[int, ...]]:
+def _dit_shapes(config: TrainConfig) -> Mapping[str, tuple[int, ...]]:
+    """Shapes of what a run trains: a whole DiT, or adapters alone."""
+    if config.lora is not None:
+        return adapter_shapes(config.model.dit(), config.lora)
     with torch.device("meta"):
         return {name: tuple(value.shape) for name, value in DiT(config.model.dit()).named_parameters()}
+
+
+def _adapters(config: dict[str, Any]) -> dict[str, Any] | None:
+    """What has to stay as it is of a config's adapters, of which a checkpoint holds the factors alone."""
+    lora = config.get("lora")
+    return lora and {"rank": lora["rank"], "alpha": lora["alpha"] or lora["rank"], "targets": sorted(lora["targets"])}
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:

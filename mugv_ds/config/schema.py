@@ -24,6 +24,17 @@ StepsOrNever = Annotated[int, Field(ge=0, le=10**8)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]  # 1 would divide by zero
 Weight = Annotated[float, Field(gt=0, le=1e6)]
+# The linears of a block, by published name.
+LORA_TARGETS = (
+    "attn.qkv",
+    "attn.proj",
+    "cross_attn.q_linear",
+    "cross_attn.kv_linear",
+    "cross_attn.proj",
+    "mlp.fc1",
+    "mlp.fc2",
+)
+LoraTarget = Literal[LORA_TARGETS]
 
 
 class Section(BaseModel):
@@ -591,6 +602,44 @@ class RewardSection(Section):
         return self.prompts * self.rollouts
 
 
+class LoraSection(Section):
+    """Low-rank adapters (LoRA, Hu et al. 2021): they alone are trained, and every other weight is frozen."""
+
+    rank: int = Field(
+        32, ge=1, le=1024, description="Rank r of each adapter; 32 is that of DiffSynth-Studio's examples for Wan 2.1."
+    )
+    alpha: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="An adapter's product is scaled by alpha / rank. By default alpha is the rank, as in diffusers' "
+        "training scripts.",
+    )
+    targets: tuple[LoraTarget, ...] = Field(
+        LORA_TARGETS,
+        min_length=1,
+        description="Linears of every block that get an adapter, by published name; by default all (Dettmers et al. "
+        "2023, QLoRA, section 4: adapters on all linears are needed to match full training).",
+    )
+    init_from: str | None = Field(
+        None,
+        description="Adapter in peft's format (folder, or its adapter_model.safetensors with adapter_config.json "
+        "beside it) to start from; by default A is random and B zero, so that the run starts at its base.",
+    )
+
+    @property
+    def scaling(self) -> float:
+        """Returns what an adapter's product is scaled by."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @field_validator("targets")
+    @classmethod
+    def _differ(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(targets)) < len(targets):
+            raise ValueError(f"lora.targets: must differ, these are {', '.join(targets)}")
+        return targets
+
+
 class TrainConfig(Section):
     """One training run. JSON files hold these sections; `extends` names a file whose values come first."""
 
@@ -608,6 +657,7 @@ class TrainConfig(Section):
     guard: GuardSection = GuardSection()
     preference: PreferenceSection | None = None
     reward: RewardSection | None = None
+    lora: LoraSection | None = None
     deepspeed: dict[str, Any] = Field(
         default_factory=dict, description="Passed on to DeepSpeed after its keys are checked."
     )
@@ -717,6 +767,9 @@ class TrainConfig(Section):
         if preference is not None and preference.objective == "dpo":
             why = 'with preference.objective = "dpo"'
             yield from changed("preference", preference, {"good_weight", "bad_weight"}, why)
+        for number, source in enumerate(sources if self.lora else ()):
+            why = "with lora: the reference is the frozen base, which is measured as the run goes"
+            yield from changed(f"preference.sources.{number}", source, {"reference"}, why)
         if len(sources) == 1:
             yield from changed("preference.sources.0", sources[0], {"weight"}, "on a single source")
 

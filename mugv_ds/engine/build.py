@@ -48,12 +48,14 @@ def build_engine(
         for block in module.blocks:
             use_fp8(block)
     if config.model.compile:
-        compile_blocks(module.blocks, shapes)
+        switched = config.lora is not None and config.preference is not None  # blocks run with adapters on and off
+        compile_blocks(module.blocks, shapes * 2 if switched else shapes)
     if weights is not None:
         # One replica of each stage reads them; DeepSpeed sends them to the others.
         reads = process.coordinates.data == process.coordinates.sequence == 0
         process.host.attempt(lambda: weights(module.named_layers()) if reads else None)
-    optimizer = adamw(module.parameters(), config.optimizer, process.device)
+    trainable = (parameter for parameter in module.parameters() if parameter.requires_grad)
+    optimizer = adamw(trainable, config.optimizer, process.device)
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=optimizer,
@@ -76,6 +78,7 @@ def build_stage(config: TrainConfig, process: Process, shape: tuple[int, int, in
         loss=objective,
         terms=objective.terms,
         recompute=config.parallel.activation_checkpointing,
+        lora=config.lora,
         seed=config.data.seed,
         dtype=DTYPES[config.model.dtype],
         device=process.device,

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from functools import partial
 
+import numpy as np
 import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
@@ -12,16 +13,18 @@ from mugv_ds.data.readers import Batch
 from mugv_ds.data.run_data import RunData
 from mugv_ds.engine.ema import PowerEma
 from mugv_ds.engine.evaluate.evaluate import Evaluator
-from mugv_ds.engine.evaluate.reference import ReferenceModel
+from mugv_ds.engine.evaluate.reference import ReferenceModel, measure_held_out
 from mugv_ds.engine.evaluate.validate import Validation
 from mugv_ds.engine.feed import Feed
 from mugv_ds.engine.guard.guard import Guard, StepResult
+from mugv_ds.engine.guard.stopping import stop_if_asked
 from mugv_ds.engine.metrics import OptimizerProbe, Recorder
 from mugv_ds.engine.preview import Evaluations, Previews
 from mugv_ds.engine.process import Process
 from mugv_ds.engine.reward.rounds import Rounds
 from mugv_ds.engine.steps import Checkpoints, State, StepLoop
 from mugv_ds.models.flops import step_flops
+from mugv_ds.models.lora import adapters_off
 from mugv_ds.models.rope import patch_grid
 from mugv_ds.objectives.preference import kl_reference_point
 
@@ -32,7 +35,9 @@ class Trainer(StepLoop):
     Args:
         config: the run. process: this process. engine: see `build_engine`.
         data: what is trained on and validated with.
-        reference: of a preference run; None: it is none. rounds: of one that learns from a reward, likewise.
+        reference: of a preference run; None: it is none, or has adapters. The reference is then its base, the model
+            with the adapters off, which is measured step by step.
+        rounds: of a run that learns from a reward; None: it does not.
         ema: averages of the weights, which take in those of every step that was applied.
         store: saves when a checkpoint is due, and holds the state that the run goes on from.
         previews: writes videos when they are due; None: there are none. evaluations: measures some, likewise.
@@ -58,15 +63,23 @@ class Trainer(StepLoop):
         self.dit = config.model.dit()
         self.feed = Feed(engine.module, process, config.data, self.dit.caption_channels)
         self.evaluator = Evaluator(process, engine, self.feed, config.data.num_workers)
-        held_out = reference.held_out() if reference else []
+        held_out = reference.held_out() if reference else self._base_held_out()
         self.validation = Validation(config.preference, data, held_out, self.evaluator)
-        parameters = sum(p.numel() for p in engine.module.parameters())
+        parameters = sum(p.numel() for p in engine.module.parameters() if p.requires_grad)
         self.probe = OptimizerProbe(engine.basic_optimizer, parameters, process.layout.replicas)
         self.guard = Guard(
             config, process, engine.module.blocks[0].mlp, engine.module.parameters, self._explain, self._items
         )
         # The last stage reads the same samples as the first.
         self.reads, self.reports = self.feed.reads, self.feed.module.is_first
+
+    def _base_held_out(self) -> list[np.ndarray | None]:
+        """The base's losses of the held-out annotations of a preference run with adapters."""
+        if self.config.preference is None:
+            return []
+        with adapters_off(self.engine.module):
+            alive = partial(stop_if_asked, self.process.host)
+            return measure_held_out(self.data, len(self.config.preference.sources), self.evaluator, alive)
 
     def _ready_until(self, position: int, stop: int) -> int:
         """The end of the round, where there are rounds."""
@@ -106,6 +119,8 @@ class Trainer(StepLoop):
         count, preferred = streamed + companions, 0
         if self.config.preference is not None:
             preferred = streamed
+            if self.reference is None:
+                batches = self._refer_to_base(planned, batches, streamed)
             self._set_reference_point(planned, batches, streamed)
             batches = self._weigh(batches, streamed, companions, self.config.preference.sft_weight)
         if self.rounds is not None:
@@ -116,6 +131,16 @@ class Trainer(StepLoop):
         engine = self.engine
         engine.set_train_batch_size(engine.train_micro_batch_size_per_gpu() * count * engine.dp_world_size)
         return self.feed.stage(batches, planned.shape, planned.micro, count, preferred)
+
+    def _refer_to_base(self, planned: PlannedStep, batches: list[Batch] | None, streamed: int) -> list[Batch] | None:
+        """Measures the step's preference samples with the adapters off, and has them as their reference's losses."""
+        own, module = None if batches is None else batches[:streamed], self.engine.module
+        with adapters_off(module):
+            self.evaluator.losses(own, planned.shape, planned.micro, streamed)
+        if batches is None or not module.is_last:  # the other stages need none
+            return batches
+        measured = [batch._replace(reference=loss.cpu()) for batch, loss in zip(own, module.loss.recorded, strict=True)]
+        return measured + batches[streamed:]
 
     def _set_reference_point(self, planned: PlannedStep, batches: list[Batch] | None, streamed: int) -> None:
         """Measures KTO's reference point on the preference samples of the step, of which this rank read `batches`."""

@@ -9,6 +9,7 @@ token, frames, end token), K = 2 token classes (0 noised, 1 clean).
 """
 
 import hashlib
+import math
 
 import torch
 import torch.nn.functional as F
@@ -198,7 +199,8 @@ def init_weights(module: nn.Module, prefix: str, seed: int) -> None:
     They are therefore equal however the model is split up. They are drawn in fp32 and rounded to the parameter's dtype,
     since generators draw other numbers, of another spread, in bf16. The blocks' linears are Xavier-uniform, embedders
     N(0, 0.02²), tables N(0, 1/D), and the last projection of cross-attention and of the model zero, as in PixArt-α
-    (Chen et al. 2023, released code). The published source does not give its own.
+    (Chen et al. 2023, released code). The published source does not give its own. Of an adapter A is Kaiming-uniform
+    and B zero, as in the released code of Hu et al. 2021 and in peft.
 
     Args:
         module: a DiT or a part of one, on the device where it will live.
@@ -213,6 +215,10 @@ def _initial(name: str, weight: Tensor, seed: int) -> Tensor:
     generator = keyed_generator(seed, name, weight.device)
     if name.endswith("scale_shift_table"):
         return weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
+    if name.endswith("lora_A.weight"):
+        return nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
+    if name.endswith("lora_B.weight"):
+        return weight.zero_()
     if "norm" in name:
         return weight.fill_(0.0 if name.endswith("bias") else 1.0)
     if name.endswith(("bias", "cross_attn.proj.weight")) or name == "final_layer.linear.weight":

@@ -1,15 +1,19 @@
 """FLOPs of the model in closed form, for MFU, HFU and the balance of pipeline stages. A multiply-add counts as two.
 
 Model FLOPs (MFU) count no recomputation. Hardware FLOPs (HFU) also count the parts of the forward pass that
-`parallel.activation_checkpointing` runs again, and KTO's forward pass for its reference point; neither counts what a
-fused attention kernel recomputes inside itself.
+`parallel.activation_checkpointing` runs again, KTO's forward pass for its reference point, and that for the losses of
+the reference of a run with adapters; neither counts what a fused attention kernel recomputes inside itself.
+
+With adapters (`lora`) a frozen linear takes two thirds of what a trained one does, since the gradient of its weight is
+not computed, and the embedders a third. The first block is counted as the others, though its input has no gradient.
 """
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from mugv_ds.config.model import DiTConfig
-from mugv_ds.config.schema import TrainConfig
+from mugv_ds.config.schema import LoraSection, TrainConfig
+from mugv_ds.models.lora import block_adapter_shapes
 from mugv_ds.models.rope import patch_grid
 
 # The parts of a block (`block_parts`) that the backward pass runs again, by `parallel.activation_checkpointing`. They
@@ -22,20 +26,45 @@ RECOMPUTED = {
 }
 
 
-def block_parts(config: DiTConfig, tokens: int, text_tokens: int) -> dict[str, float]:
+# The part that a linear over the tokens is in.
+_PART_OF = {
+    "attn.qkv": "qkv",
+    "attn.proj": "between",
+    "cross_attn.q_linear": "between",
+    "cross_attn.proj": "between",
+    "mlp.fc1": "feed_forward",
+    "mlp.fc2": "feed_forward",
+}
+_ATTENTIONS = ("cross_attention", "self_attention")
+
+
+def block_parts(config: DiTConfig, tokens: int, text_tokens: int, lora: LoraSection | None = None) -> dict[str, float]:
     """Returns the forward FLOPs of one block for one sample by part, without the keys and values of the text.
 
     Args:
-        tokens: N, the length of the sequence. text_tokens: L.
+        tokens: N, the length of the sequence. text_tokens: L. lora: adapters, whose products are counted with their
+            linears'.
     """
     width = config.hidden_size
-    return {
+    adapters = adapter_parts(config, tokens, lora)
+    parts = {
         "qkv": 6.0 * tokens * width**2,
         "between": 6.0 * tokens * width**2,  # self-attention's o 2, cross-attention's q 2 and o 2
         "cross_attention": 4.0 * tokens * text_tokens * width,
         "feed_forward": 16.0 * tokens * width**2,
         "self_attention": 4.0 * tokens**2 * width,
     }
+    return {name: flops + adapters.get(name, 0.0) for name, flops in parts.items()}
+
+
+def adapter_parts(config: DiTConfig, tokens: int, lora: LoraSection | None) -> dict[str, float]:
+    """Returns the forward FLOPs of one block's adapters for one sample by part of the block: 2·N·r·(in + out) each."""
+    parts: dict[str, float] = {}
+    for name, (rows, columns) in (block_adapter_shapes(config, lora) if lora is not None else {}).items():
+        part = _PART_OF.get(name.rsplit(".", 2)[0])  # that of the text's keys and values is left out, as they are
+        if part is not None:
+            parts[part] = parts.get(part, 0.0) + 2.0 * tokens * rows * columns
+    return parts
 
 
 def block_flops(config: DiTConfig, tokens: int, text_tokens: int) -> float:
@@ -43,36 +72,50 @@ def block_flops(config: DiTConfig, tokens: int, text_tokens: int) -> float:
     return sum(block_parts(config, tokens, text_tokens).values())
 
 
-def recomputed_flops(config: DiTConfig, tokens: int, text_tokens: int, recompute: str) -> float:
+def recomputed_flops(
+    config: DiTConfig, tokens: int, text_tokens: int, recompute: str, lora: LoraSection | None = None
+) -> float:
     """Returns the FLOPs of one block that its backward pass runs again, for one sample.
 
     This counts compiled segments, which run again whole. Eager PyTorch stops before the last linear of cross-attention,
     whose output nothing needs, and so computes 2·D² a token less in "light" and "selective".
 
     Args:
-        recompute: see `layers.Block.forward`.
+        recompute: see `layers.Block.forward`. lora: adapters of the blocks.
     """
-    parts = block_parts(config, tokens, text_tokens)
+    parts = block_parts(config, tokens, text_tokens, lora)
     return sum(parts[name] for name in RECOMPUTED[recompute])
 
 
-def layer_flops(config: DiTConfig, tokens: int, text_tokens: int) -> list[float]:
+def layer_flops(config: DiTConfig, tokens: int, text_tokens: int, lora: LoraSection | None = None) -> list[float]:
     """Returns the forward FLOPs for one sample of the embedders, each block and the final layer: depth + 2 numbers."""
     width, patch = config.hidden_size, 4 * config.in_channels
     embed = 2.0 * tokens * patch * width + 2.0 * text_tokens * width * (config.caption_channels + width)
     final = 2.0 * tokens * width * 2 * patch
-    return [embed, *[block_flops(config, tokens, text_tokens)] * config.depth, final]
+    block = sum(block_parts(config, tokens, text_tokens, lora).values())
+    return [embed, *[block] * config.depth, final]
 
 
-def train_flops(config: DiTConfig, tokens: int, text_tokens: int, recompute: str = "off") -> float:
-    """Returns the FLOPs of one sample's forward and backward pass: three times the forward, and what is recomputed.
+def train_flops(
+    config: DiTConfig, tokens: int, text_tokens: int, recompute: str = "off", lora: LoraSection | None = None
+) -> float:
+    """Returns the FLOPs of one sample's forward and backward pass, and what is recomputed.
+
+    Without adapters both passes are three times the forward one.
 
     Args:
         recompute: see `layers.Block.forward`. With "off" the result is the model FLOPs (MFU), whatever the run
             recomputes; with the run's own level it is the hardware FLOPs (HFU).
+        lora: adapters of the blocks, which alone are trained.
     """
-    again = config.depth * recomputed_flops(config, tokens, text_tokens, recompute)
-    return 3.0 * sum(layer_flops(config, tokens, text_tokens)) + again
+    again = config.depth * recomputed_flops(config, tokens, text_tokens, recompute, lora)
+    forward = layer_flops(config, tokens, text_tokens, lora)
+    if lora is None:
+        return 3.0 * sum(forward) + again
+    attentions = sum(block_parts(config, tokens, text_tokens)[name] for name in _ATTENTIONS)
+    adapters = sum(adapter_parts(config, tokens, lora).values())
+    embed, *others = forward
+    return embed + 2.0 * sum(others) + config.depth * (attentions + adapters) + again
 
 
 class StepFlops(NamedTuple):
@@ -88,14 +131,18 @@ def step_flops(run: TrainConfig, shape: tuple[int, int, int], *, samples: int, c
     Args:
         shape: latent (T, H, W) of its samples.
         samples: of the step, all together. companions: those of them that are of the SFT set of a preference run, over
-            which KTO does not run forward once more.
+            which nothing is run forward once more.
     """
     sizes = run.model.dit(), patch_grid(*shape).tokens, run.data.max_text_tokens
-    measured = samples - companions if run.preference is not None and run.preference.objective == "kto" else 0
-    again = measured * sum(layer_flops(*sizes))
+    preferred = samples - companions if run.preference is not None else 0
+    again = 0.0
+    if preferred and run.preference.objective == "kto":
+        again += preferred * sum(layer_flops(*sizes, run.lora))
+    if run.lora is not None:
+        again += preferred * sum(layer_flops(*sizes))  # the reference: adapters off
     return StepFlops(
-        samples * train_flops(*sizes),
-        samples * train_flops(*sizes, run.parallel.activation_checkpointing) + again,
+        samples * train_flops(*sizes, lora=run.lora),
+        samples * train_flops(*sizes, run.parallel.activation_checkpointing, run.lora) + again,
     )
 
 
@@ -105,17 +152,18 @@ class SampleCost:
 
     Args:
         config: sizes of the model. text_tokens: length that captions are padded to.
-        sequence: ranks that share a sample's tokens.
+        sequence: ranks that share a sample's tokens. lora: adapters of the blocks, where they alone are trained.
     """
 
     config: DiTConfig
     text_tokens: int
     sequence: int
+    lora: LoraSection | None = None
 
     @classmethod
     def of(cls, run: TrainConfig) -> "SampleCost":
         """Returns the costs of a run's samples."""
-        return cls(run.model.dit(), run.data.max_text_tokens, run.parallel.sequence)
+        return cls(run.model.dit(), run.data.max_text_tokens, run.parallel.sequence, run.lora)
 
     def tokens(self, shape: tuple[int, int, int]) -> int:
         """Counts the tokens that one device holds of a sample."""
@@ -123,4 +171,4 @@ class SampleCost:
 
     def flops(self, shape: tuple[int, int, int]) -> float:
         """Counts the model FLOPs of a sample's forward and backward pass, over all devices."""
-        return train_flops(self.config, patch_grid(*shape).tokens, self.text_tokens)
+        return train_flops(self.config, patch_grid(*shape).tokens, self.text_tokens, lora=self.lora)

@@ -6,6 +6,7 @@ import torch
 
 from mugv_ds.config.errors import ConfigError
 from mugv_ds.models.layers import Block
+from mugv_ds.models.lora import carry_adapter
 
 _KEY = 'model.precision = "fp8"'
 
@@ -35,6 +36,7 @@ def use_fp8(block: Block) -> None:
     """Replaces the linears over a block's tokens by fp8 ones with the same parameters and names.
 
     The projection of the text stays in bf16: it has few rows, so rounding its weight would cost more than the product.
+    Adapters stay in bf16 beside the linears.
     """
     from mugv_kernels.fp8_linear import Fp8Linear
 
@@ -44,4 +46,6 @@ def use_fp8(block: Block) -> None:
         (block.mlp, ("fc1", "fc2")),
     ):
         for name in names:
-            setattr(module, name, Fp8Linear(getattr(module, name)))
+            linear = getattr(module, name)
+            setattr(module, name, Fp8Linear(linear))
+            carry_adapter(linear, getattr(module, name))

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mugv_ds.config.model import HEAD_DIM, DiTConfig
 from mugv_ds.models.attention import Attention, GroupedAttention, MaskedAttention, attend_packed, masked_attention
+from mugv_ds.models.lora import adapter_of, plus_adapter
 from mugv_ds.models.modulated import modulated_linear, modulated_mlp
 from mugv_kernels.dispatch import gated_residual, head_norm, modulate, qk_norm_rope
 
@@ -81,7 +82,8 @@ class FeedForward(Mlp):
         """Returns the output without the last bias [B, N, D], and that bias [D], which the gated residual adds."""
         if _in_fp8(self.fc1):
             return _unbiased(self.fc2, F.gelu(_modulated(self.fc1, x_BND, modulation), approximate="tanh"))
-        return modulated_mlp(x_BND, *modulation, self.fc1.weight, self.fc1.bias, self.fc2.weight), self.fc2.bias
+        weights = self.fc1.weight, self.fc1.bias, self.fc2.weight
+        return modulated_mlp(x_BND, *modulation, *weights, adapter_of(self.fc1), adapter_of(self.fc2)), self.fc2.bias
 
 
 def _in_fp8(linear: nn.Module) -> bool:
@@ -92,15 +94,20 @@ def _in_fp8(linear: nn.Module) -> bool:
 def _modulated(linear: nn.Module, x_BND: Tensor, modulation: Modulation) -> Tensor:
     """Returns `linear` of the modulated LayerNorm of x, whose output is saved for the backward pass only in fp8."""
     if _in_fp8(linear):
-        return linear(modulate(x_BND, *modulation))
-    return modulated_linear(x_BND, *modulation, linear.weight, linear.bias)
+        return _adapted(linear, modulate(x_BND, *modulation))
+    return modulated_linear(x_BND, *modulation, linear.weight, linear.bias, adapter_of(linear))
 
 
 def _unbiased(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """Returns x·Wᵀ and the bias for the caller to add, which is zero where the linear adds its own."""
     if _in_fp8(linear):
-        return linear(x), torch.zeros_like(linear.bias)
-    return F.linear(x, linear.weight), linear.bias
+        return _adapted(linear, x), torch.zeros_like(linear.bias)
+    return plus_adapter(F.linear(x, linear.weight), linear, x), linear.bias
+
+
+def _adapted(linear: nn.Module, x: Tensor) -> Tensor:
+    """Returns `linear` of x, and what its adapter adds to it."""
+    return plus_adapter(linear(x), linear, x)
 
 
 class CaptionEmbedder(nn.Module):
@@ -185,11 +192,13 @@ class CrossAttention(nn.Module):
         q_BNHd = rearrange(q_BND, "b n (head d) -> b n head d", d=HEAD_DIM)
         k_BLHd, v_BLHd = self.held or self.keys_values(text_BLD)
         o_BNHd = self.attend(self.q_norm(q_BNHd), k_BLHd, v_BLHd, text_mask_BL)
-        return self.proj(rearrange(o_BNHd, "b n head d -> b n (head d)"))
+        return _adapted(self.proj, rearrange(o_BNHd, "b n head d -> b n (head d)"))
 
     def keys_values(self, text_BLD: Tensor) -> tuple[Tensor, Tensor]:
         """Returns k, normalised, and v of the text, each [B, L, H, 72]."""
-        k_BLHd, v_BLHd = rearrange(self.kv_linear(text_BLD), "b l (two head d) -> two b l head d", two=2, d=HEAD_DIM)
+        k_BLHd, v_BLHd = rearrange(
+            _adapted(self.kv_linear, text_BLD), "b l (two head d) -> two b l head d", two=2, d=HEAD_DIM
+        )
         return self.k_norm(k_BLHd), v_BLHd
 
 

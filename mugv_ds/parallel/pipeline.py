@@ -18,8 +18,10 @@ from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 from torch import Tensor
 
 from mugv_ds.config.model import DiTConfig
+from mugv_ds.config.schema import LoraSection
 from mugv_ds.models.dit import Embedders, describe_tokens, init_weights, patch_pixels
 from mugv_ds.models.layers import Block, Condition, FinalLayer
+from mugv_ds.models.lora import add_adapters
 from mugv_ds.models.reuse import HeldText, RunBlocks, run_blocks
 from mugv_ds.models.rope import Grid, patch_grid, positions
 from mugv_ds.parallel.layout import Layout
@@ -142,6 +144,7 @@ class DiTPipeline(PipelineModule):
         loss: (velocity [B, n, P, 24], `Labels`) → (this rank's scalar loss, scalars to report); None to predict alone.
         terms: names of the scalars that `loss` reports.
         recompute: level of `parallel.activation_checkpointing`, see `Block.forward`.
+        lora: adapters of the blocks, which alone are trained; None trains all weights.
         seed: seed of the initial weights, which do not depend on the layout; None leaves them as they happen to be.
         dtype, device: of the weights.
     """
@@ -156,6 +159,7 @@ class DiTPipeline(PipelineModule):
         loss: Callable[[Tensor, Labels], tuple[Tensor, dict[str, Tensor]]] | None = None,
         terms: Iterable[str] = (),
         recompute: str = "off",
+        lora: LoraSection | None = None,
         seed: int | None,
         dtype: torch.dtype,
         device: torch.device,
@@ -176,6 +180,11 @@ class DiTPipeline(PipelineModule):
         self.token_n: Tensor | None = None
         self.run_blocks: RunBlocks = run_blocks
         self.held_text: HeldText | None = None
+        self.adapted = lora is not None
+        if self.adapted:
+            self.requires_grad_(False)
+            for block in self.blocks:
+                add_adapters(block, lora)
         for prefix, layer in self.named_layers() if seed is not None else ():
             init_weights(layer, prefix, seed)
 
@@ -231,6 +240,9 @@ class DiTPipeline(PipelineModule):
             x_mask = given.x_mask
         else:
             tokens_BnD, condition, x_mask = unpack(*inputs, self.grid, self.token_n)
+        if self.adapted:  # what the frozen embedders made needs no gradient
+            condition = Condition(*(part.detach() for part in condition))
+            tokens_BnD = tokens_BnD.detach() if self.is_first else tokens_BnD
         if self.held_text is not None:
             self.held_text.use(condition.text_BLD)
         tokens_BnD = self.run_blocks(self.blocks, tokens_BnD, condition, self.ulysses, self.recompute)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from mugv_ds.data.run_data import RunData
 from mugv_ds.models.dit import Embedders
 from mugv_ds.models.flops import SampleCost, step_flops
 from mugv_ds.models.layers import Block, FinalLayer
+from mugv_ds.models.lora import adapter_shapes
 from mugv_ds.models.rope import patch_grid
 from mugv_ds.models.videovae import VideoVAE
 from mugv_ds.models.videovae.vae import WINDOW
@@ -31,6 +33,15 @@ def layer_parameters(config: DiTConfig) -> list[int]:
             sum(p.numel() for p in part(config).parameters()) for part in (Embedders, Block, FinalLayer)
         )
     return [embed, *[block] * config.depth, final]
+
+
+def trained_parameters(config: TrainConfig) -> list[int]:
+    """Those that are trained: adapters alone, or all."""
+    dit = config.model.dit()
+    if config.lora is None:
+        return layer_parameters(dit)
+    adapters = sum(prod(shape) for shape in adapter_shapes(dit, config.lora).values())
+    return [0, *[adapters // dit.depth] * dit.depth, 0]
 
 
 class Bucket(NamedTuple):
@@ -76,21 +87,27 @@ def describe(config: TrainConfig, world_size: int | None, codec_sizes: Callable[
     layout = Layout.fit(parallel, world_size or wanted)
     data = RunData(config, SampleCost.of(config), layout.data)
     buckets = buckets_of(data.plan, layout.data)
-    parameters = layer_parameters(config.model.dit())
+    parameters, trained = layer_parameters(config.model.dit()), trained_parameters(config)
+    adapters = f", and {sum(trained):,} of the adapters, which alone are trained" if config.lora is not None else ""
     lines = [
         f"layout: {layout.world_size} processes = data {layout.data} × sequence {layout.sequence} "
         f"× pipeline {layout.pipeline}",
-        f"parameters: {sum(parameters):,} ({config.model.preset}, {config.model.precision})",
-        *_stage_lines(config, layout, data.typical_shape, buckets, parameters),
+        f"parameters: {sum(parameters):,} ({config.model.preset}, {config.model.precision}){adapters}",
+        *_stage_lines(config, layout, data.typical_shape, buckets, parameters, trained),
         *(_bucket_line(config, layout, bucket) for bucket in buckets),
-        *_sampled_line(config, layout, data, parameters, codec_sizes, "preview", data.previewed),
-        *_sampled_line(config, layout, data, parameters, codec_sizes, "evaluation", data.evaluated),
+        *_sampled_line(config, layout, data, parameters, trained, codec_sizes, "preview", data.previewed),
+        *_sampled_line(config, layout, data, parameters, trained, codec_sizes, "evaluation", data.evaluated),
     ]
     return "\n".join([*lines, "config:", config.model_dump_json(indent=2)])
 
 
 def _stage_lines(
-    config: TrainConfig, layout: Layout, typical_shape: Shape, buckets: list[Bucket], parameters: list[int]
+    config: TrainConfig,
+    layout: Layout,
+    typical_shape: Shape,
+    buckets: list[Bucket],
+    parameters: list[int],
+    trained: list[int],
 ) -> Iterator[str]:
     """A line for each pipeline stage: its layers, their parameters and, in bf16, the predicted memory of a device."""
     dit, tokens = config.model.dit(), patch_grid(*typical_shape).tokens
@@ -105,7 +122,7 @@ def _stage_lines(
                 _memory(
                     config,
                     layout,
-                    parameters=here,
+                    **_split(config, here, sum(trained[first:last])),
                     blocks=blocks,
                     tokens_held=bucket.micro * -(-bucket.tokens // layout.sequence),
                     in_flight=min(layout.pipeline - stage, bucket.accumulation),
@@ -116,6 +133,11 @@ def _stage_lines(
         else:  # fp8 linears keep their inputs beside, and fp32 doubles what is kept
             line += f", memory not predicted in {config.model.precision}"
         yield line
+
+
+def _split(config: TrainConfig, parameters: int, trained: int) -> dict[str, int]:
+    """Returns how many of a stage's parameters are trained and how many are frozen, for `predict_memory`."""
+    return {"parameters": trained, "frozen": 0 if config.lora is None else parameters}
 
 
 def _memory(config: TrainConfig, layout: Layout, **stage: int) -> Memory:
@@ -136,6 +158,7 @@ def _sampled_line(
     layout: Layout,
     data: RunData,
     parameters: list[int],
+    trained: list[int],
     codec_sizes: Callable[[str], VideoVAEConfig | None],
     key: str,
     index: Index | None,
@@ -155,8 +178,17 @@ def _sampled_line(
     boundaries = stage_boundaries(
         dit, layout.pipeline, patch_grid(*data.typical_shape).tokens, config.data.max_text_tokens
     )
-    largest = max(sum(parameters[first:last]) for first, last in pairwise(boundaries))
-    resident = _memory(config, layout, parameters=largest, blocks=0, tokens_held=0, in_flight=0).resident
+    resident = max(
+        _memory(
+            config,
+            layout,
+            **_split(config, sum(parameters[first:last]), sum(trained[first:last])),
+            blocks=0,
+            tokens_held=0,
+            in_flight=0,
+        ).resident
+        for first, last in pairwise(boundaries)
+    )
     sampling = resident + predict_sampling(dit, tokens_held=-(-tokens // layout.sequence))
     line += f", about {sampling / GIB:.1f} GiB a device while they are sampled"
     if vae is not None:

@@ -54,20 +54,23 @@ def predict_memory(
     recompute: str,
     fp32_accumulation: bool,
     averages: int,
+    frozen: int = 0,
 ) -> Memory:
     """Memory of a bf16 run with ZeRO-1 and AdamW.
 
     Args:
-        parameters, blocks: of the device's pipeline stage.
+        parameters, blocks: of the device's pipeline stage; of the parameters those that are trained.
         replicas: ranks over which the optimizer is sharded.
         tokens_held: tokens of a micro-batch on one rank, all its samples together.
         in_flight: micro-batches whose activations a stage holds at once: as many as stages are left, itself included.
         recompute: `parallel.activation_checkpointing`.
         fp32_accumulation: whether gradients are accumulated in fp32 beside the bf16 ones.
         averages: fp32 averages of the weights that are kept, sharded as the optimizer is.
+        frozen: parameters of the stage that are not trained, the base of adapters. They have neither gradients nor
+            anything in the optimizer. What adapters keep beside, [tokens, rank] each, is not counted.
     """
     tensor = 2.0 * tokens_held * config.hidden_size
-    weights = 2.0 * parameters
+    weights = 2.0 * (parameters + frozen)
     shard = (12.0 + 4.0 * averages) * parameters / replicas  # fp32 weights and two moments; averages
     accumulated = 4.0 * parameters if fp32_accumulation else 0.0
     resident = weights + shard + accumulated

@@ -174,19 +174,22 @@ class TrainedWeights(Weights):
 def export(checkpoint: Path, out: Path, *, layout: Layout) -> Path:
     """Writes a training checkpoint in the published format, see `save_weights`; returns the weights' path.
 
-    The weights are in the precision that the run computed with, and are what it computed with, bit for bit.
+    The weights are in the precision that the run computed with, and are what it computed with, bit for bit. Adapters
+    are merged into their base first, see `weights.lora.MergedWeights`.
 
     Args:
         checkpoint: a run's folder (its newest sound checkpoint is taken) or a `step-<n>` folder in it.
         out: folder to make. layout: see `save_weights`.
 
     Raises:
-        CheckpointError: the checkpoint cannot be used, or is not a whole DiT.
+        CheckpointError: the checkpoint cannot be used, or is not a whole DiT; or the base of its adapters cannot.
     """
+    from mugv_ds.weights.lora import check_base, whole_weights  # which read published weights, the base
+
     with open_checkpoint(checkpoint) as saved:
-        run = saved.run_config()
-        config = run.model.dit()
-        weights = TrainedWeights(saved, torch.bfloat16 if run.model.dtype == "bf16" else torch.float32)
+        config = saved.run_config().model.dit()
+        check_base(saved.manifest)
+        weights = whole_weights(saved)
         check_weights(weights, config)
         return save_weights(weights, config, out, layout)
 

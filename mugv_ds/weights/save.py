@@ -4,6 +4,8 @@ import json
 import mmap
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -57,17 +59,8 @@ def save_weights(
     Raises:
         CheckpointError: `out` exists and is not an empty folder, the disk is too small, or a tensor holds NaN or Inf.
     """
-    out = out.absolute()
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise CheckpointError(f"{out}: exists already; name a new folder")
     planned = {name: weights.meta(name).to(dtype or weights.meta(name).dtype) for name in weights if name != UNUSED}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    needed, free = sum(value.nbytes for value in planned.values()), shutil.disk_usage(out.parent).free
-    if needed > free:
-        raise CheckpointError(f"{out}: needs {needed:,} bytes, and {free:,} are free on that disk")
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    partial.chmod(0o755)  # mkdtemp lets only its maker in
-    try:
+    with new_folder(out, sum(value.nbytes for value in planned.values())) as partial:
         if layout == "pt":
             _save_pt(weights, planned, partial / PT_NAME)
         else:
@@ -75,10 +68,34 @@ def save_weights(
         (partial / CONFIG_NAME).write_text(json.dumps(asdict(config), indent=2) + "\n")
         if weights.text_encoder is not None:
             write_text_encoder(partial, weights.text_encoder)
+    out = out.absolute()
+    return out / PT_NAME if layout == "pt" else out
+
+
+@contextmanager
+def new_folder(out: Path, needed: int) -> Iterator[Path]:
+    """Gives a folder to fill, which becomes `out` when that has succeeded and is removed otherwise.
+
+    Args:
+        out: folder to make; it may exist if it is empty. needed: bytes that will be written.
+
+    Raises:
+        CheckpointError: `out` exists and is not an empty folder, or the disk is too small.
+    """
+    out = out.absolute()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise CheckpointError(f"{out}: exists already; name a new folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise CheckpointError(f"{out}: needs {needed:,} bytes, and {free:,} are free on that disk")
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    partial.chmod(0o755)  # mkdtemp lets only its maker in
+    try:
+        yield partial
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return out / PT_NAME if layout == "pt" else out
 
 
 def _save_pt(weights: Weights, planned: dict[str, Tensor], file: Path) -> None:

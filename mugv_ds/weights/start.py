@@ -1,9 +1,7 @@
 """The weights that a run starts from: published ones, or those of another run's checkpoint."""
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +11,15 @@ from torch import Tensor, nn
 
 from mugv_ds.checkpoint import files
 from mugv_ds.checkpoint.manifest import StartWeights
-from mugv_ds.checkpoint.reader import CheckpointReader, open_checkpoint
+from mugv_ds.checkpoint.reader import open_checkpoint
 from mugv_ds.config.errors import CheckpointError
 from mugv_ds.config.model import DiTConfig
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.config.text_encoder import TextEncoderInfo, agree
 from mugv_ds.models.dit import init_weights
-from mugv_ds.weights.base import Weights, check_weights
-from mugv_ds.weights.published import PublishedWeights, TrainedWeights
+from mugv_ds.models.lora import is_factor
+from mugv_ds.weights.base import check_weights
+from mugv_ds.weights.lora import check_base, check_start, load_adapter, open_start, weights_digest
 
 Layers = Iterable[tuple[str, nn.Module]]
 First = Callable[[Callable[[], Any]], Any]  # calls a function on rank 0 and gives its result to all
@@ -40,7 +39,7 @@ def find_weights(config: TrainConfig, saved: dict[str, Any] | None, first: First
     """Returns the weights that a run starts from, resolved, or those that it has started from.
 
     `checkpoint.init_from` may be a folder that holds newer checkpoints by now, so a run that goes on keeps to what its
-    checkpoint says. The digest is computed where a preference run has to know its reference.
+    checkpoint says. The digest is computed where a run has to know them later: as its reference, or as its base.
 
     Args:
         saved: see `saved_start`. first: called for what reads files, so that one rank does.
@@ -52,7 +51,7 @@ def find_weights(config: TrainConfig, saved: dict[str, Any] | None, first: First
         return StartWeights(**saved)
     init = config.checkpoint.init_from
     path = init and first(lambda: str(find_start(init)))
-    digest = None if config.preference is None else first(lambda: start_digest(path, config))
+    digest = None if config.preference is None and config.lora is None else first(lambda: start_digest(path, config))
     return StartWeights(path=path, digest=digest)
 
 
@@ -78,13 +77,10 @@ class FrozenWeights:
         Raises:
             CheckpointError: they are gone, or are others now.
         """
-        if self.start.path is None:
-            return
-        remedy = "restore them, or name reference files that hold all visits (make reference CONFIG=…)"
-        if not Path(self.start.path).exists():
-            raise CheckpointError(f"{self.start.path}: the weights that the run started from are gone; {remedy}")
-        if start_digest(self.start.path, self.config) != self.digest:
-            raise CheckpointError(f"{self.start.path}: not the weights that the run started from any more; {remedy}")
+        if self.start.path is not None:
+            check_start(
+                self.start, "restore them, or name reference files that hold all visits (make reference CONFIG=…)"
+            )
 
     def distance(self, pieces: Iterable[tuple[str, int, Tensor]]) -> tuple[float, float]:
         """Returns Σ ‖θ − θ_start‖² and Σ ‖θ_start‖² over pieces of parameters.
@@ -111,10 +107,48 @@ class FrozenWeights:
             init_weights(layer, prefix, self.config.data.seed)
 
 
+def check_resumed_base(start: StartWeights, config: TrainConfig) -> None:
+    """Checks that the weights that a run with adapters started from, and now loads again, are what they were.
+
+    Raises:
+        CheckpointError: they are gone, or are others now.
+    """
+    if start.path is not None:
+        check_start(start, "restore them: the run's checkpoints hold adapters alone")
+    elif start_digest(None, config) != start.digest:
+        raise CheckpointError(
+            f"{config.checkpoint.dir}: the run started from initial weights of another data.seed, and its checkpoints "
+            "hold adapters alone; set data.seed as it was"
+        )
+
+
+def put_start(start: StartWeights, config: TrainConfig, fresh: bool) -> Callable[[Layers], None] | None:
+    """Returns what puts the weights that a run starts with into parts of a DiT; None: initial ones stay.
+
+    Args:
+        fresh: whether no checkpoint follows. One holds all weights, but of a run with adapters the adapters alone.
+    """
+    dit, lora = config.model.dit(), config.lora
+    base = start.path if fresh or lora is not None else None
+    adapter = lora.init_from if fresh and lora is not None else None
+    if base is None and adapter is None:
+        return None
+
+    def put(layers: Layers) -> None:
+        layers = list(layers)
+        if base is not None:
+            load_into(base, dit, layers)
+        if adapter is not None:
+            load_adapter(adapter, dit, lora, layers)
+
+    return put
+
+
 def find_start(path: str | Path) -> Path:
     """What `checkpoint.init_from` means: of a run's folder the newest sound checkpoint, else `path` itself.
 
-    Of a checkpoint the weights' files are verified, which reads them; so one rank asks and tells the others.
+    Of a checkpoint the weights' files are verified, which reads them; so one rank asks and tells the others. Where it
+    holds adapters, so is their base.
 
     Raises:
         CheckpointError: it is a run's folder without a sound checkpoint, or a checkpoint that is not sound.
@@ -122,12 +156,13 @@ def find_start(path: str | Path) -> Path:
     path = Path(path)
     if (path / files.MANIFEST_NAME).exists() or (path.is_dir() and files.saved_steps(path)):
         with open_checkpoint(path) as saved:
+            check_base(saved.manifest)
             return saved.folder
     return path
 
 
 def load_into(path: str | Path, config: DiTConfig, layers: Layers) -> None:
-    """Copies weights into parts of a DiT of these sizes, each with the prefix of its names.
+    """Copies weights into parts of a DiT of these sizes, each with the prefix of its names. Adapters stay as they are.
 
     All of the weights are held against the sizes first, so that every rank of a pipeline comes to the same verdict.
 
@@ -137,10 +172,12 @@ def load_into(path: str | Path, config: DiTConfig, layers: Layers) -> None:
     Raises:
         CheckpointError: a tensor is missing, unexpected, or has another shape.
     """
-    weights = _open(Path(path))
+    weights = open_start(Path(path))
     check_weights(weights, config)
     for prefix, layer in layers:
-        layer.load_state_dict({name: weights[prefix + name] for name in layer.state_dict()}, strict=True)
+        own = layer.state_dict()
+        state = {name: value if is_factor(name) else weights[prefix + name] for name, value in own.items()}
+        layer.load_state_dict(state, strict=True)
 
 
 def check_start_features(path: str | Path, text_encoder: TextEncoderInfo | None) -> None:
@@ -153,16 +190,10 @@ def check_start_features(path: str | Path, text_encoder: TextEncoderInfo | None)
         CheckpointError: they are of different encoders.
     """
     agree(
-        {f"checkpoint.init_from = {path}": _open(Path(path)).text_encoder, "the data": text_encoder},
+        {f"checkpoint.init_from = {path}": open_start(Path(path)).text_encoder, "the data": text_encoder},
         "make the features anew, or set checkpoint.accept_changed_data to train with others from here on",
         CheckpointError,
     )
-
-
-def _open(path: Path) -> Weights:
-    if (path / files.MANIFEST_NAME).exists():
-        return TrainedWeights(CheckpointReader(path, files.read_manifest(path)), torch.float32)
-    return PublishedWeights(path)
 
 
 def start_digest(path: str | Path | None, config: TrainConfig) -> str:
@@ -176,12 +207,4 @@ def start_digest(path: str | Path | None, config: TrainConfig) -> str:
     """
     if path is None:
         return hashlib.sha256(f"{config.model.dit()} {config.data.seed}".encode()).hexdigest()
-    manifest = Path(path) / files.MANIFEST_NAME
-    held = [manifest] if manifest.exists() else PublishedWeights(path).files  # a manifest has its files' hashes
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets the interpreter go
-        return hashlib.sha256(b"".join(pool.map(_sha256, held))).hexdigest()
-
-
-def _sha256(path: Path) -> bytes:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").digest()
+    return weights_digest(Path(path))

@@ -28,13 +28,15 @@ VARIANTS = {
     "fp32": {},
     "bf16": {"model": {"precision": "bf16"}},
     "bf16-grads": {"model": {"precision": "bf16"}, "deepspeed": {"data_types": {"grad_accum_dtype": "bf16"}}},
+    "lora": {"lora": {"rank": 3}, "model": {"precision": "bf16"}},
 }
+RESHAPED = ("fp32", "bf16", "lora")
 
 
 def settings(folder: Path, layout: tuple[int, int, int], variant: str = "fp32", **checkpoint) -> TrainConfig:
     values = layout_config(layout).model_dump()
     for name, section in (VARIANTS[variant] | {"checkpoint": {"dir": str(folder), **checkpoint}}).items():
-        values[name] |= section
+        values[name] = (values[name] or {}) | section
     return TrainConfig.model_validate(values)
 
 
@@ -108,7 +110,7 @@ def save_and_go_on(root: Path) -> None:
 
 def carry_over(root: Path, out: Path, layout: tuple[int, int, int]) -> None:
     """Restores at another layout, saves the same step again elsewhere, and trains on."""
-    for variant in ("fp32", "bf16"):
+    for variant in RESHAPED:
         process = start_process(settings(root, layout, variant))
         run = Run(settings(root / variant, layout, variant), process)
         assert run.store.restore() == HALF
@@ -158,7 +160,7 @@ def test_a_resumed_run_is_the_straight_one_bitwise(root, variant):
         assert any(moved), f"the steps after the checkpoint must change {kind}"
 
 
-@pytest.mark.parametrize("variant", ["fp32", "bf16"])
+@pytest.mark.parametrize("variant", RESHAPED)
 @pytest.mark.parametrize("place", ["four", "one"])
 def test_another_layout_has_the_same_state_and_goes_on(root, place, variant):
     saved = tensors(root / variant)
@@ -181,3 +183,12 @@ def test_exported_weights_are_those_of_the_engine_bitwise(root, tmp_path, varian
     exported = torch.load(export(root / "four" / variant, tmp_path, layout="pt"), weights_only=True)
     assert same(exported, engine)
     assert {value.dtype for value in exported.values()} == {torch.float32 if variant == "fp32" else torch.bfloat16}
+
+
+def test_a_checkpoint_of_adapters_holds_nothing_else(root):
+    """They and their moments and averages, cut up at any place, are what is restored under every layout."""
+    saved = tensors(root / "lora")
+    names = {key.rpartition("/")[0] for key in saved}
+    assert len(names) == 2 * 7 * 2 and all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names)
+    size, whole = (sum(f.stat().st_size for f in (root / of).rglob("*.safetensors")) for of in ("lora", "fp32"))
+    assert size < whole / 10

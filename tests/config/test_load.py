@@ -182,6 +182,7 @@ FULL = {
     "guard": {},
     "parallel": {},
     "preference": {"objective": "kto", "sources": [{"name": "a", "manifest": "a.csv"}]},
+    "lora": {},
 }
 
 

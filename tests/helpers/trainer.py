@@ -1,6 +1,5 @@
 """A trainer without checkpoints, in the processes of a test."""
 
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from mugv_ds.engine.loop import Trainer
 from mugv_ds.engine.metrics import Recorder
 from mugv_ds.engine.process import start_process
 from mugv_ds.models.flops import SampleCost
-from mugv_ds.weights.start import FrozenWeights, load_into, start_digest
+from mugv_ds.weights.start import FrozenWeights, put_start, start_digest
 from tests.parallel.test_layouts import perturb
 
 
@@ -35,13 +34,13 @@ class TestTrainer(Trainer):
         process = start_process(config)
         data = RunData(config, SampleCost.of(config), process.layout.data, process.host.first_then_all)
         init = config.checkpoint.init_from
-        weights = partial(load_into, init, config.model.dit()) if init else perturb
+        start = StartWeights(path=init, digest=start_digest(init, config))
+        weights = put_start(start, config, fresh=True) if init else perturb
         engine = build_engine(config, process, data.typical_shape, weights=weights)
         reference = None
         self.references = []
-        if config.preference is not None:
-            frozen = FrozenWeights(StartWeights(path=init, digest=start_digest(init, config)), config)
-            reference = ReferenceModel(config, process, engine, data, frozen, held=True)
+        if config.preference is not None and config.lora is None:
+            reference = ReferenceModel(config, process, engine, data, FrozenWeights(start, config), held=True)
             reference.open_files()
             self.references = reference.complete(0, config.schedule.steps)
         super().__init__(
@@ -53,7 +52,7 @@ class TestTrainer(Trainer):
             ema=PowerEma([], ()),
             store=NoStore(),
         )
-        if self.references:
+        if reference is not None:
             self.readers = data.readers_with(self.references)
         self.recorder = Recorder(
             config.logging, rank=process.rank, world_size=process.layout.world_size, start=0, steps=10**6, peak=None
@@ -75,10 +74,11 @@ class TestTrainer(Trainer):
             prefix + name: safe_get_full_optimizer_state(parameter, "exp_avg") / (1 - beta1)
             for prefix, layer in self.engine.module.named_layers()
             for name, parameter in layer.named_parameters()
+            if parameter.requires_grad
         }
 
 
-def run(path: Path, out: Path, steps: int) -> None:
+def run(path: Path, out: Path, steps: int) -> TestTrainer:
     """Trains the config at `path`; every rank writes losses, and the gradients of one step, to `out`."""
     config = load_config(path)
     trainer = TestTrainer(config)
@@ -88,3 +88,4 @@ def run(path: Path, out: Path, steps: int) -> None:
     out.mkdir(exist_ok=True)
     results = {"losses": losses, "gradients": gradients, "references": references}
     torch.save(results, out / f"rank{trainer.process.rank}.pt")
+    return trainer

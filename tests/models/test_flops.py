@@ -7,10 +7,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mugv_ds.config import PRESETS
 from mugv_ds.config.model import DiTConfig
-from mugv_ds.config.schema import ParallelSection, TrainConfig
+from mugv_ds.config.schema import LoraSection, ParallelSection, TrainConfig
 from mugv_ds.models.dit import Embedders, patchify
-from mugv_ds.models.flops import RECOMPUTED, block_flops, layer_flops, recomputed_flops, step_flops, train_flops
+from mugv_ds.models.flops import (
+    RECOMPUTED,
+    block_flops,
+    block_parts,
+    layer_flops,
+    recomputed_flops,
+    step_flops,
+    train_flops,
+)
 from mugv_ds.models.layers import Block, CaptionEmbedder, Condition, FinalLayer
+from mugv_ds.models.lora import add_adapters
 from mugv_ds.models.rope import patch_grid
 
 CONFIG = DiTConfig(144, 2, 3, caption_channels=16)
@@ -26,29 +35,46 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 # Matrix products inside our operators, of which the counter sees the shapes alone.
-def of_linear(x, shift, scale, clean, weight, *_, out_shape=None, **__) -> int:
-    return 2 * x[1] * weight[0] * weight[1]
+def of_weights(x, *weights) -> int:
+    """Of x with each of the weights, or factors of adapters, that are there."""
+    return sum(2 * x[1] * weight[0] * weight[1] for weight in weights if weight is not None)
 
 
-def of_mlp(x, shift, scale, clean, w1, *_, out_shape=None, **__) -> int:
-    return 4 * x[1] * w1[0] * w1[1]
+def of_linear(x, shift, scale, clean, weight, bias, a, b, **_) -> int:
+    return of_weights(x, weight, a, b)
+
+
+def of_linear_backward(d, x, shift, scale, clean, weight, a, b, needs_x, needs_rows, needs_weight, *_, **__) -> int:
+    """The gradient of x by each factor, of the weight, of A and B; and x·Aᵀ again."""
+    return of_weights(x, weight, a, b) + of_weights(x, a, b, a) + needs_weight * of_weights(x, weight)
+
+
+def of_mlp(x, shift, scale, clean, w1, b1, w2, *factors, **_) -> int:
+    return of_weights(x, w1, w2, *factors)
+
+
+def of_mlp_backward(d, x, shift, scale, clean, w1, w2, a1, b1, a2, b2, inner, needs_x, needs_rows, *needs, **_) -> int:
+    again = of_weights(x, w1, w2, a1, b1, a2, b2) + of_weights(x, a1, b1, a1, a2, b2, a2)
+    return again + sum(need * of_weights(x, weight) for need, weight in zip(needs, (w1, w2), strict=True))
 
 
 OPERATORS = {
     torch.ops.mugv.modulated_linear: of_linear,
-    torch.ops.mugv.modulated_linear_backward: lambda d, *args, **kwargs: 2 * of_linear(*args, **kwargs),
+    torch.ops.mugv.modulated_linear_backward: of_linear_backward,
     torch.ops.mugv.modulated_mlp: of_mlp,
-    torch.ops.mugv.modulated_mlp_backward: lambda d, *args, **kwargs: 2 * of_mlp(*args, **kwargs),
+    torch.ops.mugv.modulated_mlp_backward: of_mlp_backward,
 }
 
 
-def counted_flops(recompute: str) -> tuple[int, int]:
+def counted_flops(recompute: str, lora: LoraSection | None = None) -> tuple[int, int]:
     """Of a block's forward pass, and of both; the counter does not see the CPU's fused cross-attention."""
     block = Block(CONFIG)
+    if lora is not None:
+        add_adapters(block, lora)
     condition = Condition(
-        torch.randn(1, 2, 6 * D, requires_grad=True),
+        torch.randn(1, 2, 6 * D, requires_grad=lora is None),
         torch.randn(1, 2, D),
-        torch.randn(1, L, D, requires_grad=True),
+        torch.randn(1, L, D, requires_grad=lora is None),
         torch.ones(1, L, dtype=torch.bool),
         torch.arange(N)[None] < 3,
         *torch.randn(2, 1, N, 36),
@@ -62,6 +88,34 @@ def counted_flops(recompute: str) -> tuple[int, int]:
 
 def test_forward_flops_are_those_that_run():
     assert counted_flops("off")[0] == block_flops(CONFIG, N, text_tokens=0) + TEXT_PROJECTION
+
+
+def test_flops_with_adapters_are_those_that_run():
+    """The counter sees no product of cross-attention, and of the text's projection the forward pass and its adapter's.
+
+    Beside, x·Aᵀ is computed again in the operators' backward pass: 2·N·r·(3·D + 4·D) of qkv, q, fc1 and fc2.
+    """
+    lora = LoraSection(rank=5)
+    forward, both = counted_flops("off", lora)
+    text_adapter = 2 * L * 5 * (D + 2 * D)
+    assert forward == sum(block_parts(CONFIG, N, 0, lora).values()) + TEXT_PROJECTION + text_adapter
+    again = 2 * N * 5 * (D + D + D + 4 * D)
+    # Nothing wants the gradient of the text: of its adapter only those of A and B are computed, from that of x·Aᵀ.
+    text = TEXT_PROJECTION + text_adapter + (2 * L * 5 * 2 * D) + (2 * L * 5 * D) + (2 * L * 5 * 2 * D)
+    block = (train_flops(CONFIG, N, 0, lora=lora) - of_ends(lora)) / CONFIG.depth
+    assert both == block + again + text
+
+
+def of_ends(lora: LoraSection) -> float:
+    """What the closed form has for embedders, forward alone, and the final layer, whose weight is frozen."""
+    embed, *_, final = layer_flops(CONFIG, N, 0, lora)
+    return embed + 2 * final
+
+
+def test_adapters_of_the_10b_save_nearly_a_third():
+    ten = PRESETS["mugdit_10b"]
+    ratio = train_flops(ten, 4_000, 300, lora=LoraSection()) / train_flops(ten, 4_000, 300)
+    assert 2 / 3 < ratio < 0.75
 
 
 @pytest.mark.parametrize("recompute", ["light", "selective", "full"])
@@ -92,7 +146,7 @@ def test_full_recomputation_of_the_10b_costs_a_third_more():
     assert ratio == pytest.approx(4 / 3, rel=1e-3)
 
 
-def run(objective: str | None, recompute: str) -> TrainConfig:
+def run(objective: str | None, recompute: str, lora: dict | None = None) -> TrainConfig:
     preference = {"objective": objective, "sources": ({"name": "a", "manifest": "a.csv"},)}
     return TrainConfig(
         model={"preset": "mugdit_debug"},
@@ -102,6 +156,7 @@ def run(objective: str | None, recompute: str) -> TrainConfig:
         logging={"dir": "l"},
         parallel={"activation_checkpointing": recompute},
         preference=preference if objective else None,
+        lora=lora,
     )
 
 
@@ -116,6 +171,17 @@ def test_kto_s_reference_point_is_run_but_no_training():
         assert (model, off) == pytest.approx((6 * sample, 6 * sample + hardware))
         model, full = step_flops(run(objective, "full"), shape, samples=6, companions=2)
         assert (model, full) == pytest.approx((6 * sample, 6 * sample + hardware + 6 * again))
+
+
+def test_the_reference_of_a_run_with_adapters_is_run_too():
+    """Adapters off, over the preference samples: once more forward; KTO's point is measured with them on."""
+    shape, debug, lora = (2, 4, 4), PRESETS["mugdit_debug"], LoraSection(rank=4)
+    tokens = 2 * 2 * 2 + 2
+    base, adapted = sum(layer_flops(debug, tokens, L)), sum(layer_flops(debug, tokens, L, lora))
+    for objective, again in ((None, 0), ("dpo", 4 * base), ("kto", 4 * (base + adapted))):
+        model, hardware = step_flops(run(objective, "off", {"rank": 4}), shape, samples=6, companions=2)
+        assert model == pytest.approx(6 * train_flops(debug, tokens, L, lora=lora))
+        assert hardware - model == pytest.approx(again)
 
 
 def test_flops_of_the_embedders_and_the_final_layer_are_those_that_run():

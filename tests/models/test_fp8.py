@@ -15,6 +15,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from mugv_ds.config import ConfigError, PeerError, load_config
 from mugv_ds.config.model import DiTConfig
+from mugv_ds.config.schema import LoraSection
 from mugv_ds.engine import build
 from mugv_ds.engine.build import build_engine
 from mugv_ds.engine.process import start_process
@@ -23,6 +24,7 @@ from mugv_ds.models.attention import sdpa
 from mugv_ds.models.dit import init_weights
 from mugv_ds.models.fp8 import check_fp8, use_fp8
 from mugv_ds.models.layers import Block, Condition
+from mugv_ds.models.lora import adapters_off, add_adapters, block_adapter_shapes
 from mugv_ds.train import train
 from mugv_ds.weights.published import export
 from tests.helpers.dataset import write_config, write_dataset
@@ -132,8 +134,8 @@ def make_block(device: torch.device) -> Block:
     return block
 
 
-def run(block: Block, recompute: str = "off") -> dict[str, Tensor]:
-    """Output and all gradients for fixed inputs."""
+def run(block: Block, recompute: str = "off", backward: bool = True) -> dict[str, Tensor]:
+    """Output and all gradients for fixed inputs; or the output alone."""
     device, generator = block.scale_shift_table.device, torch.Generator().manual_seed(1)
 
     def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -145,9 +147,11 @@ def run(block: Block, recompute: str = "off") -> dict[str, Tensor]:
     angles = normal(1, N, 36, dtype=torch.float32)
     mask, clean = torch.ones(1, L, dtype=torch.bool, device=device), torch.arange(N, device=device)[None] < 5
     out = block(x, Condition(modulation, time, text, mask, clean, angles.cos(), angles.sin()), sdpa, recompute)
+    if not backward:
+        return {"out": out}
     block.zero_grad()
     out.backward(normal(1, N, D))
-    gradients = {name: p.grad.clone() for name, p in block.named_parameters()}
+    gradients = {name: p.grad.clone() for name, p in block.named_parameters() if p.requires_grad}
     return {"out": out.detach(), "x": x.grad, "modulation": modulation.grad, "text": text.grad, **gradients}
 
 
@@ -187,6 +191,25 @@ def test_parameters_and_state_dict_stay_what_they_are(device):
     other = {name: torch.full_like(value, 0.5) for name, value in before.items()}
     block.load_state_dict(other, strict=True)
     assert all(torch.equal(value, other[name]) for name, value in before.items())
+
+
+def test_adapters_stay_in_bf16_beside_the_frozen_linears(device):
+    """Their gradients are those beside bf16 linears up to the rounding of what comes before and after."""
+    block = make_block(device)
+    add_adapters(block, LoraSection(rank=4, alpha=6.0))
+    init_weights(block, "blocks.0.", seed=0)
+    for name, parameter in block.named_parameters():
+        if name.endswith(("lora_B.weight", "cross_attn.proj.weight")):
+            nn.init.normal_(parameter, std=0.02, generator=torch.Generator(device).manual_seed(len(name)))
+    plain = run(block)
+    assert {name for name in plain if "." in name} == set(block_adapter_shapes(CONFIG, LoraSection(rank=4)))
+    use_fp8(block)
+    results = run(block)
+    errors = {name: relative(results[name], plain[name]) for name in plain}
+    assert 1e-3 < errors["out"] < 0.08
+    assert max(errors.values()) < 0.2, max(errors.items(), key=lambda item: item[1])
+    with torch.no_grad(), adapters_off(block):
+        assert relative(run(block, backward=False)["out"], results["out"]) > 1e-2
 
 
 @pytest.mark.parametrize("recompute", ["light", "selective", "full"])

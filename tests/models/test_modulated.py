@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mugv_ds.models.modulated import modulated_linear, modulated_mlp
+from mugv_ds.models.modulated import Adapter, modulated_linear, modulated_mlp
 from mugv_kernels.dispatch import use
 from mugv_kernels.modulate import modulate_reference
 from tests.helpers.records import relative
@@ -95,3 +95,61 @@ def test_a_second_backward_pass_through_the_mlp_is_an_error(implementation):
         y.backward(retain_graph=True)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.backward()
+
+
+WIDTH = 3  # of adapters
+
+
+def adapted_linear(x, shift, scale, clean, weight, bias, w2, a, b, *_):
+    return modulated_linear(x, shift, scale, clean, weight, bias, Adapter(a, b))
+
+
+def adapted_mlp(x, shift, scale, clean, w1, bias, w2, a1, b1, a2, b2):
+    return modulated_mlp(x, shift, scale, clean, w1, bias, w2, Adapter(a1, b1), Adapter(a2, b2))
+
+
+def summed_linear(x, shift, scale, clean, weight, bias, w2, a1, b1, *_):
+    return plain_linear(x, shift, scale, clean, weight + b1 @ a1, bias)
+
+
+def summed_mlp(x, shift, scale, clean, w1, bias, w2, a1, b1, a2, b2):
+    return plain_mlp(x, shift, scale, clean, w1 + b1 @ a1, bias, w2 + b2 @ a2)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("frozen", [(), (1, 2, 4, 5, 6), (0, 1, 2, 4, 5, 6)], ids=["none", "weights", "x too"])
+@pytest.mark.parametrize(("adapted", "summed"), [(adapted_linear, summed_linear), (adapted_mlp, summed_mlp)])
+def test_adapters_are_part_of_the_weights_whatever_is_frozen(adapted, summed, frozen, compiled, implementation):
+    is_mlp = adapted is adapted_mlp
+
+    def given(dtype: torch.dtype) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(2)
+        shapes = (WIDTH, D), (E, WIDTH), (WIDTH, E), (D, WIDTH)
+        factors = [torch.randn(shape, generator=generator).to(DEVICE, dtype).requires_grad_() for shape in shapes]
+        inputs = [*make_inputs(dtype), *(factors if is_mlp else factors[:2])]
+        for place in frozen if is_mlp else (*frozen, 6):  # w2 is the mlp's alone
+            inputs[place].requires_grad_(False)
+        return inputs
+
+    expected = run(summed, given(torch.float64))
+    if compiled:
+        torch.compiler.reset()
+        adapted = torch.compile(adapted, backend="aot_eager", fullgraph=True)
+    with use(implementation):
+        got = run(adapted, given(torch.float32))
+    assert len(got) == len(expected)
+    for value, reference in zip(got, expected, strict=True):
+        assert value.dtype == torch.float32 and relative(value, reference) < 1e-5
+
+
+@pytest.mark.parametrize("adapted", [adapted_linear, adapted_mlp])
+def test_adapters_keep_nothing_of_their_own(adapted):
+    inputs = [*make_inputs(torch.float32), *(torch.randn(s) for s in ((WIDTH, D), (E, WIDTH), (WIDTH, E), (D, WIDTH)))]
+    inputs = [tensor.to(DEVICE) for tensor in inputs]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        adapted(*inputs)
+    pointers = {tensor.data_ptr() for tensor in inputs}
+    made = [tuple(tensor.shape) for tensor in kept if tensor.data_ptr() not in pointers]
+    assert made == ([] if adapted is adapted_linear else [(B * N, E)])

@@ -10,8 +10,9 @@ import torch
 from mugv_ds.config import CheckpointError, load_config
 from mugv_ds.config.videovae import VideoVAEConfig
 from mugv_ds.models.codec import LinearCodec
+from mugv_ds.models.lora import adapter_shapes
 from mugv_ds.plan import describe as described
-from mugv_ds.plan.describe import describe
+from mugv_ds.plan.describe import describe, layer_parameters
 from mugv_ds.plan.memory import GIB, predict_decoding, predict_sampling
 from mugv_ds.weights.codec import read_codec_sizes
 from tests.helpers.dataset import write_config, write_dataset
@@ -60,6 +61,19 @@ def test_memory_of_previews_is_what_is_resident_and_what_they_take(folder, monke
     )
     monkeypatch.undo()
     assert f"about {sampling / GIB:.1f} GiB a device while they" in lines(folder, "vae.pt")[1]
+
+
+def test_a_base_under_adapters_is_its_weights_alone(folder, monkeypatch):
+    monkeypatch.setattr(described, "GIB", 1)
+    whole, adapted = (lines(folder, **sections)[1] for sections in ({}, {"lora": {"rank": 2}}))
+    whole, adapted = (float(re.search(r"about ([\d.]+) GiB", line)[1]) for line in (whole, adapted))
+    config = load_config(folder / "run/config.json")
+    adapters = sum(rows * columns for rows, columns in adapter_shapes(config.model.dit(), config.lora).values())
+    parameters = sum(layer_parameters(config.model.dit()))
+    # Of the base there remain 2 bytes of 26; the adapters, of which there is all, have their own.
+    assert whole - adapted == pytest.approx(24 * parameters - 26 * adapters, abs=0.2)
+    text = describe(config, None, read_codec_sizes)
+    assert f"parameters: {parameters:,} (mugdit_debug, bf16), and {adapters:,} of the adapters" in text
 
 
 def test_sequence_ranks_share_the_tokens_and_other_codecs_take_nothing(folder, monkeypatch):

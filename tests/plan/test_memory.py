@@ -11,8 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mugv_ds.config import PRESETS, DiTConfig
+from mugv_ds.config.schema import LoraSection
 from mugv_ds.models.attention import flash4_masked
+from mugv_ds.models.dit import init_weights
 from mugv_ds.models.layers import Block, Condition
+from mugv_ds.models.lora import add_adapters
 from mugv_ds.models.videovae import VideoVAE, VideoVAEConfig, vae
 from mugv_ds.models.videovae.vae import Unit
 from mugv_ds.plan.describe import layer_parameters
@@ -96,6 +99,8 @@ def test_an_empty_device_holds_the_bucket_of_the_gradients():
         ({"replicas": 1}, 2 + 12, 2 + 12 + 2 + 6),
         ({"fp32_accumulation": True}, 2 + 12 / 4 + 4, 2 + 12 / 4 + 4 + 2 + 6 / 4),
         ({"averages": 3}, 2 + (12 + 3 * 4) / 4, 2 + (12 + 3 * 4) / 4 + 2 + 6 / 4),
+        # Ten frozen ones for each, under adapters: their bf16 weights and nothing else.
+        ({"frozen": 10_000, "fp32_accumulation": True}, 20 + 2 + 3 + 4, 20 + 2 + 3 + 4 + 2 + 6 / 4),
     ],
 )
 def test_bytes_of_a_parameter(changes, resident, step):
@@ -113,12 +118,19 @@ def test_bytes_of_a_block_and_of_a_micro_batch_in_flight(recompute, thirds):
             assert backward - 1e9 == pytest.approx(tensor * (thirds / 3 * blocks * in_flight + 15))
 
 
-def test_a_block_keeps_what_is_counted(formula):
-    """With the kernels, in bf16, the sequence not sharded: o is kept once. Texts and rows of weights do not count."""
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_block_keeps_what_is_counted(formula, adapted):
+    """With the kernels, in bf16, the sequence not sharded: o is kept once. Texts and rows of weights do not count.
+
+    A frozen block with adapters keeps the same, which the adapters' gradients need.
+    """
     tokens, width, text_tokens = 97, 144, 3
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     block = Block(DiTConfig(width, 2, 1, caption_channels=8)).to(device, torch.bfloat16)
     block.cross_attn.attend = flash4_masked
+    if adapted:
+        add_adapters(block, LoraSection(rank=4))
+        init_weights(block, "", seed=0)
     x, modulation, time, text = (
         torch.randn(1, *shape).to(device, torch.bfloat16).requires_grad_()
         for shape in ((tokens, width), (2, 6 * width), (2, width), (text_tokens, width))

@@ -1,5 +1,6 @@
 """The frozen reference's flow losses, which preference objectives compare with: measured ahead of the steps that need
-them, so that no second model is in memory while the policy trains.
+them, so that no second model is in memory while the policy trains. (That of a run with adapters is its base, which is
+there at every step: see `engine.loop`.)
 
 The reference is what the run starts from, `checkpoint.init_from`. Its loss of a sample at a visit depends on nothing
 that changes during the run: timestep and noise are functions of (seed, sample or pair, visit).
@@ -123,11 +124,10 @@ class ReferenceModel:
 
     def held_out(self) -> list[np.ndarray | None]:
         """Measures the held-out annotations of every source; None where a source has none."""
-        readers = [self._data.held_out_annotations(number) for number in range(len(self._sources))]
-        if not any(readers):
-            return [None] * len(readers)
+        if not any(source.val_manifest for source in self._sources):
+            return [None] * len(self._sources)
         with self._reference():
-            return [reader and self._measure_all(reader) for reader in readers]
+            return measure_held_out(self._data, len(self._sources), self._evaluator, self._alive)
 
     def write(self) -> Iterator[str]:
         """Writes the file of every source that names one, for the whole run, and says so.
@@ -217,16 +217,31 @@ class ReferenceModel:
             failure = InputError(f"{path}: sample {name}: {why}; write it anew with `make reference CONFIG=…`")
             self._process.host.raise_together(failure if rank == 0 else None)
 
-    def _measure_all(self, reader) -> np.ndarray:
-        sizes = self._data.batch_sizes(reader)
-        parts = self._evaluator.measure(reader, lambda shape: sizes[shape].micro, alive=self._alive)
-        return Measured.concatenate(measured for _, measured, _ in parts).cells(len(reader.samples.index), 1)
-
     def _write(self, path: str, index: Index, measured: Measured) -> None:
         try:
             write_reference(path, reference_key(self._config, index, self._weights.digest), rows(measured, index))
         except (InputError, OSError) as error:
             raise InputError(f"{path}: {error}") from error
+
+
+def measure_held_out(
+    data: RunData, sources: int, evaluator: Evaluator, alive: Callable[[], None]
+) -> list[np.ndarray | None]:
+    """Measures the held-out annotations of every source with the present weights; None where a source has none.
+
+    Args:
+        alive: called between the parts of the work.
+    """
+    measured: list[np.ndarray | None] = []
+    for reader in map(data.held_out_annotations, range(sources)):
+        if reader is None:
+            measured.append(None)
+            continue
+        sizes = data.batch_sizes(reader)
+        parts = evaluator.measure(reader, lambda shape, sizes=sizes: sizes[shape].micro, alive=alive)
+        losses = Measured.concatenate(part for _, part, _ in parts)
+        measured.append(losses.cells(len(reader.samples.index), 1))
+    return measured
 
 
 def visits_of(plan: Plan, source: int, first: int, stop: int) -> range:
