@@ -73,7 +73,7 @@ class PairSettings:
     steps: int = 25
     guidance: float = 1.0
     shift: float | None = None
-    corrections: int = 2
+    corrections: int = 1
     seed: int = 0
     first_frame: bool = False
     default_fps: float = 30.0

@@ -3,6 +3,8 @@
 import csv
 import os
 import signal
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,8 +22,10 @@ from mugv_ds.models import DiTConfig
 from mugv_ds.sampling.rdpo import PARTS, PairFiles, cut_into_units
 from mugv_ds.sampling.sampler import euler, invert, sample_latents
 from mugv_ds.weights.published import load_dit
+from tests.engine.test_preference import scalars
 from tests.helpers.dataset import CHANNELS, TEXT_TOKENS, shard_dataset, write_dataset
 from tests.helpers.distributed import run_ranks
+from tests.helpers.launcher import ROOT
 from tests.helpers.published import toy_dit, write_dit
 from tools.make_rdpo_pairs import main
 
@@ -227,3 +231,38 @@ def test_a_damaged_shard_is_named(given, alone, tmp_path, capsys):
     shard.unlink()
     make(arguments(given, tmp_path))
     assert content(tmp_path) == content(alone)
+
+
+@pytest.mark.long
+def test_the_demo_learns_from_pairs_of_64_real_clips(tmp_path):
+    """The debug stages, pairs on two processes, and DPO on them: held-out clips have the higher implicit reward."""
+    for name in ("ds_configs", "hostfiles", "kernels", "mugv_ds", "tools"):
+        (tmp_path / name).symlink_to(ROOT / name)
+
+    def command(*words: str) -> str:
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+        environment = os.environ | {"PYTHONPATH": paths}
+        done = subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, env=environment, text=True, capture_output=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def launched(*words: str) -> str:
+        return command("tools/launch.py", "--hostfile", "hostfiles/localhost", *words)
+
+    command("tools/make_demo_data.py", "--out", "data/demo")
+    for stage in ("stage1", "stage2", "stage3", "sft"):
+        launched("mugv_ds/train.py", "--config", f"ds_configs/debug/{stage}.json", "--set", "preview.every=0")
+    command("tools/convert_hf.py", "--ckpt", "runs/debug/sft/checkpoints", "--out", "exports/sft")
+    clips = ["--manifest", "data/demo/train.csv", "--rows", "128", "--val-share", "0.5"]
+    how = ["--weights", "exports/sft", "--batch", "16", "--shift", "1", "--out", "data/demo_rdpo"]
+    said = launched("tools/make_rdpo_pairs.py", *clips, *how)
+    assert "64 pairs in pairs.csv, 64 pairs in pairs_val.csv" in said
+    launched("mugv_ds/train.py", "--config", "ds_configs/debug/rdpo.json", "--set", "preview.every=0")
+    accuracy = scalars(tmp_path / "runs/debug/rdpo", "validation/preference/rdpo/accuracy")
+    loss = scalars(tmp_path / "runs/debug/rdpo", "validation/loss")
+    last = max(loss)
+    print(f"held-out accuracy {accuracy[last]:.3f}, held-out flow loss {loss[0]:.5f} → {loss[last]:.5f}")
+    assert accuracy[last] >= 0.9
+    assert loss[last] <= 1.01 * loss[0]
