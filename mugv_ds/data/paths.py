@@ -4,6 +4,7 @@ import errno
 import posixpath
 import re
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from mugv_ds.config.errors import InputError
@@ -13,6 +14,7 @@ SHARD_SUFFIX = ".safetensors"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _IN_A_SHARD = f"{SHARD_SUFFIX}#"
 _MAX_KEY = 200
+_METADATA = "__metadata__"  # where a safetensors header keeps what is no tensor
 
 
 class ManifestError(InputError):
@@ -79,7 +81,23 @@ def split_key(path: str) -> tuple[str, str | None]:
     return file + SHARD_SUFFIX, key
 
 
+def distinct_files(paths: Sequence[str]) -> set[str]:
+    """The different files of a manifest's paths, as `split_key` has them; all keys are checked at once.
+
+    Raises:
+        PathError: a shard is followed by what cannot be a key.
+    """
+    parts = [path.partition(_IN_A_SHARD) for path in paths]
+    keys = [key for _, mark, key in parts if mark]
+    text = "".join(keys)
+    good = all(keys) and text.isprintable() and "#" not in text and _METADATA not in keys
+    if not good or max(map(len, keys), default=0) > _MAX_KEY:
+        for key in keys:
+            check_key(key)
+    return {file + SHARD_SUFFIX if mark else file for file, mark in {part[:2] for part in parts}}
+
+
 def check_key(key: str) -> None:
     """Raises PathError if no tensor of a shard may be called `key`: 1 to 200 printable characters without `#`."""
-    if not 0 < len(key) <= _MAX_KEY or not key.isprintable() or "#" in key or key == "__metadata__":
+    if not 0 < len(key) <= _MAX_KEY or not key.isprintable() or "#" in key or key == _METADATA:
         raise PathError(f"{key[:50]!r} cannot be the key of a tensor: 1 to {_MAX_KEY} printable characters without #")
