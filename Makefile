@@ -1,6 +1,7 @@
 # Everything runs inside .venv, which `make install` creates.
-# Variables: CONFIG, PRESET, STAGE, SET, RANKS, STEPS, HOSTFILE, CKPT, WEIGHTS, CODEC, TEXT, PROMPTS, SAMPLE, EVAL, VIDEOS,
-# WORK, DATA, INFO, IMAGES, VIDEO, VBENCH, A, B, C, COMPARE, OUT, GAMMA, FORMAT, ADAPTER, DTYPE, NOISE, PYTHON.
+# Variables: CONFIG, PRESET, STAGE, SET, RANKS, STEPS, HOSTFILE, CKPT, WEIGHTS, CODEC, TEXT, PROMPTS, SAMPLE, RDPO, EVAL,
+# VIDEOS, WORK, DATA, INFO, IMAGES, VIDEO, VBENCH, A, B, C, COMPARE, OUT, GAMMA, FORMAT, ADAPTER, DTYPE, NOISE,
+# PYTHON.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -45,7 +46,7 @@ train: install  ## Train CONFIG on the hosts of HOSTFILE; SET="section.key=value
 
 # The recipe, in this order: each starts from the one before. PRESET=debug runs them small, on the demo data; PRESET=2b
 # is the proxy, of which there are stages 1 and 2.
-RECIPE := stage1 stage2 stage3 sft dpo kto reward
+RECIPE := stage1 stage2 stage3 sft dpo kto rdpo reward
 .PHONY: $(RECIPE) reference ensemble
 stage1:  ## Train on images and 2 s clips (PRESET=debug: small, on the demo data; PRESET=2b: the proxy)
 stage2:  ## Go on with clips of 2 s growing to 5 s, some with their first frame given
@@ -53,6 +54,7 @@ stage3:  ## Go on with 720p
 sft:  ## Go on with hand-picked clips and a falling learning rate; then `make ensemble`
 dpo:  ## Go on from pairs of better and worse clips; `make reference` comes first
 kto:  ## Go on from clips labelled good and bad; `make reference` comes first
+rdpo:  ## Go on from pairs that nobody annotated, by DPO; `make rdpo-pairs` comes first
 reward:  ## Learn from a reward online, by rounds of rollouts that a command, an endpoint or a function judges
 $(RECIPE): install $(if $(filter debug,$(PRESET)),demo-data)
 	$(MAKE) --no-print-directory train CONFIG=ds_configs/$(PRESET:%=%/)$@.json
@@ -74,6 +76,22 @@ $(LPIPS)/vgg16.safetensors: tools/lpips.txt | install
 convert-vae: install  ## Write checkpoint CKPT of the VideoVAE as vae.pt to OUT (FORMAT=pt or safetensors)
 	@test -n "$(CKPT)" -a -n "$(OUT)" || { echo "usage: make convert-vae CKPT=runs/vae/…/checkpoints OUT=exports/vae"; exit 2; }
 	$(BIN)/python tools/convert_vae.py --ckpt $(CKPT) --out $(OUT) --format $(FORMAT)
+
+# PRESET=debug makes pairs of 128 of the demo's clips with its SFT weights, as they are in the run's checkpoints.
+RDPO ?= $(if $(filter debug,$(PRESET)),--rows 128 --val-share 0.5 --batch 16 --shift 1)
+.PHONY: rdpo-pairs
+rdpo-pairs: install  ## Make pairs for DPO of the clips of DATA (a CSV) with WEIGHTS in OUT, with the options RDPO (PRESET=debug: of the demo's)
+ifeq ($(PRESET),debug)
+	@test -e runs/debug/sft/checkpoints/latest || { \
+		echo "no runs/debug/sft/checkpoints: first run make stage1 stage2 stage3 sft PRESET=debug"; exit 2; }
+	rm -rf exports/debug/rdpo
+	$(BIN)/python tools/convert_hf.py --ckpt runs/debug/sft/checkpoints --out exports/debug/rdpo
+	$(LAUNCH) tools/make_rdpo_pairs.py --manifest data/demo/train.csv --weights exports/debug/rdpo --out data/demo_rdpo $(RDPO)
+else
+	@test -n "$(DATA)" -a -n "$(WEIGHTS)" -a -n "$(OUT)" || { \
+		echo "usage: make rdpo-pairs DATA=data/set/train.csv WEIGHTS=exports/sft OUT=data/rdpo"; exit 2; }
+	$(LAUNCH) tools/make_rdpo_pairs.py --manifest $(DATA) --weights $(WEIGHTS) --out $(OUT) $(RDPO)
+endif
 
 reference: install  ## Write the frozen reference's losses on the preference sets of CONFIG to their Parquet files
 	$(LAUNCH) tools/reference.py --config $(CONFIG) $(addprefix --set ,$(SET))
@@ -223,4 +241,4 @@ bench-scaling: install  ## The block under Ulysses on 1, 2 … GPUS GPUs
 	$(BIN)/torchrun --nproc-per-node $(GPUS) kernels/bench/scaling.py
 
 clean:  ## Remove the demo data and what quickstart and the debug config made; keeps .venv
-	rm -rf data/demo data/prepare_demo evaluations/debug $(foreach run,$(QUICK) debug vae/debug,runs/$(run) exports/$(run) samples/$(run))
+	rm -rf data/demo data/demo_rdpo data/prepare_demo evaluations/debug $(foreach run,$(QUICK) debug vae/debug,runs/$(run) exports/$(run) samples/$(run))

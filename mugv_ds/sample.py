@@ -1,6 +1,6 @@
 """Sampling as a command does it: its options, and the models and processes that they stand for.
 
-`tools/sample.py` and `tools/evaluate.py` share it.
+`tools/sample.py` and `tools/evaluate.py` share it, and `tools/make_rdpo_pairs.py` takes its models and processes.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mugv_ds.config import InputError
 from mugv_ds.config.environment import given_world_size
+from mugv_ds.config.model import DiTConfig
 from mugv_ds.config.text_encoder import check_text_encoder
 from mugv_ds.files.fingerprint import fingerprint
 from mugv_ds.models.attention import BACKENDS
@@ -60,9 +61,7 @@ def add_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     models.add_argument(
         "--max-text-tokens", type=int, help="default: as the weights' text_encoder.json says, else 300, as published"
     )
-    models.add_argument("--dtype", choices=DTYPES, help="of DiT and VAE; default: bf16 on a GPU, fp32 on a CPU")
-    models.add_argument("--attention", choices=["auto", *BACKENDS], default="auto", help="as model.attention")
-    models.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
+    add_device_options(models)
 
     video = parser.add_argument_group("video")
     video.add_argument(
@@ -89,12 +88,24 @@ def add_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     approximate.add_argument("--guidance-interval", type=float, nargs=2, metavar=("FROM", "TO"), help="in 0 … 1000")
     approximate.add_argument("--first-block-cache", type=float, metavar="THRESHOLD", help="such as 0.05")
 
+    add_layout_options(parser)
+    return models
+
+
+def add_device_options(models: argparse._ArgumentGroup) -> None:
+    """Adds the options of how a device computes."""
+    models.add_argument("--dtype", choices=DTYPES, help="of DiT and VAE; default: bf16 on a GPU, fp32 on a CPU")
+    models.add_argument("--attention", choices=["auto", *BACKENDS], default="auto", help="as model.attention")
+    models.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
+
+
+def add_layout_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of several processes."""
     parallel = parser.add_argument_group("several processes")
     parallel.add_argument("--sequence", type=int, default=1, help="processes that share a sample's tokens")
     parallel.add_argument("--pipeline", type=int, default=1, help="stages, where the weights do not fit one device")
     parallel.add_argument("--guidance-parallel", action="store_true", help="guidance's two branches side by side")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher gives it; it is in the environment too
-    return models
 
 
 def check(args: argparse.Namespace) -> None:
@@ -206,9 +217,14 @@ def join_session(args: argparse.Namespace) -> Session:
         trained = PublishedWeights(args.weights).text_encoder
         args.max_text_tokens = trained.max_tokens if trained else MAX_TOKENS
     process = join(args)
-    device = process.device if process else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    device, dtype = device_of(args, process)
     return Session(settings, process, workers_of(process, args.guidance_parallel), device, dtype)
+
+
+def device_of(args: argparse.Namespace, process: "Process | None") -> tuple[torch.device, torch.dtype]:
+    """Returns the device of this process, and the dtype of the models on it."""
+    device = process.device if process else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return device, DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
 
 
 def plan(
@@ -305,47 +321,8 @@ class Loaders:
         return load_codec(self._args.codec, dtype=torch.float32, device=self._device)  # one frame: cheap in fp32
 
     def denoiser(self) -> Denoiser:
-        model = self._pipeline() if self._process else load_dit(self._args.weights).to(self._device, self._dtype).eval()
-        config, (_, *shape) = self._config, self._settings.latent_shape
-        sequence = self._args.sequence
-        run = {"dtype": self._dtype, "device": self._device, "first": self._workers.first}
-        attention, tokens = BACKENDS["sdpa"], patch_grid(*shape).tokens
-        if self._device.type == "cuda":
-            heads = config.num_heads // sequence
-            attention = named_attention(self._args.attention, tokens=tokens, heads=heads, **run)
-            cross_attention = fastest_masked_attention(
-                tokens=-(-tokens // sequence),
-                text_tokens=self._args.max_text_tokens,
-                heads=config.num_heads,
-                **run,
-            )
-            for block in model.blocks:
-                block.cross_attn.attend = cross_attention
-        if self._args.compile or (self._args.compile is None and self._device.type == "cuda"):
-            compile_blocks(list(model.blocks), shapes=1)
-        if not self._process:
-            return Denoiser(partial(model, attention=attention), model)
-        from mugv_ds.parallel.inference import PipelinedModel
-
-        model.ulysses.attention = attention
-        return Denoiser(PipelinedModel(model), model, model.ulysses.total)
-
-    def _pipeline(self) -> Any:
-        """Returns the stage of the DiT that this process runs."""
-        from mugv_ds.parallel.inference import inference_stage
-
-        stage = inference_stage(
-            self._config,
-            layout=self._process.layout,
-            coordinates=self._process.coordinates,
-            group=self._process.group,
-            shape=self._settings.latent_shape[1:],
-            text_tokens=self._args.max_text_tokens,
-            dtype=self._dtype,
-            device=self._device,
-        )
-        load_into(self._args.weights, self._config, stage.named_layers())
-        return stage
+        shape = self._settings.latent_shape[1:]
+        return load_denoiser(self._args, [shape], self._process, self._workers, self._device, self._dtype)
 
     def decode(self) -> Callable[[Tensor], Iterator[Tensor]]:
         codec = load_decoder(self._args, self._dtype, self._device, self._videos)
@@ -358,6 +335,70 @@ class Loaders:
         branches = self._process.layout.data // self._workers.replicas
         group = replica_group(self._process.layout, self._process.coordinates, branches)
         return partial(decode_windows_parallel, codec, group=group)
+
+
+def load_denoiser(
+    args: argparse.Namespace,
+    shapes: Sequence[tuple[int, int, int]],
+    process: "Process | None",
+    workers: Workers,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Denoiser:
+    """Loads the DiT, or this process's stage of it, ready to sample latents of some shapes (T, H, W).
+
+    Attention is chosen, and stages are balanced, for the shape with the most tokens. All processes call it together.
+    """
+    config, shape = read_dit_config(args.weights), max(shapes, key=lambda shape: patch_grid(*shape).tokens)
+    if process:
+        model = _stage(args, config, shape, process, device, dtype)
+    else:
+        model = load_dit(args.weights).to(device, dtype).eval()
+    run = {"dtype": dtype, "device": device, "first": workers.first}
+    attention, tokens = BACKENDS["sdpa"], patch_grid(*shape).tokens
+    if device.type == "cuda":
+        attention = named_attention(args.attention, tokens=tokens, heads=config.num_heads // args.sequence, **run)
+        cross_attention = fastest_masked_attention(
+            tokens=-(-tokens // args.sequence),
+            text_tokens=args.max_text_tokens,
+            heads=config.num_heads,
+            **run,
+        )
+        for block in model.blocks:
+            block.cross_attn.attend = cross_attention
+    if args.compile or (args.compile is None and device.type == "cuda"):
+        compile_blocks(list(model.blocks), shapes=len(shapes))
+    if not process:
+        return Denoiser(partial(model, attention=attention), model)
+    from mugv_ds.parallel.inference import PipelinedModel
+
+    model.ulysses.attention = attention
+    return Denoiser(PipelinedModel(model), model, model.ulysses.total)
+
+
+def _stage(
+    args: argparse.Namespace,
+    config: DiTConfig,
+    shape: tuple[int, int, int],
+    process: "Process",
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Any:
+    """Returns the stage of the DiT that this process runs."""
+    from mugv_ds.parallel.inference import inference_stage
+
+    stage = inference_stage(
+        config,
+        layout=process.layout,
+        coordinates=process.coordinates,
+        group=process.group,
+        shape=shape,
+        text_tokens=args.max_text_tokens,
+        dtype=dtype,
+        device=device,
+    )
+    load_into(args.weights, config, stage.named_layers())
+    return stage
 
 
 def load_decoder(args: argparse.Namespace, dtype: torch.dtype, device: torch.device, videos: int) -> Codec:

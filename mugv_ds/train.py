@@ -97,6 +97,7 @@ def reference_model(config: TrainConfig, run: Start, fresh: bool) -> "ReferenceM
 def make_rounds(config: TrainConfig, run: Start, store: "Store", old: "OldPolicy") -> "Rounds":
     """Makes the rounds of a run that learns from a reward."""
     from mugv_ds.checkpoint.fragments import refresh_weights
+    from mugv_ds.config.errors import CheckpointError, PeerError
     from mugv_ds.engine.evaluate.evaluate import Evaluator
     from mugv_ds.engine.feed import Feed
     from mugv_ds.engine.reward.rounds import Rounds
@@ -114,7 +115,13 @@ def make_rounds(config: TrainConfig, run: Start, store: "Store", old: "OldPolicy
         return adapter_sizes(run.engine.module) if place.data == place.sequence == 0 else (0.0, 0.0)
 
     def distance() -> float:
-        moved, size = map(sum, zip(*host.gather(host.attempt(sizes)), strict=True))
+        try:
+            own = host.attempt(sizes)
+        except (CheckpointError, PeerError) as error:  # the weights that the run started from are gone
+            if host.rank == 0:
+                print(f"warning: reward/distance: {error}", flush=True)
+            return float("nan")
+        moved, size = map(sum, zip(*host.gather(own), strict=True))
         return (moved / size) ** 0.5
 
     feed = Feed(run.engine.module, run.process, config.data, config.model.dit().caption_channels)

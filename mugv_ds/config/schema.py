@@ -216,8 +216,8 @@ class OptimizerSection(Section):
         gt=0,
         le=1,
         description="Peak learning rate of AdamW; 1e-5 is the published trainer's default, that of stage 3 "
-        "and SFT. The source gives none by stage: 1e-4 in stages 1 and 2 is that of DiT (Peebles & Xie 2023), 1e-6 for "
-        "preferences is ours.",
+        "and SFT. The source gives none by stage: 1e-4 in stages 1 and 2 is that of DiT (Peebles & Xie 2023), 1e-7 for "
+        "DPO is that of Seaweed-7B (2025), which KTO takes over.",
     )
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW moment decay.")
     eps: float = Field(1e-10, ge=1e-15, le=1, description="AdamW epsilon (published default 1e-10).")
@@ -437,7 +437,11 @@ class SourceSection(Section):
 
 
 class PreferenceSection(Section):
-    """Post-training on preferences; data.manifest is then the SFT set that regularises. β, λ and bounds are ours."""
+    """Post-training on preferences; data.manifest is then the SFT set that regularises.
+
+    The recipe is that of Seaweed-7B (2025, arXiv 2504.08685) where it says one: a fixed reference, one round, an SFT
+    loss, and given first frames in no side's error. λ and bounds are ours.
+    """
 
     objective: Literal["dpo", "kto"] = Field(description="Flow-DPO on pairs, or Flow-KTO on single labelled clips.")
     sources: tuple[SourceSection, ...] = Field(
@@ -447,7 +451,9 @@ class PreferenceSection(Section):
         5000.0,
         gt=0,
         le=1e9,
-        description="β, constant over timesteps. 5000 with mean-reduced errors is that of Wallace et al. 2024.",
+        description="β, constant over timesteps. 5000 with mean-reduced errors is that of Wallace et al. 2024 "
+        "(Diffusion-DPO). The 100 of Seaweed-7B (2025) comes without the reduction that it goes with; taken with means "
+        "it would be 50 times weaker.",
     )
     reduction: Literal["mean", "sum"] = Field(
         "mean",
@@ -457,7 +463,19 @@ class PreferenceSection(Section):
     good_weight: Weight = Field(1.0, description="λ of good samples (kto). Ours.")
     bad_weight: Weight = Field(1.0, description="λ of bad samples (kto). Ours.")
     sft_weight: float = Field(
-        0.1, ge=0, le=1e6, description="λ of the SFT loss in the total. Ours: the source gives none; 0: no SFT samples."
+        0.1,
+        ge=0,
+        le=1e6,
+        description="λ of the SFT loss on data.manifest in the total, as the source has it for DPO and KTO. The weight "
+        "is ours: the source gives none; 0: no SFT samples.",
+    )
+    better_sft_weight: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="λ of the SFT loss on the better (good) samples themselves, as in Seaweed-7B (2025), which costs "
+        "nothing: a step has it anyway. 0 by default, as better samples are mostly a model's own and hand-picked clips "
+        "regularise; for real clips (RealDPO) give it some.",
     )
     sft_ratio: float = Field(
         0.5,
@@ -471,6 +489,13 @@ class PreferenceSection(Section):
         le=1e6,
         description="The run stops when, between two records, the better (good) side's mean error exceeds the "
         "reference's this many times: both sides rising is the known failure. Ours.",
+    )
+    max_worse_ratio: float = Field(
+        5.0,
+        gt=1,
+        le=1e6,
+        description="Likewise for the worse (bad) side, whose error is meant to rise, but not without end: what no "
+        "objective holds back destroys the samples on both sides. Ours.",
     )
 
     @model_validator(mode="after")

@@ -367,6 +367,17 @@ def _of_width(csv_path: Path, width: int, rows: Iterator[tuple[int, list[str]]])
         yield line, values
 
 
+def column_names(csv_path: Path) -> list[str]:
+    """The names in the header of a CSV, as it has them; `read_records` says what is wrong with them.
+
+    Raises:
+        ManifestError: it cannot be read. NotRegularError: it is a folder, FIFO or device.
+    """
+    with _reading(csv_path), open_regular(csv_path) as file:
+        _, header = next(_rows(csv_path, csv.reader(_lines(csv_path, file), strict=True)), (1, []))
+        return header
+
+
 def _rows(csv_path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
     """(line where it starts, values) for each row that is not blank."""
     while True:

@@ -60,8 +60,8 @@ class RunData:
 
     Raises:
         ManifestError, PathError: a manifest cannot be used, see `data.manifest.open_index` and `data.pairs`.
-        ConfigError: the sets, the batch sizes and the layout do not fit together, or the sets' text features are of
-            different encoders.
+        ConfigError: the sets, the batch sizes and the layout do not fit together, the sets' text features are of
+            different encoders, or KTO has a source of good or of bad samples alone.
     """
 
     def __init__(self, config: TrainConfig, cost: Cost, data_ranks: int, opener: Opener = call) -> None:
@@ -82,6 +82,8 @@ class RunData:
         self.text_encoder = self._text_encoder()
         rollouts = () if self.prompts is None else (RolloutSamples(self._flows(self.prompts), config.reward),)
         self.readers = Sources((self._flows(self.train), *map(self._annotated, self.sources), *rollouts))
+        if sources and config.preference.objective == "kto":
+            self._refuse_one_class()
         self.plan = self._plan()
 
     def order(self) -> dict[str, str]:
@@ -184,6 +186,24 @@ class RunData:
             return AnnotatedSamples(samples, rows, np.broadcast_to([1, -1], rows.shape))
         roles = np.where(labels(index), 1, -1)
         return AnnotatedSamples(samples, np.arange(len(index))[:, None], roles[:, None])
+
+    def _refuse_one_class(self) -> None:
+        """Refuses KTO on a source all of whose readable samples are good, or all bad.
+
+        The reference point then follows the side that is there: with good samples alone it takes the place of any
+        bound on their gain, with bad ones alone it stays 0 while their error rises.
+
+        Raises:
+            ConfigError: a source is so.
+        """
+        for source, reader in zip(self._config.preference.sources, self.readers.readers[1:], strict=True):
+            roles = reader.roles[reader.shapes.any(axis=1)]
+            if (roles == roles[0]).all():
+                raise ConfigError(
+                    f"preference.sources: {source.manifest}: all {len(roles)} samples are labelled "
+                    f"{'good' if roles[0] > 0 else 'bad'}, and with one class alone nothing bounds KTO; add samples of "
+                    "the other, in the same CSV, or use the good ones for SFT"
+                )
 
     def _plan(self) -> Plan:
         seed, preference = self._config.data.seed, self._config.preference

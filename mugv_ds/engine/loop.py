@@ -181,7 +181,7 @@ class Trainer(StepLoop):
         )
 
     def _record(self, done: int, planned: PlannedStep, rate: float, recorder: Recorder) -> None:
-        """Writes the scalars that are due after `done` steps; ends a preference run whose better side got worse."""
+        """Writes the scalars that are due after `done` steps; ends a preference run that goes astray."""
         norm = float(self.engine.get_global_grad_norm())
         preferences = recorder.record(done, rate=rate, norm=norm, probe=self.probe, waited=self.waited)
         counters = ("skips", "rollbacks", "bad")
@@ -193,15 +193,21 @@ class Trainer(StepLoop):
         self._bound(done, preferences)
 
     def _bound(self, step: int, preferences: dict[str, dict[str, float]]) -> None:
-        """Ends the run where the better side has become much worse than under the reference."""
+        """Ends the run where a side's error has become much larger than under the reference."""
+        section = self.config.preference
+        remedies = {
+            "better": "a smaller learning rate or a larger preference.sft_weight",
+            "worse": "a smaller learning rate, fewer steps, or a larger preference.beta, which is satisfied sooner",
+        }
         for stream, means in preferences.items():
-            limit = self.config.preference.max_better_ratio
-            if means["better_loss"] > limit * means["better_reference"]:
-                self.guard.fail(
-                    f"step {step}: {stream}: the better side's error is {means['better_loss']:.4g}, more than "
-                    f"preference.max_better_ratio = {limit:g} × the reference's {means['better_reference']:.4g}; go on "
-                    "from an earlier checkpoint with a smaller learning rate or a larger preference.sft_weight"
-                )
+            for side, remedy in remedies.items():
+                limit = getattr(section, f"max_{side}_ratio")
+                if means[f"{side}_ratio"] > limit:
+                    self.guard.fail(
+                        f"step {step}: {stream}: the {side} side's error is {means[f'{side}_loss']:.4g}, more than "
+                        f"preference.max_{side}_ratio = {limit:g} × the reference's {means[f'{side}_reference']:.4g}; "
+                        f"go on from an earlier checkpoint with {remedy}"
+                    )
 
     def _explain(self, position: int) -> State:
         """The samples of a data step and their timesteps, for the record of what went wrong."""

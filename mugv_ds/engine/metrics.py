@@ -42,14 +42,25 @@ def take_peak_gib(device: torch.device) -> float:
 
 
 def preference_means(sums: Mapping[str, Tensor]) -> dict[str, float]:
-    """What `objectives.preference.PREFERENCE_TERMS` sum up to, as means; NaN where nothing was summed."""
+    """What `objectives.preference.PREFERENCE_TERMS` sum up to, as means; NaN where nothing was summed.
+
+    Beside them: `better_ratio` and `worse_ratio`, each side's mean error by the reference's, and `better_share`, the
+    better (good) samples among all.
+    """
     value = {name: float(total) for name, total in sums.items()}
     of = {"correct": "count", "margin": "count", "saturated": "count"}
     of |= {f"{side}_{kind}": f"{side}_count" for side in ("better", "worse") for kind in ("loss", "reference")}
     shown = {"correct": "accuracy"}
-    return {
-        shown.get(name, name): value[name] / value[count] if value[count] else math.nan for name, count in of.items()
+    means = {shown.get(name, name): _ratio(value[name], value[count]) for name, count in of.items()}
+    ratios = {
+        f"{side}_ratio": _ratio(means[f"{side}_loss"], means[f"{side}_reference"]) for side in ("better", "worse")
     }
+    samples = value["better_count"] + value["worse_count"]
+    return means | ratios | {"better_share": _ratio(value["better_count"], samples)}
+
+
+def _ratio(dividend: float, divisor: float) -> float:
+    return dividend / divisor if divisor else math.nan
 
 
 def quartile_means(sums: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:

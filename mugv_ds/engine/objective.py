@@ -94,16 +94,17 @@ class Objective:
 
     def _prefer(self, loss_B: Tensor, labels: Labels) -> tuple[Tensor, dict[str, Tensor]]:
         section, reference_B = self._preference, labels.reference
+        mean_B, good_B = loss_B, labels.role > 0
         size_B = labels.elements if section.reduction == "sum" else torch.ones_like(loss_B)
         loss_B, reference_B = loss_B * size_B, reference_B * size_B
         if section.objective == "dpo":  # better and worse take turns
             sides = loss_B[0::2], loss_B[1::2], reference_B[0::2], reference_B[1::2]
-            loss = (dpo_loss(*sides, section.beta) * labels.scale[0::2]).mean()
+            lost_B, scale_B, better_B = dpo_loss(*sides, section.beta), labels.scale[0::2], mean_B[0::2]
             terms = dpo_terms(*sides, section.beta)
         else:
-            good_B, z = labels.role > 0, loss_B.new_tensor(self.kl_reference_point)
+            z = loss_B.new_tensor(self.kl_reference_point)
             weights = {"good_weight": section.good_weight, "bad_weight": section.bad_weight}
             lost_B = kto_loss(loss_B, reference_B, good_B, beta=section.beta, kl_reference_point=z, **weights)
-            loss = (lost_B * labels.scale).mean()
+            scale_B, better_B = labels.scale, mean_B * good_B
             terms = kto_terms(loss_B, reference_B, good_B, section.beta, z)
-        return loss, terms
+        return ((lost_B + section.better_sft_weight * better_B) * scale_B).mean(), terms

@@ -1,6 +1,7 @@
 """The rectified-flow sampler with classifier-free guidance: from text, or text and a first frame, to latents.
 
-It solves dx/dt backwards in time by Euler steps, with the timesteps and the shift of `objectives.flow`.
+It solves dx/dt backwards in time by Euler steps, with the timesteps and the shift of `objectives.flow`; `invert` goes
+the other way, from latents to the noise that the sampler makes them of.
 
 Shape suffixes: B batch, T latent frames, H and W latent height and width, L text tokens, C width of the text features.
 """
@@ -16,7 +17,7 @@ from mugv_ds.objectives.flow import MAX_TIME, resolution_shift, sampling_times
 from mugv_ds.parallel.guidance import GuidancePair
 
 Model = Callable[..., Tensor]  # a `DiT`, or what is called as one: (x, timestep, text, text_mask, x_mask, fps)
-ALL_TIMES = (0.0, float("inf"))
+ALL_TIMES, NO_TIMES = (0.0, float("inf")), (float("inf"), 0.0)
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (z [B, 24, T, H, W], t scalar) → dz/d(−t/1000), of z's shape
 
 
@@ -78,6 +79,26 @@ def euler(velocity: Velocity, z: Tensor, times: Tensor) -> Tensor:
     """Takes Euler steps through `times` (falling, the end included): z += v · Δt/1000 with Δt > 0."""
     for t, following in pairwise(times.to(z.device)):
         z = z + velocity(z, t) * ((t - following) / MAX_TIME)
+    return z
+
+
+def invert(velocity: Velocity, z: Tensor, times: Tensor, corrections: int) -> Tensor:
+    """Carries latents back to noise: undoes the steps of `euler`, the last one first.
+
+    A step from time t to t − Δ took z' = z + v(z, t) · Δ/1000, so z = z' − v(z, t) · Δ/1000, which has z on both sides.
+    DDIM inversion (Song et al. 2021, section 4.3) takes v(z', t) for v(z, t), an error of first order in Δ. That is
+    where the fixed-point iteration starts (Pan et al. 2023, "Effective Real Image Editing with Accelerated Iterative
+    Diffusion Inversion", section 3.1), each round of which makes the error smaller by about the step times the
+    velocity's slope.
+
+    Args:
+        z: clean latents [B, 24, T, H, W]. times: those of `euler`, falling, the end included.
+        corrections: rounds of the iteration; each step evaluates the model once, and once more for each round.
+    """
+    for following, t in pairwise(times.flip(0).to(z.device)):
+        reached, step = z, (t - following) / MAX_TIME
+        for _ in range(1 + corrections):
+            z = reached - velocity(z, t) * step
     return z
 
 

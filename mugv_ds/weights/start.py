@@ -91,7 +91,7 @@ class FrozenWeights:
         Raises:
             CheckpointError: the weights are gone, or do not fit.
         """
-        weights, moved, size = _open(Path(self.start.path)), 0.0, 0.0
+        weights, moved, size = open_start(Path(self.start.path)), 0.0, 0.0
         for name, first, now in pieces:
             start = weights[name].flatten()[first : first + now.numel()].to(now)
             moved += float((now - start).square().sum(dtype=torch.float64))

@@ -81,3 +81,27 @@ def test_a_row_so_heavy_that_it_would_fill_a_step_is_told(tmp_path, caplog):
         in caplog.text
     )
     assert {data.plan.step(position).shape for position in range(40)} == {(2, 4, 4)}
+
+
+@pytest.mark.parametrize("label", ["good", "bad"])
+def test_kto_on_one_class_alone_is_refused(tmp_path, label):
+    """The CSV is named. Rows that cannot be read do not count, and one sample of the other class is another matter."""
+    manifest = write_dataset(tmp_path, [(1, 4, 4)] * 6)
+    lines = manifest.read_text().splitlines()
+    other = {"good": "bad", "bad": "good"}[label]
+    source = tmp_path / "labels.csv"
+    preference = {"objective": "kto", "sources": [{"name": "a", "manifest": str(source)}]}
+    data = {"global_batch_size": 2}
+    config = load_config(write_config(tmp_path / "run", manifest, data=data, preference=preference))
+    source.write_text("\n".join([f"{lines[0]},label", *(f"{line},{label}" for line in lines[1:])]) + "\n")
+    with pytest.raises(
+        ConfigError, match=f"labels.csv: all 6 samples are labelled {label}, .* add samples of the other"
+    ):
+        open_data(config)
+    mixed = [f"{line},{other if i == 5 else label}" for i, line in enumerate(lines[1:])]
+    source.write_text("\n".join([f"{lines[0]},label", *mixed]) + "\n")
+    open_data(config)
+    (tmp_path / "latents/train-5.pt").write_bytes(b"damaged")
+    source.write_text("\n".join([f"{lines[0]},label", *mixed[::-1]]) + "\n")
+    with pytest.raises(ConfigError, match="all 5 samples are labelled"):
+        open_data(config)

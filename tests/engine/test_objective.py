@@ -70,3 +70,20 @@ def test_the_sum_counts_the_noised_elements_of_each_sample():
     gain = (what.reference - mean) * torch.tensor([HALF, WHOLE, WHOLE, HALF])
     margin = beta / 2 * (gain[0::2] - gain[1::2])
     assert loss == pytest.approx((torch.log1p(torch.exp(-margin)) * torch.tensor([1.0, 2.0])).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_the_sft_loss_of_better_samples_is_their_mean_error(objective, reduction):
+    """It comes on top of the preference's loss, whatever that one's reduction, weighed by the samples' weights."""
+    what, preference = (
+        given([True, True, False, False]),
+        section(objective, reduction, BETA if reduction == "mean" else BETA / WHOLE),
+    )
+    alone, alone_gradient, error = minimised(preference, what, POINT)
+    loss, gradient, _ = minimised(preference.model_copy(update={"better_sft_weight": 0.7}), what, POINT)
+    items = 2 if objective == "dpo" else 4  # pairs, or samples
+    assert loss - alone == pytest.approx(0.7 * (error[0] + 2 * error[2]).item() / items, rel=1e-4)
+    added = gradient - alone_gradient
+    torch.testing.assert_close(added[1::2], torch.zeros_like(added[1::2]), rtol=0, atol=1e-9)
+    assert added[0::2].any()

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,14 +12,24 @@ from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mugv_ds.config import load_config
+from mugv_ds.config.errors import TrainingError
+from mugv_ds.data.readers import Batch, stack
 from mugv_ds.data.reference import KeyMismatch, read_reference
 from mugv_ds.data.run_data import RunData
+from mugv_ds.engine.evaluate.evaluate import _about
 from mugv_ds.engine.evaluate.reference import reference_key
+from mugv_ds.engine.feed import Feed
+from mugv_ds.engine.loop import Trainer
+from mugv_ds.engine.metrics import preference_means
+from mugv_ds.engine.objective import Objective
 from mugv_ds.models import DiT, DiTConfig
-from mugv_ds.models.dit import init_weights
+from mugv_ds.models.dit import init_weights, patch_pixels
 from mugv_ds.models.flops import SampleCost
+from mugv_ds.models.rope import patch_grid, positions
 from mugv_ds.objectives.flow import flow_loss
-from mugv_ds.objectives.preference import dpo_loss, kl_reference_point, kto_loss
+from mugv_ds.objectives.preference import PREFERENCE_TERMS, dpo_loss, kl_reference_point, kto_loss
+from mugv_ds.parallel.layout import RankCoordinates
+from mugv_ds.parallel.pipeline import Labels
 from mugv_ds.weights.start import start_digest
 from tests.helpers import trainer
 from tests.helpers.dataset import CHANNELS, write_config, write_dataset
@@ -199,6 +211,80 @@ def test_both_sides_of_a_pair_share_timestep_and_noise_held_out_too(root, tmp_pa
             noised = better.x_mask[None, :, None, None] & worse.x_mask[None, :, None, None]
             torch.testing.assert_close(noise[0] * noised, noise[1] * noised, rtol=0, atol=1e-5)
             assert (better.role, worse.role) == (1, -1) and not torch.equal(better.target, worse.target)
+            assert torch.equal(better.x_mask, worse.x_mask)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_given_first_frames_take_no_part_in_either_side_s_error(root, tmp_path, objective, reduction):
+    """From the files to the loss: what is predicted of them changes neither errors, nor the reference's, nor the loss.
+
+    The sum is over the elements of the noised frames alone.
+    """
+    (frames, height, width), rows = SHAPES[0], 4
+    elements = 24 * (frames - 1) * height * width
+    beta = 1.0 if reduction == "mean" else 1.0 / elements
+    changes = ["flow.first_frame_share=1.0", f"preference.reduction={reduction}", f"preference.beta={beta}"]
+    config = load_config(configure(tmp_path, root, objective, (1, 1, 1)), changes)
+    reader = RunData(config, SampleCost.of(config), 1).readers.readers[1]
+    items = [item for item in range(len(reader.rows)) if tuple(reader.shapes[item]) == SHAPES[0]]
+    batch = stack(sample for item in items for sample in reader.read(item, 0))
+    batch = Batch(*(tensor[:rows] for tensor in batch))
+    batch = batch._replace(reference=torch.tensor([1.5, 1.2, 1.4, 1.3]))
+    assert not batch.x_mask[:, 0].any() and batch.x_mask[:, 1:].all() and set(batch.role.tolist()) == {1, -1}
+    patches = torch.arange(frames * height // 2 * width // 2 + 2)
+    module = SimpleNamespace(is_first=True, is_last=True, token_n=patches)
+    process = SimpleNamespace(coordinates=RankCoordinates(0, 0, 0), device=torch.device("cpu"), group=None)
+    feed = Feed(module, process, config.data, CHANNELS)
+    ((_, given),) = feed.stage([batch], SHAPES[0], rows, 1, preferred=1)
+    given = Labels(*given)
+
+    def errors(first: float, second: float) -> tuple[torch.Tensor, float]:
+        """Errors as the reference's are measured, and the loss; the frames are predicted off by so much."""
+        off = torch.tensor([first, second])[None, None, :, None, None].expand_as(batch.target)
+        velocity = patch_pixels(batch.target + off)[:, positions(patches, patch_grid(*SHAPES[0])).patch_N]
+        minimised = Objective(config.preference, None, 1)
+        with torch.no_grad():
+            minimised(velocity, given)
+        return minimised.recorded[0], minimised(velocity.requires_grad_(), given)[0].item()
+
+    error, loss = errors(0.0, 1.1)
+    torch.testing.assert_close(error, torch.full((rows,), 1.21))
+    for off in (7.0, -1e6):
+        changed, changed_loss = errors(off, 1.1)
+        assert torch.equal(changed, error) and changed_loss == loss
+    assert errors(0.0, 1.2)[0].min() > error.max()
+    assert given.elements.tolist() == _about(batch)[4].tolist() == [elements] * rows
+
+
+def test_a_run_ends_where_a_side_s_error_leaves_the_reference_s(root, tmp_path):
+    """The message names step, stream, side and what to do; a class that no sample was of bounds nothing."""
+    config = load_config(configure(tmp_path, root, "kto", (1, 1, 1)))
+
+    def end(message: str) -> None:
+        raise TrainingError(message)
+
+    run = SimpleNamespace(config=config, guard=SimpleNamespace(fail=end))
+    sums = dict.fromkeys(PREFERENCE_TERMS, 1.0) | {"better_count": 4.0, "worse_count": 2.0, "count": 6.0}
+    sums |= {"better_loss": 8.0, "better_reference": 4.0, "worse_loss": 10.0, "worse_reference": 2.0}
+
+    def record(**changes: float) -> dict[str, float]:
+        means = preference_means({name: torch.tensor(value) for name, value in (sums | changes).items()})
+        Trainer._bound(run, 40, {"physics": means})
+        return means
+
+    means = record()  # both are at their bounds
+    assert (means["better_ratio"], means["worse_ratio"]) == (2.0, 5.0) and means["better_share"] == pytest.approx(2 / 3)
+    with pytest.raises(
+        TrainingError, match=r"step 40: physics: the better side's error is 2.25, .*_better_ratio = 2 ×"
+    ):
+        record(better_loss=9.0)
+    with pytest.raises(
+        TrainingError, match=r"worse side's error is 5.5, .*max_worse_ratio = 5 × the reference's 1; go"
+    ):
+        record(worse_loss=11.0)
+    empty = record(worse_loss=0.0, worse_reference=0.0, worse_count=0.0)
+    assert math.isnan(empty["worse_ratio"]) and empty["better_share"] == 1
 
 
 def scalars(folder: Path, tag: str) -> dict[int, float]:
@@ -233,3 +319,5 @@ def test_a_run_resumes_with_the_reference_it_began_with_and_its_alarm_ends_it(ro
         launch(path, 2, "--set", "preference.max_better_ratio=1.0001", "--set", "schedule.steps=30")
     )
     assert status == 1 and "more than preference.max_better_ratio = 1.0001" in output
+    status, output = finish(launch(path, 2, "--set", "preference.max_worse_ratio=1.0001", "--set", "schedule.steps=30"))
+    assert status == 1 and "more than preference.max_worse_ratio = 1.0001" in output
