@@ -8,12 +8,14 @@ import json
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,6 +47,7 @@ from mugv_ds.parallel.inference import PipelinedModel
 from mugv_ds.parallel.pipeline import DiTPipeline
 
 _PATIENCE_SECONDS = 1.0
+_WRITERS = 4  # videos that are written at a time: H.264 takes longer than decoding does
 _MOST_BYTES = 1 << 28  # of a file of rewards
 _RUN, _ROUND = "run.json", "round.json"
 
@@ -238,21 +241,27 @@ class Rounds:
                     write_rollout(rollouts.path(item, LATENT_SUFFIX), latent)
 
     def _film(self, rollouts: RolloutSamples, alive: Alive) -> None:
-        """Decodes the videos that are not there; all ranks share the work of each."""
+        """Decodes the videos that are not there; all ranks share the work of each, while rank 0 writes others."""
         missing = self._missing(rollouts, VIDEO_SUFFIX)
         if not missing:
             return
-        played = rollouts.round
-        with self._codec.on_device():
+        played, writing = rollouts.round, deque()
+        with self._codec.on_device(), ThreadPoolExecutor(_WRITERS, "video") as threads:
             for item in missing:
                 path = rollouts.path(item, LATENT_SUFFIX)
                 latent = self._process.host.attempt(lambda path=path: read_rollout(path, played.shape))
                 frames = self._codec.decode(latent, self._gives_first_frame(played), alive)
-                alive()
                 if self._process.rank == 0:
-                    row = rollouts.prompts.index.row(rollouts.rollout(item).row)
-                    with _named(), write_atomically(rollouts.path(item, VIDEO_SUFFIX)) as stream:
-                        write_mp4(stream.name, frames, row.fps or self._config.data.default_fps)
+                    writing.append(threads.submit(self._write_video, rollouts, item, frames))
+                done = writing.popleft() if len(writing) > _WRITERS else None
+                self._process.host.attempt(lambda done=done: done and done.result())
+                alive()
+            self._process.host.attempt(lambda: [video.result() for video in writing])
+
+    def _write_video(self, rollouts: RolloutSamples, item: int, frames: np.ndarray) -> None:
+        row = rollouts.prompts.index.row(rollouts.rollout(item).row)
+        with _named(), write_atomically(rollouts.path(item, VIDEO_SUFFIX)) as stream:
+            write_mp4(stream.name, frames, row.fps or self._config.data.default_fps)
 
     def _judge(self, rollouts: RolloutSamples, alive: Alive) -> Numbers:
         """Asks all reward functions about the rollouts that they have not judged; returns the numbers, by id."""
