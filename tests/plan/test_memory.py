@@ -118,7 +118,7 @@ def test_bytes_of_a_block_and_of_a_micro_batch_in_flight(recompute, thirds):
             assert backward - 1e9 == pytest.approx(tensor * (thirds / 3 * blocks * in_flight + 15))
 
 
-@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("adapted", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_block_keeps_what_is_counted(formula, adapted):
     """With the kernels, in bf16, the sequence not sharded: o is kept once. Texts and rows of weights do not count.
 
