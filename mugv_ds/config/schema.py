@@ -24,6 +24,7 @@ StepsOrNever = Annotated[int, Field(ge=0, le=10**8)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]  # 1 would divide by zero
 Weight = Annotated[float, Field(gt=0, le=1e6)]
+Name = Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$", max_length=64)]
 # The linears of a block, by published name.
 LORA_TARGETS = (
     "attn.qkv",
@@ -509,8 +510,8 @@ class PreferenceSection(Section):
 class RewardFunctionSection(Section):
     """What judges rollouts: a command, an HTTP endpoint or a Python function, by one protocol; see docs/reward.md."""
 
-    name: str = Field(description="What messages and files call it.", pattern="^[A-Za-z0-9_-]+$", max_length=64)
-    weights: dict[Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$", max_length=64)], float] = Field(
+    name: Name = Field(description="What messages and files call it.")
+    weights: dict[Name, Annotated[float, Field(ge=-1e6, le=1e6)]] = Field(
         description="Names of the numbers that it gives for a video, and their weights in the reward, in which each is "
         "measured in units of its own spread. A negative weight asks for less; 0 only records the number.",
         min_length=1,
@@ -566,18 +567,20 @@ class RewardSection(Section):
     codec: str = Field(description="What makes pixels of rollouts, see preview.codec.")
     functions: tuple[RewardFunctionSection, ...] = Field(description="What judges the rollouts.", min_length=1)
     prompts: Samples = Field(description="Rows of a round, all of one latent shape.")
-    rollouts: int = Field(
-        ge=2, le=1 << 16, description="Rollouts of each row, among which its rewards are compared (24 in the paper)."
-    )
-    passes: Count = Field(1, description="How often each rollout is trained on in its round (1 in the paper).")
-    steps: Count = Field(10, description="Evaluations of the model for a rollout (10 in the paper's training).")
+    rollouts: int = Field(ge=2, le=1 << 16, description="Rollouts of each row, among which its rewards are compared.")
+    passes: Count = Field(1, description="How often each rollout is trained on in its round.")
+    steps: Count = Field(10, description="Evaluations of the model for a rollout (10: as in the paper's training).")
     guidance: float = Field(
         1.0, ge=0, le=1000, description="Weight of the caption in rollouts; the method needs none: 1."
     )
     first_frame: bool = Field(False, description="Give the first latent frame of the row clean (image-to-video).")
     sample_batch: Samples = Field(1, description="Rollouts that a replica samples at once.")
     beta: float = Field(
-        1.0, gt=0, le=1e3, description="β of the loss: how far v⁺ and v⁻ lie from the old policy. 1 is the paper's."
+        1.0,
+        gt=0,
+        le=1e3,
+        description="β of the loss: how far v⁺ and v⁻ lie from the old policy. The paper finds values near 1 stable, and "
+        "smaller ones faster.",
     )
     advantage_clip: float = Field(
         5.0,

@@ -183,6 +183,14 @@ FULL = {
     "parallel": {},
     "preference": {"objective": "kto", "sources": [{"name": "a", "manifest": "a.csv"}]},
     "lora": {},
+    "reward": {
+        "manifest": "p.csv",
+        "dir": "rounds",
+        "codec": "vae.pt",
+        "prompts": 4,
+        "rollouts": 4,
+        "functions": [{"name": "a", "weights": {"a": 1.0}, "command": ["judge"]}],
+    },
 }
 
 
