@@ -579,8 +579,8 @@ class RewardSection(Section):
         1.0,
         gt=0,
         le=1e3,
-        description="β of the loss: how far v⁺ and v⁻ lie from the old policy. The paper finds values near 1 stable, and "
-        "smaller ones faster.",
+        description="β of the loss: how far v⁺ and v⁻ lie from the old policy. The paper finds values near 1 stable, "
+        "and smaller ones faster.",
     )
     advantage_clip: float = Field(
         5.0,
