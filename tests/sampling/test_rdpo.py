@@ -24,7 +24,7 @@ from mugv_ds.sampling.sampler import euler, invert, sample_latents
 from mugv_ds.weights.published import load_dit
 from tests.engine.test_preference import scalars
 from tests.helpers.dataset import CHANNELS, TEXT_TOKENS, shard_dataset, write_dataset
-from tests.helpers.distributed import run_ranks
+from tests.helpers.distributed import free_port, run_ranks
 from tests.helpers.launcher import ROOT
 from tests.helpers.published import toy_dit, write_dit
 from tools.make_rdpo_pairs import main
@@ -254,7 +254,8 @@ def test_the_demo_learns_from_pairs_of_64_real_clips(tmp_path):
         return done.stdout
 
     def launched(*words: str) -> str:
-        return command("tools/launch.py", "--hostfile", "hostfiles/localhost", *words)
+        port = ("--master_port", str(free_port()))
+        return command("tools/launch.py", "--hostfile", "hostfiles/localhost", *port, *words)
 
     command("tools/make_demo_data.py", "--out", "data/demo")
     for stage in ("stage1", "stage2", "stage3", "sft"):
