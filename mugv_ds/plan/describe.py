@@ -12,7 +12,7 @@ from mugv_ds.config.model import DiTConfig
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.config.videovae import VideoVAEConfig
 from mugv_ds.data.buckets import group_by_shape
-from mugv_ds.data.manifest import Index, Shape
+from mugv_ds.data.manifest import Shape
 from mugv_ds.data.plan import Plan, Stream
 from mugv_ds.data.run_data import RunData
 from mugv_ds.models.dit import Embedders
@@ -95,8 +95,11 @@ def describe(config: TrainConfig, world_size: int | None, codec_sizes: Callable[
         f"parameters: {sum(parameters):,} ({config.model.preset}, {config.model.precision}){adapters}",
         *_stage_lines(config, layout, data.typical_shape, buckets, parameters, trained),
         *(_bucket_line(config, layout, bucket) for bucket in buckets),
-        *_sampled_line(config, layout, data, parameters, trained, codec_sizes, "preview", data.previewed),
-        *_sampled_line(config, layout, data, parameters, trained, codec_sizes, "evaluation", data.evaluated),
+        *(
+            line
+            for what in _sampled(config, data)
+            for line in _sampled_line(config, layout, data, parameters, trained, codec_sizes, what)
+        ),
     ]
     return "\n".join([*lines, "config:", config.model_dump_json(indent=2)])
 
@@ -149,8 +152,28 @@ def _memory(config: TrainConfig, layout: Layout, **stage: int) -> Memory:
         replicas=layout.replicas,
         recompute=config.parallel.activation_checkpointing,
         fp32_accumulation=accumulation == "fp32",
-        averages=len(config.ema.sigma_rel),
+        averages=len(config.ema.sigma_rel) + (config.reward is not None),  # the old policy is one too
     )
+
+
+class Sampled(NamedTuple):
+    """Videos that a run samples. shapes: latent (T, H, W) of the rows. batch: of a replica. codec: path, or None."""
+
+    name: str
+    shapes: list[Shape]
+    batch: int
+    codec: str | None
+
+
+def _sampled(config: TrainConfig, data: RunData) -> Iterator[Sampled]:
+    for key, index in (("preview", data.previewed), ("evaluation", data.evaluated)):
+        if index is not None:
+            section = config.sampled[key]
+            rows = index.shapes()[: section.count].tolist()
+            yield Sampled(f"{key}s", list(map(tuple, rows)), 1, section.codec)
+    if data.prompts is not None:
+        shapes = list(data.prompts.buckets().by_shape)
+        yield Sampled("rollouts", shapes, config.reward.sample_batch, config.reward.codec)
 
 
 def _sampled_line(
@@ -160,18 +183,13 @@ def _sampled_line(
     parameters: list[int],
     trained: list[int],
     codec_sizes: Callable[[str], VideoVAEConfig | None],
-    key: str,
-    index: Index | None,
+    what: Sampled,
 ) -> Iterator[str]:
-    """A line with the predicted memory of a section's videos, if there are any: of a device of the largest stage."""
-    if index is None:
-        return
-    dit, section = config.model.dit(), config.sampled[key]
-    vae = None if section.codec is None else codec_sizes(section.codec)
-    rows = index.shapes()[: section.count].tolist()
-    shape = max(map(tuple, rows), key=lambda shape: patch_grid(*shape).tokens)
+    """A line with the predicted memory of videos: of a device of the largest stage."""
+    dit, vae = config.model.dit(), None if what.codec is None else codec_sizes(what.codec)
+    shape = max(what.shapes, key=lambda shape: patch_grid(*shape).tokens)
     tokens = patch_grid(*shape).tokens
-    line = f"  {key}s, latent {'×'.join(map(str, shape))} at most: {tokens:,} tokens"
+    line = f"  {what.name}, latent {'×'.join(map(str, shape))} at most: {tokens:,} tokens"
     if config.model.precision != "bf16":
         yield f"{line}; memory not predicted in {config.model.precision}"
         return
@@ -189,7 +207,7 @@ def _sampled_line(
         ).resident
         for first, last in pairwise(boundaries)
     )
-    sampling = resident + predict_sampling(dit, tokens_held=-(-tokens // layout.sequence))
+    sampling = resident + predict_sampling(dit, tokens_held=what.batch * -(-tokens // layout.sequence))
     line += f", about {sampling / GIB:.1f} GiB a device while they are sampled"
     if vae is not None:
         decoding = resident + predict_decoding(vae, parameters=vae_parameters(vae), latent=shape, window=WINDOW)
