@@ -37,7 +37,7 @@ from mugv_ds.files.atomic import HALF, write_atomically
 from mugv_ds.models import reuse
 from mugv_ds.objectives.flow import resolution_shift, sampling_times
 from mugv_ds.sampling.run import Denoiser, Workers
-from mugv_ds.sampling.sampler import ALL_TIMES, NO_TIMES, Velocity, euler, guided_velocity, invert
+from mugv_ds.sampling.sampler import Velocity, euler, guided_velocity, invert
 
 PARTS = ("text_features", "noise", "better", "worse")
 MADE_NAME = "rdpo.json"
@@ -335,7 +335,6 @@ class Flow:
             negative_mask=negative_mask,
             fps=fps,
             guidance=settings.guidance,
-            interval=NO_TIMES if null_text is None else ALL_TIMES,
             pair=workers.pair,
         )
         shift = settings.shift or resolution_shift(LATENT_STRIDE * height, LATENT_STRIDE * width, frames)

@@ -17,7 +17,7 @@ from mugv_ds.objectives.flow import MAX_TIME, resolution_shift, sampling_times
 from mugv_ds.parallel.guidance import GuidancePair
 
 Model = Callable[..., Tensor]  # a `DiT`, or what is called as one: (x, timestep, text, text_mask, x_mask, fps)
-ALL_TIMES, NO_TIMES = (0.0, float("inf")), (float("inf"), 0.0)
+ALL_TIMES = (0.0, float("inf"))
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (z [B, 24, T, H, W], t scalar) → dz/d(−t/1000), of z's shape
 
 
