@@ -19,7 +19,9 @@ GIB = 2**30
 # - off: also the projection of o, the residual after it, q of cross-attention before and after its norm, and its o.
 # Cross-attention through PyTorch keeps q and o padded to 80 channels beside: 1.2 more with "off".
 KEPT = {"full": 1, "selective": 7 + 1 / 3, "light": 15 + 1 / 3, "off": 20 + 1 / 3}
-WORKING = 15  # such tensors in use at once while one block runs backward; fitted to the runs
+# Such tensors in use at once while one block runs backward, fitted to the runs; with "full" all that a block keeps is
+# made again first.
+WORKING = {"full": 30, "selective": 15, "light": 15, "off": 15}
 # The same without gradients, and nothing is kept: measured through the whole 10B model of 2 and of 4 blocks, in bf16 on
 # an H200 (PyTorch 2.11), with 13,802 to 54,002 tokens.
 SAMPLING = 16.4
@@ -74,7 +76,7 @@ def predict_memory(
     shard = (12.0 + 4.0 * averages) * parameters / replicas  # fp32 weights and two moments; averages
     accumulated = 4.0 * parameters if fp32_accumulation else 0.0
     resident = weights + shard + accumulated
-    activations = (KEPT[recompute] * blocks * in_flight + WORKING) * tensor
+    activations = (KEPT[recompute] * blocks * in_flight + WORKING[recompute]) * tensor
     # Gradients take the place of activations as the backward pass goes; the step needs its shard of them in fp32 too.
     step = resident + 2.0 * parameters + 6.0 * parameters / replicas
     return Memory(resident, resident + activations + BUCKET_BYTES, step)
