@@ -49,7 +49,7 @@ class Engine(Protocol):
 def fragments(engine: Engine, prefix: str = "") -> list[Fragment]:
     """All fragments of this rank, in the order of the model. Moments that do not exist yet are made, as zeros.
 
-    Frozen parameters have none.
+    Parameters that the optimizer does not have, such as the base of adapters, have none.
 
     Args:
         prefix: put before the names of all its parameters.
@@ -61,10 +61,8 @@ def _fragments(engine: Engine, of_engine: str) -> Iterator[Fragment]:
     optimizer = engine.basic_optimizer
     for prefix, layer in engine.module.named_layers():
         for name, parameter in layer.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            linked = parameter._hp_mapping
-            if linked is None:  # this rank's slice holds nothing of it
+            linked = getattr(parameter, "_hp_mapping", None)
+            if linked is None:  # this rank's slice holds nothing of it, or it is no parameter of the optimizer
                 continue
             group = optimizer.param_groups[linked.param_group_index]
             (held,) = group["params"]

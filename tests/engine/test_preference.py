@@ -243,7 +243,7 @@ def test_given_first_frames_take_no_part_in_either_side_s_error(root, tmp_path, 
         """Errors as the reference's are measured, and the loss; the frames are predicted off by so much."""
         off = torch.tensor([first, second])[None, None, :, None, None].expand_as(batch.target)
         velocity = patch_pixels(batch.target + off)[:, positions(patches, patch_grid(*SHAPES[0])).patch_N]
-        minimised = Objective(config.preference, None, 1)
+        minimised = Objective(config.preference, None, None, 1)
         with torch.no_grad():
             minimised(velocity, given)
         return minimised.recorded[0], minimised(velocity.requires_grad_(), given)[0].item()
