@@ -56,6 +56,7 @@ def losses(root) -> dict[str, list[list[float]]]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", ["pp4", "sp2-pp2"])
 def test_mixed_shapes_train_alike_under_pipelines(losses, layout):
     (expected,) = losses["one"]

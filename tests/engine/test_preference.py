@@ -180,6 +180,7 @@ def test_loss_and_gradients_are_those_of_the_formula(root, results, objective, l
     assert max(errors.values()) <= 1e-5, max(errors.items(), key=lambda item: item[1])
 
 
+@pytest.mark.long
 def test_a_cached_reference_equals_one_of_the_run(root, results, tmp_path):
     """Written by the command on two data ranks, and measured in the runs of every layout, at every visit."""
     cache = tmp_path / "reference.parquet"

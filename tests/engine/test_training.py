@@ -160,6 +160,7 @@ def test_another_layout_goes_on_by_itself(tmp_path, dataset, straight):
         assert {s: v for s, v in scalars(tmp_path, tag).items() if s >= 8} == pytest.approx(expected, rel=1e-5), tag
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_bitwise(tmp_path, dataset, straight):
     """kill -9 of one rank after step 6: the launcher ends the rest, and a restart reaches the same state at step 10."""
     config = configure(tmp_path, dataset)

@@ -64,6 +64,7 @@ def sampled_here(monkeypatch):
     monkeypatch.setattr(subprocess, "run", run)
 
 
+@pytest.mark.long
 def test_weights_are_sampled_judged_and_scored_once(given, tmp_path, capfd, request):
     """And a package that fails or lies is named, and asked again for that dimension alone."""
     (given / "cache/answers.json").write_text(json.dumps(ANSWERS | {"i2v_background": None}))

@@ -84,7 +84,14 @@ def test_nan_samples_are_replaced_the_same_way_after_resuming(tmp_path, referenc
     assert done.codes == [1, 1] and "more than guard.max_bad_share = 0.01" in done.output
 
 
-@pytest.mark.parametrize("where", ["latent", "text features", "weights to start from", "checkpoint"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "weights to start from",
+        "checkpoint",
+        *(pytest.param(w, marks=pytest.mark.long) for w in ("latent", "text features")),
+    ],
+)
 def test_a_pickle_that_runs_code_ends_the_run_and_does_not_run(tmp_path, report, where):
     manifest = write_dataset(tmp_path / "data", SHAPES)
     sentinel, weights = tmp_path / "sentinel", tmp_path / "dit.pt"
@@ -136,7 +143,7 @@ def test_a_rank_that_hangs_is_named(tmp_path, manifest, report, frozen, act, tol
 
 @pytest.mark.parametrize(
     "parallel",
-    [pytest.param({"sequence": 2}, marks=pytest.mark.long), {"pipeline": 2}, {"data": 2}],
+    [*(pytest.param({axis: 2}, marks=pytest.mark.long) for axis in ("sequence", "pipeline")), {"data": 2}],
     ids=lambda axis: next(iter(axis)),
 )
 def test_a_rank_that_stops_inside_a_step_is_named(tmp_path, manifest, report, parallel):

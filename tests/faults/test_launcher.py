@@ -89,7 +89,9 @@ def test_the_launcher_and_its_ranks_can_be_told_to_stop(tmp_path, manifest, repo
             marks=pytest.mark.long,
         ),
         pytest.param("kill -9 of the inner launcher", False, 0, "saved; deepspeed returns 0", marks=pytest.mark.long),
-        ("kill -9 of the inner launcher of tools/launch.py", True, 75, "saved; status 75"),
+        pytest.param(
+            "kill -9 of the inner launcher of tools/launch.py", True, 75, "saved; status 75", marks=pytest.mark.long
+        ),
         ("SIGTERM to tools/launch.py", True, 75, "saved; status 75"),
     ],
 )

@@ -36,7 +36,7 @@ def test_signals_save_the_same_step_and_lose_nothing(tmp_path, manifest, referen
     report(19, "noise of the data ranks after resuming", "differs between ranks, as uninterrupted", done.restarted_in())
 
 
-@pytest.mark.parametrize("work", ["validation", "previews"])
+@pytest.mark.parametrize("work", ["validation", pytest.param("previews", marks=pytest.mark.long)])
 def test_validations_and_previews_are_left(tmp_path, manifest, reference, report, work):
     """At the second mark; what was trained is saved, and the run goes on and makes them anew."""
     held_out = write_dataset(tmp_path / "held_out", [(2, 4, 6)] * 40, "val")

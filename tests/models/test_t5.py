@@ -163,6 +163,7 @@ def test_the_info_names_the_encoder(t5):
     assert (half.dtype, half.max_tokens, half.fingerprint) == ("bfloat16", 20, info.fingerprint)
 
 
+@pytest.mark.long
 def test_an_encoder_of_the_hubs_cache_is_called_as_there(tmp_path, t5, monkeypatch):
     commit = "0123456789abcdef" * 2 + "01234567"
     folder = shutil.copytree(TINY, tmp_path / f"models--someone--t5-tiny/snapshots/{commit}")

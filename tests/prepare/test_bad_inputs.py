@@ -663,6 +663,7 @@ def test_a_disk_that_is_too_small(copied, monkeypatch):
     refused(copied.run("encode"), 2, str(copied.out), "GiB are free", "encode.buckets")
 
 
+@pytest.mark.long
 def test_an_endless_video_ends(tmp_path):
     """What a decoder was given before was decoded in time, so that it is not for its start that it takes too long."""
     looping(tmp_path / "endless.mp4", 100_000)

@@ -172,6 +172,7 @@ def test_a_run_goes_on_though_its_start_weights_are_gone(tmp_path):
     assert status == 2 and "has taken 3 steps, and schedule.steps = 1" in output, output
 
 
+@pytest.mark.long
 def test_a_preference_run_keeps_the_reference_that_it_began_with(tmp_path, preferred):
     """Its start is a run's folder, which holds a newer checkpoint by the time that the run goes on."""
     base = tmp_path / "base"
@@ -195,6 +196,7 @@ def test_a_preference_run_keeps_the_reference_that_it_began_with(tmp_path, prefe
     assert status == 2 and "the weights that the run started from are gone" in output, output
 
 
+@pytest.mark.long
 def test_a_reference_is_of_the_files_that_it_was_measured_on_and_lacking_visits_are_made(tmp_path, preferred):
     root = tmp_path / "data"
     shutil.copytree(preferred, root, ignore=shutil.ignore_patterns(".index"))

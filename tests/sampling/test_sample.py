@@ -92,7 +92,7 @@ def test_the_command_gives_the_published_frames(name, tmp_path, monkeypatch, fra
     assert read_mp4(next((tmp_path / "out").glob("*.mp4")))[1] == metadata["written_fps"]
 
 
-@pytest.mark.parametrize("size", ["3:4", "4:3"])
+@pytest.mark.parametrize("size", ["3:4", pytest.param("4:3", marks=pytest.mark.long)])
 def test_sizes_are_those_of_the_table(size, toy, tmp_path, capsys):
     """The published stack crashes on these two after all of its steps."""
     arguments = ["--size", size, "--frames", "9", "--steps", "1", "--prompt", "a circle", "--image", toy / "first.png"]

@@ -123,7 +123,22 @@ def test_a_rank_of_a_pair_gets_its_own_text_alone_at_all_times(branch):
     assert relative(out, sample(interval=interval)) <= 1e-6
 
 
-@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_guidance_of_1_asks_for_the_prompts_alone():
+    """It is what the prompt's branch says, for half of the work."""
+    seen = []
+
+    def model(x, timestep, text, *_):
+        seen.append(text)
+        return torch.zeros(len(x), 48, *x.shape[2:])
+
+    noise, text, mask = torch.zeros(2, 24, 1, 4, 4), torch.ones(2, 5, 8), torch.ones(2, 5, dtype=torch.bool)
+    given = {"noise": noise, "reference": noise, "frame_mask": torch.ones(2, 1), "fps": torch.full((2,), 24.0)}
+    given |= {"text": text, "text_mask": mask, "negative_text": -text, "negative_mask": mask}
+    sample_latents(model, **given, height=32, width=32, steps=2, guidance=1.0, shift=1.0)
+    assert len(seen) == 2 and all(torch.equal(one, text) for one in seen)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 4.0])
 @pytest.mark.parametrize("steps", [1, 4])
 def test_each_step_asks_the_model_once_for_both_branches(guidance, steps):
     """A batch of two samples becomes four: both with their prompts, then both with the negative prompts."""
