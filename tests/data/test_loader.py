@@ -157,6 +157,7 @@ def test_workers_that_die_again_and_again_end_the_run(tmp_path, caplog, impatien
     assert [record.args[3] for record in caplog.records] == [1]
 
 
+@pytest.mark.long
 def test_workers_end_with_the_run(tmp_path):
     code = """
 import time

@@ -61,6 +61,7 @@ def use(host: HostGroup) -> None:
         host.agree(only_on_rank_1, InputError)
 
 
+@pytest.mark.long
 @pytest.mark.regression
 def test_rank_0_may_take_longer_than_a_collective(tmp_path):
     """An index of millions of rows took longer than the time-out, and the work was lost."""

@@ -148,6 +148,7 @@ def test_another_layout_trains_on_the_same_stream(tmp_path, dataset, straight):
         assert scalars(tmp_path, tag) == pytest.approx(scalars(straight, tag), rel=1e-4), tag
 
 
+@pytest.mark.long
 def test_another_layout_goes_on_by_itself(tmp_path, dataset, straight):
     """From step 6 of four ranks to step 10 on two, on the same stream."""
     (tmp_path / "checkpoints").mkdir()

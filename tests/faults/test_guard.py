@@ -122,7 +122,9 @@ def test_a_pickle_that_runs_code_ends_the_run_and_does_not_run(tmp_path, report,
     ("frozen", "act", "told"),
     [
         (1, inject.freeze, "held up by rank 1 (host {host}, pid {pid}), silent for"),
-        (0, inject.freeze, "held up by rank 0 (host {host}, pid {pid}), silent for"),
+        pytest.param(
+            0, inject.freeze, "held up by rank 0 (host {host}, pid {pid}), silent for", marks=pytest.mark.long
+        ),
         (1, inject.doze, "held up by rank 1 (host {host}, pid {pid}), at "),
     ],
     ids=["stopped", "stopped host of the store", "busy"],
@@ -171,6 +173,7 @@ def test_a_killed_loader_worker_is_replaced(tmp_path, manifest, reference, repor
     report(25, "a loader worker killed", "its samples named and read again; bitwise", pause)
 
 
+@pytest.mark.long
 def test_a_straggler_and_a_replica_that_differs_are_named(tmp_path, manifest, report):
     config = configure(tmp_path, manifest, guard={"straggler_window": 3, "check_replicas_every": 1})
     fault = partial(inject.slow_and_perturbed, seconds=0.05, step=6)

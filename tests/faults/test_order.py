@@ -10,6 +10,8 @@ from tests.helpers.launcher import ROOT
 
 CODE = """
 import sys
+
+import pytest
 from mugv_ds.config import load_config
 from mugv_ds.data.quarantine import Replacing
 from mugv_ds.data.run_data import RunData
@@ -25,6 +27,7 @@ for number in range(8):
 """
 
 
+@pytest.mark.long
 def test_hash_seed_and_threads_change_no_sample(tmp_path, manifest, report):
     config = configure(tmp_path, manifest)
     printed, begin = set(), time.monotonic()

@@ -207,6 +207,7 @@ def test_a_second_run_is_refused_the_folder(tmp_path, manifest, report):
     report(31, "a second run in one folder", "refused by the lock, which a killed run gives free", second.seconds)
 
 
+@pytest.mark.long
 def test_fewer_and_more_data_ranks_play_the_same_samples(tmp_path, manifest, reference, report):
     config = configure(tmp_path, manifest)
     stop = partial(inject.signal_in_step, number=signal.SIGTERM)

@@ -46,6 +46,7 @@ def test_far_tails_are_finite(device):
     torch.testing.assert_close(gradient, torch.tensor([[0.0, 0.0, 0.5, 1.0, 1.0]], device=device))
 
 
+@pytest.mark.long
 def test_programs_share_the_rows(device, monkeypatch):
     """However many the device has; and the sum is the same bits every time."""
     monkeypatch.setattr(gelu, "_PROGRAMS_PER_MULTIPROCESSOR", 3)

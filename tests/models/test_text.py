@@ -48,6 +48,7 @@ def test_a_word_is_nearly_the_same_at_any_position():
     assert 0 < (features[0] - features[2]).square().mean() < 0.1
 
 
+@pytest.mark.long
 def test_every_process_gives_the_same_features():
     code = (
         "import sys; from mugv_ds.models.text import HashTextEncoder;"

@@ -241,6 +241,7 @@ def test_a_withdrawn_video_is_out_for_good(again):
     assert "0.mp4" not in pq.read_table(again.out / "provenance.parquet")["path"].to_pylist()
 
 
+@pytest.mark.long
 def test_a_signal_stops_the_run_which_goes_on(again):
     shutil.rmtree(again.work)
     shutil.rmtree(again.out)

@@ -127,6 +127,7 @@ class Killed:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("make", "said"), [(OutOfSharedMemory(), "/dev/shm is too small"), (Killed(), "were killed 2 times in a row")]
 )

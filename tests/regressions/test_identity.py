@@ -218,6 +218,7 @@ def test_a_reference_is_of_the_files_that_it_was_measured_on_and_lacking_visits_
     assert len([line for line in output.splitlines() if line.startswith("error: ")]) == 1
 
 
+@pytest.mark.long
 def test_averages_switched_on_later_are_marked_in_every_checkpoint_after(tmp_path):
     manifest = write_dataset(tmp_path, SHAPES * 4)
     steps = {"kind": "constant", "steps": 1, "warmup_steps": 0}
