@@ -5,13 +5,13 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from tests.faults.conftest import configure
 from tests.helpers.launcher import ROOT
 
 CODE = """
 import sys
-
-import pytest
 from mugv_ds.config import load_config
 from mugv_ds.data.quarantine import Replacing
 from mugv_ds.data.run_data import RunData
