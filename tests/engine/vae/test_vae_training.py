@@ -100,6 +100,7 @@ def test_a_run_shows_reconstructions(straight):
     assert sorted(path.name for path in folder.iterdir()) == ["00-val-0.mp4", "01-val-1.mp4", "sheet.png"]
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_bitwise(tmp_path, videos, straight):
     """kill -9 of a rank after step 4: the restart reaches the same bits, of the discriminator and its moments too."""
     config = configure(tmp_path, videos, gan=GAN, loss={"perceptual": 0.0, "adaptive_after": 3}, schedule={"steps": 40})
@@ -130,6 +131,7 @@ def test_one_rank_trains_as_two_do(tmp_path, videos):
         assert curves[0][tag] == pytest.approx(curves[1][tag], rel=2e-4), tag
 
 
+@pytest.mark.long
 def test_the_stages_follow_one_another(tmp_path, videos):
     """From an image VAE with its half frozen, on features and in bf16; then all of it on pixels, from that run."""
     from diffusers import AutoencoderKL
