@@ -127,7 +127,8 @@ class Rounds:
             self._ask_old(sources, range(position, stop), alive)
         distance = self._distance()
         if self._process.rank == 0:
-            self._record(rollouts, found, distance, step, recorder)
+            if position % self._plan.steps_per_round == 0:  # else an earlier process has written them
+                self._record(rollouts, found, distance, step, recorder)
             self._tidy(played.number)
         self._ready = time.perf_counter()
         return sources
