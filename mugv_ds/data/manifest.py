@@ -423,7 +423,7 @@ def _convert(record: Record) -> None:
 def _converted(
     csv_path: Path, rows: Sequence[tuple[int, list[str]]], positions: dict[str, int]
 ) -> dict[str, Sequence[Any]]:
-    """The columns of rows, as `_convert` leaves them, each checked at once: so it takes half the time.
+    """The columns of rows, as `_convert` leaves them; a column's different values are checked once a call.
 
     Raises:
         ManifestError, PathError: see `build_index`.

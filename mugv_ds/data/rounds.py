@@ -55,16 +55,22 @@ class Round:
     shape: Shape
     rollouts: tuple[Rollout, ...]
 
+    @property
+    def items(self) -> list[int]:
+        """Returns the items of the rollouts."""
+        return [rollout.item for rollout in self.rollouts]
+
 
 class RoundPlan(Plan):
     """The steps of learning from a reward: every round's rollouts as often as the config says, and real data beside.
 
     Args:
-        section: of the config. batch: rollouts of a step. stream: the prompts, with the batch sizes by shape.
-        seed: of every order. companion: the real data.
+        section: of the config. steps_per_round: optimizer steps of a round.
+        prompts: reads the prompts. sizes: of the steps on their rollouts, by shape. weights: of the prompts.
+        companion: the real data.
 
     Attributes:
-        steps_per_round: optimizer steps of a round.
+        steps_per_round: as given.
         The others are those of `Plan`.
 
     Raises:
@@ -72,13 +78,18 @@ class RoundPlan(Plan):
     """
 
     def __init__(
-        self, section: RewardSection, batch: int, stream: Stream, seed: int, companion: Companion | None = None
+        self,
+        section: RewardSection,
+        steps_per_round: int,
+        prompts: FlowSamples,
+        sizes: Mapping[Shape, BatchSize],
+        weights: np.ndarray | None,
+        companion: Companion | None,
     ) -> None:
-        super().__init__([stream], seed, companion)
-        self.steps_per_round = section.samples * section.passes // batch
-        self._section, self._batch = section, batch
-        by_shape = dict.fromkeys(stream.sizes, section.prompts)
-        self._prompts = Order(stream.shapes, by_shape, seed, stream.weights)
+        stream = Stream(STREAM, _SOURCE, prompts.shapes, sizes, weights=weights)
+        super().__init__([stream], prompts.seed, companion)
+        self.steps_per_round, self._section = steps_per_round, section
+        self._prompts = Order(prompts.shapes, dict.fromkeys(sizes, section.prompts), prompts.seed, weights)
         self.round = lru_cache(4)(self._round)
         self._order = lru_cache(4)(self._make_order)
 
@@ -107,7 +118,7 @@ class RoundPlan(Plan):
     def step(self, position: int) -> PlannedStep:
         """The step at a position; any order of calls gives the same steps. A rollout's visit is the position."""
         number, turn = divmod(position, self.steps_per_round)
-        items = self._order(number)[turn * self._batch : (turn + 1) * self._batch].tolist()
+        items = np.split(self._order(number), self.steps_per_round)[turn].tolist()
         (stream,), shape = self.streams, self.round(number).shape
         return PlannedStep(
             position=position,
@@ -119,11 +130,6 @@ class RoundPlan(Plan):
             refs=tuple(SampleRef(_SOURCE, item, position) for item in items),
             companions=self._draw(position, shape, len(items)),
         )
-
-
-def prompt_stream(prompts: FlowSamples, sizes: Mapping[Shape, BatchSize], weights: np.ndarray | None) -> Stream:
-    """The prompts as a stream of a `RoundPlan`. sizes: of the steps on their rollouts, by shape."""
-    return Stream(STREAM, _SOURCE, prompts.shapes, sizes, weights=weights)
 
 
 def round_folder(path: str | Path, number: int) -> Path:

@@ -20,7 +20,7 @@ from mugv_ds.data.mixture import group_shapes, row_weights
 from mugv_ds.data.pairs import labels, pairs
 from mugv_ds.data.plan import Companion, Plan, Stream
 from mugv_ds.data.readers import AnnotatedSamples, FlowSamples, Reader, Sources
-from mugv_ds.data.rounds import RolloutSamples, Round, RoundPlan, prompt_stream
+from mugv_ds.data.rounds import RolloutSamples, Round, RoundPlan
 
 Opener = Callable[[Callable[[], Index]], Index]
 
@@ -235,8 +235,8 @@ class RunData:
         if section.data_weight > 0:
             companion = Companion(0, flows.shapes, section.data_ratio, row_weights(self.train))
         sizes = self._batch_sizes(rollouts.shapes, companion=companion)
-        stream = prompt_stream(rollouts.prompts, sizes, row_weights(self.prompts))
-        return RoundPlan(section, self._config.data.global_batch_size, stream, self._config.data.seed, companion)
+        weights = row_weights(self.prompts)
+        return RoundPlan(section, self._config.steps_per_round, rollouts.prompts, sizes, weights, companion)
 
     def _stream(self, stream: Stream) -> Stream:
         """Leaves out the latent shapes whose steps would be filled with copies of few rows, and says so.

@@ -4,12 +4,10 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,7 +15,7 @@ from torch import Tensor
 from mugv_ds.config.errors import ConfigError
 from mugv_ds.config.model import LATENT_CHANNELS
 from mugv_ds.config.schema import TrainConfig
-from mugv_ds.data.manifest import Index, Row
+from mugv_ds.data.manifest import Index
 from mugv_ds.data.noise import gaussian
 from mugv_ds.data.patience import read_patiently
 from mugv_ds.data.readers import FlowSamples
@@ -27,18 +25,9 @@ from mugv_ds.engine.metrics import Recorder
 from mugv_ds.engine.optional import OptionalOutput
 from mugv_ds.engine.preview_codec import Codec, PreviewCodec
 from mugv_ds.engine.process import Process
+from mugv_ds.engine.sampled import Prompt, RowSampler
 from mugv_ds.parallel.inference import PipelinedModel
 from mugv_ds.parallel.pipeline import DiTPipeline
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What one preview starts from, on the CPU."""
-
-    row: Row
-    text: Tensor  # fp32 [L, C]
-    text_mask: Tensor  # bool [L]
-    first: Tensor  # fp32 [24, 1, H, W]: the first latent frame
 
 
 class SampledRows(ABC):
@@ -72,8 +61,17 @@ class SampledRows(ABC):
         weights: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         self._key, self._section, self._data, self._flow = key, config.sampled[key], config.data, config.flow
-        self._process, self._model, self._sample = process, PipelinedModel(module), sample
-        self._weights = weights
+        self._process, self._weights = process, weights
+        self._sampler = RowSampler(
+            sample,
+            PipelinedModel(module),
+            config.flow,
+            config.data.default_fps,
+            steps=self._section.steps,
+            guidance=self._section.guidance,
+            first_frame=self._section.first_frame,
+            device=process.device,
+        )
         process.host.attempt(lambda: self._read(index, config.model.dit().caption_channels))
         sizes = {(row.height, row.width) for row in self._rows}
         path = self._section.codec
@@ -104,7 +102,7 @@ class SampledRows(ABC):
             )
         except SampleError as error:
             raise ConfigError(f"{self._key}.manifest: {error}; repair the file or leave the row out") from error
-        return Prompt(sample.row, sample.text, sample.text_mask, sample.latent[:, :1].clone())
+        return Prompt.of(sample)
 
     def write(self, step: int, recorder: Recorder, alive: Callable[[], None]) -> None:
         """Samples the rows after `step` steps, and does with them what they are for.
@@ -136,42 +134,9 @@ class SampledRows(ABC):
 
     def _latent(self, prompt: Prompt, alive: Callable[[], None]) -> Tensor:
         """The latent [24, T, H, W] of a prompt, on every rank of the replica."""
-
-        def model(*given: Tensor) -> Tensor:
-            alive()
-            return self._model(*given)
-
-        row, device = prompt.row, self._process.device
-        shape = (LATENT_CHANNELS, *row.latent_shape)
-        noise = gaussian(self._data.seed, row.sample_id, 0, shape)
-        reference, frame_mask = torch.zeros_like(noise), torch.ones(shape[1], dtype=torch.bool)
-        if self._is_given(row):
-            reference[:, :1], frame_mask[0] = prompt.first, False
-        null_text, null_mask = self._null_text
-        given = {
-            "noise": noise,
-            "reference": reference,
-            "frame_mask": frame_mask,
-            "text": prompt.text,
-            "text_mask": prompt.text_mask,
-            "negative_text": null_text,
-            "negative_mask": null_mask,
-            "fps": torch.tensor(self._fps(row)),
-        }
-        latents = self._sample(
-            model,
-            **{name: value[None].to(device) for name, value in given.items()},
-            height=row.height,
-            width=row.width,
-            steps=self._section.steps,
-            guidance=self._section.guidance,
-            shift=None if self._flow.shift == "resolution" else self._flow.shift,
-        )
-        return latents[0]
-
-    def _is_given(self, row: Row) -> bool:
-        """Whether the first latent frame is given clean."""
-        return self._section.first_frame and row.latent_shape[0] > 1
+        row = prompt.row
+        noise = gaussian(self._data.seed, row.sample_id, 0, (LATENT_CHANNELS, *row.latent_shape))
+        return self._sampler([prompt], noise[None], self._null_text, alive)[0]
 
     def _decode(self, number: int, latent: Tensor, alive: Callable[[], None]) -> np.ndarray | None:
         """The frames of a row's latent on rank 0; None elsewhere, and on all ranks where there is nothing to see."""
@@ -183,10 +148,7 @@ class SampledRows(ABC):
                 line = f"warning: {self._key} of {row.sample_id}: the latent is not finite, and is not decoded"
                 print(line, file=sys.stderr, flush=True)
             return None
-        return self._codec.decode(latent, self._is_given(row), alive)
-
-    def _fps(self, row: Row) -> float:
-        return row.fps or self._data.default_fps
+        return self._codec.decode(latent, self._sampler.gives_first_frame(row), alive)
 
 
 class Previews(SampledRows):
@@ -212,8 +174,8 @@ class Previews(SampledRows):
         if isinstance(made, Tensor):
             save_file({"latent": made}, f"{path}.safetensors")
             return
-        write_mp4(Path(f"{path}.mp4"), made, self._fps(row))
-        recorder.write_gif(step, f"preview/{path.name}", encode_gif(made, self._fps(row)))
+        write_mp4(Path(f"{path}.mp4"), made, self._sampler.fps(row))
+        recorder.write_gif(step, f"preview/{path.name}", encode_gif(made, self._sampler.fps(row)))
 
 
 class Evaluations(SampledRows):
@@ -250,6 +212,6 @@ class Evaluations(SampledRows):
             return
         row = self._rows[number]
         # The frame that was given is the first one, as the codec shows it: of the image there is no more.
-        image = made[0] if self._is_given(row) else None
+        image = made[0] if self._sampler.gives_first_frame(row) else None
         for name, value in self._measure(made, row.caption or "", image).items():
             self._found.setdefault(name, []).append(value)

@@ -116,14 +116,27 @@ class HostGroup(ABC):
         Raises:
             Exception: what `function` raised here. PeerError: it failed on another rank.
         """
+        result = self.wait_for_first(function)
+        others = self.attempt(function if self.rank != 0 else lambda: None)
+        return result if self.rank == 0 else others
+
+    def wait_for_first(self, function: Callable[[], T], meanwhile: Callable[[], None] = lambda: None) -> T | None:
+        """Calls `function` on rank 0, in a thread, and returns its result there, and None on the others.
+
+        Args:
+            meanwhile: called on all ranks about once a second until then. What it raises is raised once the thread has
+                come to its end.
+
+        Raises:
+            Exception: what `function` raised here. PeerError: it failed on rank 0.
+        """
         with ThreadPoolExecutor(1, "first") as thread:
             first = thread.submit(function if self.rank == 0 else lambda: None)
             wait([first], timeout=_PATIENCE_SECONDS)
             while not self.all(first.done()):
+                meanwhile()
                 wait([first], timeout=_PATIENCE_SECONDS)
-        result = self.attempt(first.result)
-        others = self.attempt(function if self.rank != 0 else lambda: None)
-        return result if self.rank == 0 else others
+        return self.attempt(first.result)
 
     def agree(self, function: Callable[[], Any], error: type[Exception]) -> list[Any]:
         """Calls `function` on every rank; returns the results of all, or fails with one line for all.

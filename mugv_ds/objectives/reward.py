@@ -37,18 +37,24 @@ def advantages(rewards_PK: Tensor) -> Tensor:
     return centred_PK / spread if spread > 0 else torch.zeros_like(centred_PK)
 
 
-def optimality(rewards: Mapping[str, Tensor], weights: Mapping[str, float], clip: float) -> Tensor:
-    """Returns the optimality probabilities r = ½ + ½·clip(A / clip, −1, 1) of rollouts, in [0, 1], [P, K].
-
-    A is the weighted sum of the `advantages` of the rewards, so that a reward's weight does not depend on its unit.
-    Source: Zheng et al. 2025, Algorithm 1, with the clip of the released code.
+def total_advantages(rewards: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """Returns the weighted sum A of the `advantages` of rewards, [P, K]: no weight depends on its reward's unit.
 
     Args:
         rewards: [P, K] by name. weights: of each name; a negative one asks for less.
-        clip: advantage from which on a rollout counts as wholly good, or wholly bad.
     """
-    total_PK = sum(weights[name] * advantages(rewards[name]) for name in weights)
-    return 0.5 + 0.5 * (total_PK / clip).clamp(-1, 1)
+    return sum(weight * advantages(rewards[name]) for name, weight in weights.items())
+
+
+def optimality(advantages_PK: Tensor, clip: float) -> Tensor:
+    """Returns the optimality probabilities r = ½ + ½·clip(A / clip, −1, 1) of rollouts, in [0, 1], [P, K].
+
+    Source: Zheng et al. 2025, Algorithm 1, with the clip of the released code.
+
+    Args:
+        advantages_PK: A. clip: that from which on a rollout counts as wholly good, or wholly bad.
+    """
+    return 0.5 + 0.5 * (advantages_PK / clip).clamp(-1, 1)
 
 
 def nft_errors(velocity: Tensor, old: Tensor, target: Tensor, weight: Tensor, beta: float) -> tuple[Tensor, Tensor]:

@@ -68,9 +68,13 @@ def test_advantages_are_within_a_prompt_and_without_a_unit():
 
 def test_optimality_lies_in_0_to_1_and_weighs_the_rewards():
     rewards = {"a": torch.tensor([[0.0, 1.0]]), "b": torch.tensor([[10.0, -10.0]])}
-    torch.testing.assert_close(reward.optimality(rewards, {"a": 1.0, "b": 0.0}, 1.0), torch.tensor([[0.0, 1.0]]))
-    torch.testing.assert_close(reward.optimality(rewards, {"a": 1.0, "b": 1.0}, 1.0), torch.full((1, 2), 0.5))
-    torch.testing.assert_close(reward.optimality(rewards, {"a": 1.0, "b": -1.0}, 4.0), torch.tensor([[0.25, 0.75]]))
+
+    def found(a: float, b: float, clip: float) -> list[list[float]]:
+        return reward.optimality(reward.total_advantages(rewards, {"a": a, "b": b}), clip).tolist()
+
+    assert found(1.0, 0.0, 1.0) == [[0.0, 1.0]]
+    assert found(1.0, 1.0, 1.0) == [[0.5, 0.5]]
+    assert found(1.0, -1.0, 4.0) == [[0.25, 0.75]]
 
 
 def test_the_terms_are_sums():

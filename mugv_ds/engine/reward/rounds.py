@@ -10,7 +10,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from mugv_ds.data.rounds import (
     LATENT_SUFFIX,
     VIDEO_SUFFIX,
     RolloutSamples,
-    Round,
     RoundPlan,
     read_rollout,
     round_folder,
@@ -41,12 +40,12 @@ from mugv_ds.engine.preview_codec import Codec, PreviewCodec
 from mugv_ds.engine.process import Process
 from mugv_ds.engine.reward.judges import Numbers, ask, make_judge
 from mugv_ds.engine.reward.old_policy import OldPolicy
+from mugv_ds.engine.sampled import Prompt, RowSampler
 from mugv_ds.files.atomic import write_atomically
-from mugv_ds.objectives.reward import advantages, diversity, optimality
+from mugv_ds.objectives.reward import diversity, optimality, total_advantages
 from mugv_ds.parallel.inference import PipelinedModel
 from mugv_ds.parallel.pipeline import DiTPipeline
 
-_PATIENCE_SECONDS = 1.0
 _WRITERS = 4  # videos that are written at a time: H.264 takes longer than decoding does
 _MOST_BYTES = 1 << 28  # of a file of rewards
 _RUN, _ROUND = "run.json", "round.json"
@@ -84,7 +83,17 @@ class Rounds:
     ) -> None:
         self._config, self._section, self._process, self._module = config, config.reward, process, module
         self._evaluator, self._data, self._old, self._refresh = evaluator, data, old, refresh
-        self._sample, self._distance, self._model = sample, distance, PipelinedModel(module)
+        self._distance = distance
+        self._sampler = RowSampler(
+            sample,
+            PipelinedModel(module),
+            config.flow,
+            config.data.default_fps,
+            steps=self._section.steps,
+            guidance=self._section.guidance,
+            first_frame=self._section.first_frame,
+            device=process.device,
+        )
         self._plan: RoundPlan = data.plan
         sizes = {(8 * height, 8 * width) for _, height, width in data.prompts.buckets().by_shape}
         self._codec = PreviewCodec(self._section.codec, load_codec, process, sizes, "reward.codec")
@@ -114,14 +123,14 @@ class Rounds:
         self._seconds = {} if self._ready is None else {"updates": time.perf_counter() - self._ready}
         played = self._plan.round(position // self._plan.steps_per_round)
         _, rollouts = self._data.readers_of(played, ()).readers
-        self._process.host.first(lambda: self._begin(played.number))
+        self._process.host.first(lambda: _make_folder(round_folder(self._section.dir, played.number)))
         with self._timed("rollouts"):
             self._roll_out(rollouts, alive)
         with self._timed("videos"):
             self._film(rollouts, alive)
         with self._timed("rewards"):
             numbers = self._judge(rollouts, alive)
-        found = self._conclude(rollouts, numbers)
+        found = self._process.host.first(lambda: self._conclude(rollouts, numbers))
         sources = self._data.readers_of(played, found["optimality"])
         with self._timed("old_policy"):
             self._ask_old(sources, range(position, stop), alive)
@@ -151,20 +160,14 @@ class Rounds:
             torch.cuda.synchronize(self._process.device)
         self._seconds[name] = time.perf_counter() - begin
 
-    def _begin(self, number: int) -> None:
-        try:
-            round_folder(self._section.dir, number).mkdir(exist_ok=True)
-        except OSError as error:
-            raise InputError(f"reward.dir: {error.filename}: {error.strerror}") from None
-
     def _missing(self, rollouts: RolloutSamples, suffix: str) -> list[int]:
         """The items without a file of this suffix, as rank 0 sees it."""
-        items = [rollout.item for rollout in rollouts.round.rollouts]
+        items = rollouts.round.items
         return self._process.host.first(lambda: [item for item in items if not rollouts.path(item, suffix).exists()])
 
     def _roll_out(self, rollouts: RolloutSamples, alive: Alive) -> None:
         """Samples the latents that are not there, in batches that are the same whatever is."""
-        missing, items = set(self._missing(rollouts, LATENT_SUFFIX)), [r.item for r in rollouts.round.rollouts]
+        missing, items = set(self._missing(rollouts, LATENT_SUFFIX)), rollouts.round.items
         size, layout, place = self._section.sample_batch, self._process.layout, self._process.coordinates
         batches = [items[first : first + size] for first in range(0, len(items), size)]
         batches = [batch for batch in batches if missing & set(batch)]
@@ -176,59 +179,16 @@ class Rounds:
                 turn = batches[first : first + layout.data]
                 # Replicas without a batch of their own repeat the last, so that all stay in step.
                 batch = turn[min(place.data, len(turn) - 1)]
-                given = self._process.host.attempt(lambda batch=batch: self._given(rollouts, batch))
-                latents = self._latents(rollouts, batch, given, alive)
+                prompts, null_text = self._process.host.attempt(
+                    lambda batch=batch: ([Prompt.of(rollouts.prompt(i)) for i in batch], self._null_text(rollouts))
+                )
+                noise = torch.stack([rollouts.first_noise(item) for item in batch])
+                latents = self._sampler(prompts, noise, null_text, alive)
                 mine = set(batch) & missing if writes and place.data < len(turn) else set()
                 self._process.host.attempt(lambda b=batch, x=latents, m=mine: self._keep(rollouts, b, x, m))
 
-    def _given(self, rollouts: RolloutSamples, batch: Sequence[int]) -> dict[str, Tensor]:
-        """What the sampler takes of rollouts, on the CPU."""
-        prompts = [rollouts.prompt(item) for item in batch]
-        noise = torch.stack([rollouts.first_noise(item) for item in batch])
-        reference, frame_mask = torch.zeros_like(noise), torch.ones(len(batch), noise.shape[2], dtype=torch.bool)
-        if self._gives_first_frame(rollouts.round):
-            reference[:, :, :1] = torch.stack([prompt.latent[:, :1] for prompt in prompts])
-            frame_mask[:, 0] = False
-        text, text_mask = (torch.stack([getattr(p, name) for p in prompts]) for name in ("text", "text_mask"))
-        negative_text, negative_mask = text, text_mask
-        if self._section.guidance != 1:
-            null = rollouts.prompts.null_text()
-            negative_text, negative_mask = (part[None].expand(len(batch), *part.shape) for part in null)
-        fps = torch.tensor([prompt.row.fps or self._config.data.default_fps for prompt in prompts])
-        return {
-            "noise": noise,
-            "reference": reference,
-            "frame_mask": frame_mask,
-            "text": text,
-            "text_mask": text_mask,
-            "negative_text": negative_text,
-            "negative_mask": negative_mask,
-            "fps": fps.float(),
-        }
-
-    def _gives_first_frame(self, played: Round) -> bool:
-        return self._section.first_frame and played.shape[0] > 1
-
-    def _latents(
-        self, rollouts: RolloutSamples, batch: Sequence[int], given: dict[str, Tensor], alive: Alive
-    ) -> Tensor:
-        """The latents [B, 24, T, H, W] of a batch, on every rank of the replica."""
-
-        def model(*inputs: Tensor) -> Tensor:
-            alive()
-            return self._model(*inputs)
-
-        row = rollouts.prompts.index.row(rollouts.rollout(batch[0]).row)
-        shift = self._config.flow.shift
-        return self._sample(
-            model,
-            **{name: value.to(self._process.device) for name, value in given.items()},
-            height=row.height,
-            width=row.width,
-            steps=self._section.steps,
-            guidance=self._section.guidance,
-            shift=None if shift == "resolution" else shift,
-        )
+    def _null_text(self, rollouts: RolloutSamples) -> tuple[Tensor, Tensor] | None:
+        return None if self._section.guidance == 1 else rollouts.prompts.null_text()
 
     def _keep(self, rollouts: RolloutSamples, batch: Sequence[int], latents: Tensor, mine: set[int]) -> None:
         if not latents.isfinite().all():
@@ -251,34 +211,29 @@ class Rounds:
             for item in missing:
                 path = rollouts.path(item, LATENT_SUFFIX)
                 latent = self._process.host.attempt(lambda path=path: read_rollout(path, played.shape))
-                frames = self._codec.decode(latent, self._gives_first_frame(played), alive)
+                row = rollouts.prompts.index.row(rollouts.rollout(item).row)
+                frames = self._codec.decode(latent, self._sampler.gives_first_frame(row), alive)
                 if self._process.rank == 0:
-                    writing.append(threads.submit(self._write_video, rollouts, item, frames))
+                    writing.append(
+                        threads.submit(_write_video, rollouts.path(item, VIDEO_SUFFIX), frames, self._sampler.fps(row))
+                    )
                 done = writing.popleft() if len(writing) > _WRITERS else None
                 self._process.host.attempt(lambda done=done: done and done.result())
                 alive()
             self._process.host.attempt(lambda: [video.result() for video in writing])
 
-    def _write_video(self, rollouts: RolloutSamples, item: int, frames: np.ndarray) -> None:
-        row = rollouts.prompts.index.row(rollouts.rollout(item).row)
-        with _named(), write_atomically(rollouts.path(item, VIDEO_SUFFIX)) as stream:
-            write_mp4(stream.name, frames, row.fps or self._config.data.default_fps)
+    def _judge(self, rollouts: RolloutSamples, alive: Alive) -> Numbers | None:
+        """Asks all reward functions about the rollouts that they have not judged; returns the numbers on rank 0."""
+        cancelled = threading.Event()
 
-    def _judge(self, rollouts: RolloutSamples, alive: Alive) -> Numbers:
-        """Asks all reward functions about the rollouts that they have not judged; returns the numbers, by id."""
-        host, cancelled = self._process.host, threading.Event()
-        with ThreadPoolExecutor(1, "reward") as thread:
-            first = self._process.rank == 0
-            asked = thread.submit(lambda: self._ask_all(rollouts, cancelled) if first else {})
+        def meanwhile() -> None:
             try:
-                wait([asked], timeout=_PATIENCE_SECONDS)
-                while not host.all(asked.done()):
-                    alive()
-                    wait([asked], timeout=_PATIENCE_SECONDS)
+                alive()
             except BaseException:
-                cancelled.set()  # leaving the pool waits for its thread
+                cancelled.set()  # nobody waits for the answers
                 raise
-        return host.first(asked.result)
+
+        return self._process.host.wait_for_first(lambda: self._ask_all(rollouts, cancelled), meanwhile)
 
     def _ask_all(self, rollouts: RolloutSamples, cancelled: threading.Event) -> Numbers:
         """On rank 0, what all reward functions say; each answer is kept as soon as it is there."""
@@ -293,7 +248,7 @@ class Rounds:
     ) -> Numbers:
         folder = round_folder(self._section.dir, rollouts.round.number)
         path = folder / f"rewards-{function.name}.json"
-        videos = {_name(rollouts, r.item): _about(rollouts, r.item) for r in rollouts.round.rollouts}
+        videos = {_name(rollouts, item): _about(rollouts, item) for item in rollouts.round.items}
         with _named():
             known = _known(path, set(videos), set(function.weights))
             judge, missing = None, [video for name, video in videos.items() if name not in known]
@@ -305,11 +260,8 @@ class Rounds:
         return known
 
     def _conclude(self, rollouts: RolloutSamples, numbers: Numbers) -> dict[str, Any]:
-        """What follows from the rewards: on rank 0 computed and written, on all ranks returned."""
-        return self._process.host.first(lambda: self._conclusion(rollouts, numbers))
-
-    def _conclusion(self, rollouts: RolloutSamples, numbers: Numbers) -> dict[str, Any]:
-        section, items = self._section, [rollout.item for rollout in rollouts.round.rollouts]
+        """Writes and returns what follows from the rewards, of JSON types."""
+        section, items = self._section, rollouts.round.items
         names = [_name(rollouts, item) for item in items]
         by_name = {
             name: torch.tensor([numbers[video][name] for video in names], dtype=torch.float64).view(
@@ -317,11 +269,10 @@ class Rounds:
             )
             for name in section.weights
         }
-        share_PK = optimality(by_name, section.weights, section.advantage_clip)
+        total_PK = total_advantages(by_name, section.weights)
         spreads = {name: (r - r.mean(dim=1, keepdim=True)).square().mean().sqrt().item() for name, r in by_name.items()}
-        total_PK = sum(weight * advantages(by_name[name]) for name, weight in section.weights.items())
         found = {
-            "optimality": share_PK.flatten().tolist(),
+            "optimality": optimality(total_PK, section.advantage_clip).flatten().tolist(),
             "rewards": {name: rewards.mean().item() for name, rewards in by_name.items()},
             "spreads": spreads,
             "diversity": self._diversity(rollouts, items),
@@ -418,6 +369,16 @@ def claim_folder(folder: Path, mark: Path) -> None:
             )
     except OSError as error:
         raise ConfigError(f"reward.dir = {folder}: {error.filename or folder}: {error.strerror or error}") from None
+
+
+def _write_video(path: Path, frames: np.ndarray, fps: float) -> None:
+    with _named(), write_atomically(path) as stream:
+        write_mp4(stream.name, frames, fps)
+
+
+def _make_folder(folder: Path) -> None:
+    with _named():
+        folder.mkdir(exist_ok=True)
 
 
 def _name(rollouts: RolloutSamples, item: int) -> str:
