@@ -14,7 +14,8 @@ from pydantic_core import ErrorDetails
 from mugv_ds.config.deepspeed import check_deepspeed_section
 from mugv_ds.config.errors import ConfigError
 from mugv_ds.config.regular_file import read_text_file
-from mugv_ds.config.schema import Section, TrainConfig
+from mugv_ds.config.schema import TrainConfig
+from mugv_ds.config.section import Section
 
 Json = dict[str, Any]
 Schema = TypeVar("Schema", bound=Section)

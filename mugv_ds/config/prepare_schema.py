@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from mugv_ds.config.errors import ConfigError
 from mugv_ds.config.model import LATENT_STRIDE, MAX_LATENT_SIDE
-from mugv_ds.config.schema import Section, Share
+from mugv_ds.config.section import Section, Share
 
 PIXEL_MULTIPLE = 2 * LATENT_STRIDE  # a patch of the DiT is 2 × 2 latent pixels
 

@@ -15,17 +15,14 @@ from mugv_ds.config.errors import ConfigError
 from mugv_ds.config.model import LATENT_STRIDE
 from mugv_ds.config.schema import (
     CheckpointSection,
-    Count,
     GuardSection,
     LoggingSection,
     OptimizerSection,
     ParallelSection,
-    Samples,
     ScheduleSection,
-    Section,
-    StepsOrNever,
     changed,
 )
+from mugv_ds.config.section import Count, Samples, Section, StepsOrNever
 from mugv_ds.config.videovae import VideoVAEConfig
 
 Pixels = Annotated[int, Field(ge=8, le=8192)]

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from mugv_ds.config.errors import InputError
 from mugv_ds.config.model import LATENT_CHANNELS
+from mugv_ds.config.post_training_schema import RewardSection
 from mugv_ds.config.regular_file import open_regular
-from mugv_ds.config.schema import RewardSection
 from mugv_ds.data.buckets import Order
 from mugv_ds.data.budget import BatchSize
 from mugv_ds.data.manifest import Shape

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mugv_ds.config.schema import PreferenceSection, RewardSection
+from mugv_ds.config.post_training_schema import PreferenceSection, RewardSection
 from mugv_ds.objectives.flow import loss_by_quartile, weighted_error
 from mugv_ds.objectives.preference import PREFERENCE_TERMS, dpo_loss, dpo_terms, kto_loss, kto_terms
 from mugv_ds.objectives.reward import REWARD_TERMS, nft_errors, nft_loss, nft_terms

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mugv_ds.config.model import DiTConfig
-from mugv_ds.config.schema import LoraSection, TrainConfig
+from mugv_ds.config.post_training_schema import LoraSection
+from mugv_ds.config.schema import TrainConfig
 from mugv_ds.models.lora import block_adapter_shapes
 from mugv_ds.models.rope import patch_grid
 

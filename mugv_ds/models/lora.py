@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mugv_ds.config.model import DiTConfig
-from mugv_ds.config.schema import LoraSection
+from mugv_ds.config.post_training_schema import LoraSection
 from mugv_ds.models.modulated import Adapter
 
 FACTORS = ("lora_A", "lora_B")

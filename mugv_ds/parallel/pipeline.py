@@ -18,7 +18,7 @@ from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 from torch import Tensor
 
 from mugv_ds.config.model import DiTConfig
-from mugv_ds.config.schema import LoraSection
+from mugv_ds.config.post_training_schema import LoraSection
 from mugv_ds.models.dit import Embedders, describe_tokens, init_weights, patch_pixels
 from mugv_ds.models.layers import Block, Condition, FinalLayer
 from mugv_ds.models.lora import add_adapters

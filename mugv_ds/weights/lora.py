@@ -21,8 +21,9 @@ from mugv_ds.checkpoint.manifest import Manifest, StartWeights
 from mugv_ds.checkpoint.reader import CheckpointReader, open_checkpoint
 from mugv_ds.config.errors import CheckpointError
 from mugv_ds.config.model import DiTConfig
+from mugv_ds.config.post_training_schema import LoraSection
 from mugv_ds.config.regular_file import read_text_file
-from mugv_ds.config.schema import LoraSection, TrainConfig
+from mugv_ds.config.schema import TrainConfig
 from mugv_ds.models.lora import adapter_shapes, is_factor, merged
 from mugv_ds.weights.base import Weights, check_state
 from mugv_ds.weights.published import PublishedWeights, TrainedWeights

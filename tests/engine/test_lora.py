@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from mugv_ds.config import load_config
-from mugv_ds.config.schema import LORA_TARGETS, LoraSection
+from mugv_ds.config.post_training_schema import LORA_TARGETS, LoraSection
 from mugv_ds.data.run_data import RunData
 from mugv_ds.models import DiT
 from mugv_ds.models.dit import init_weights

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mugv_ds.config.schema import PreferenceSection
+from mugv_ds.config.post_training_schema import PreferenceSection
 from mugv_ds.engine.objective import Objective
 from mugv_ds.objectives.flow import loss_weight
 from mugv_ds.parallel.pipeline import Labels, labels

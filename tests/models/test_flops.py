@@ -7,7 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mugv_ds.config import PRESETS
 from mugv_ds.config.model import DiTConfig
-from mugv_ds.config.schema import LoraSection, ParallelSection, TrainConfig
+from mugv_ds.config.post_training_schema import LoraSection
+from mugv_ds.config.schema import ParallelSection, TrainConfig
 from mugv_ds.models.dit import Embedders, patchify
 from mugv_ds.models.flops import (
     RECOMPUTED,

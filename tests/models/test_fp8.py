@@ -15,7 +15,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from mugv_ds.config import ConfigError, PeerError, load_config
 from mugv_ds.config.model import DiTConfig
-from mugv_ds.config.schema import LoraSection
+from mugv_ds.config.post_training_schema import LoraSection
 from mugv_ds.engine import build
 from mugv_ds.engine.build import build_engine
 from mugv_ds.engine.process import start_process

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 
-from mugv_ds.config.schema import LORA_TARGETS, LoraSection
+from mugv_ds.config.post_training_schema import LORA_TARGETS, LoraSection
 from mugv_ds.models import DiT, DiTConfig
 from mugv_ds.models.dit import init_weights
 from mugv_ds.models.lora import (

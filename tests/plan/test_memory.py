@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mugv_ds.config import PRESETS, DiTConfig
-from mugv_ds.config.schema import LoraSection
+from mugv_ds.config.post_training_schema import LoraSection
 from mugv_ds.models.attention import flash4_masked
 from mugv_ds.models.dit import init_weights
 from mugv_ds.models.layers import Block, Condition

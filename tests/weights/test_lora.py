@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mugv_ds.checkpoint.reader import open_checkpoint
 from mugv_ds.config import CheckpointError, load_config
-from mugv_ds.config.schema import LORA_TARGETS, LoraSection
+from mugv_ds.config.post_training_schema import LORA_TARGETS, LoraSection
 from mugv_ds.models import DiT, DiTConfig
 from mugv_ds.models.dit import init_weights
 from mugv_ds.models.lora import add_adapters, is_factor

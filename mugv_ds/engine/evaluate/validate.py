@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from mugv_ds.config.schema import PreferenceSection
+from mugv_ds.config.post_training_schema import PreferenceSection
 from mugv_ds.data.readers import AnnotatedSamples, Reader
 from mugv_ds.data.run_data import RunData
 from mugv_ds.engine.evaluate.evaluate import Evaluator, Measured

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from mugv_ds.config.errors import InputError
-from mugv_ds.config.schema import RewardFunctionSection
+from mugv_ds.config.post_training_schema import RewardFunctionSection
 
 Numbers = dict[str, dict[str, float]]  # id of a video → name → number
 Videos = Sequence[Mapping[str, Any]]

@@ -16,7 +16,7 @@ class OldPolicy:
 
     Args:
         tensors: what is trained; they are updated in place elsewhere.
-        decay, decay_max: η and its bound, see `config.schema.RewardSection`.
+        decay, decay_max: η and its bound, see `config.post_training_schema.RewardSection`.
 
     Attributes:
         kinds: the average by its kind, parallel to `tensors`, for checkpoints; at first a copy of them.

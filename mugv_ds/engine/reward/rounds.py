@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from mugv_ds.config.errors import ConfigError, InputError, TrainingError
+from mugv_ds.config.post_training_schema import RewardFunctionSection
 from mugv_ds.config.regular_file import read_text_file
-from mugv_ds.config.schema import RewardFunctionSection, TrainConfig
+from mugv_ds.config.schema import TrainConfig
 from mugv_ds.data.readers import Sources
 from mugv_ds.data.rounds import (
     LATENT_SUFFIX,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mugv_ds.config.schema import RewardFunctionSection
+from mugv_ds.config.post_training_schema import RewardFunctionSection
 from mugv_ds.engine.reward.judges import Cancelled, Failure, RewardError, ask, check_answer, make_judge
 
 VIDEOS = [{"id": f"round-000000/rollout-{i:05d}", "video": f"/tmp/{i}.mp4", "prompt": "p"} for i in range(2)]
