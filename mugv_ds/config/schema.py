@@ -167,16 +167,23 @@ class ParallelSection(Section):
     data: Ranks | None = Field(None, description="Data-parallel replicas; by default world / (sequence · pipeline).")
     sequence: Ranks = Field(1, description="Ranks that share one sample's tokens (Ulysses); must divide the heads.")
     pipeline: Ranks = Field(1, description="Pipeline stages; at most the number of blocks.")
-    activation_checkpointing: Literal["off", "light", "selective", "full"] = Field(
+    activation_checkpointing: Literal["off", "light", "selective", "attention", "full"] = Field(
         "off",
         description="Which activations of a block are saved for the backward pass, which computes the others again. "
-        "full: the block's input alone, one tensor of [tokens, D]. selective: also q, k, v and o of self-attention, "
-        "which is not computed again, and the feed-forward layer's input; 7.3 such tensors in all. light: also the "
+        "full: the block's input alone, one tensor of [tokens, D]. attention: also self-attention's output and the "
+        "log-sum-exp of its softmax, so that attention is not computed again; 2 such tensors in all. selective: also "
+        "q, k and v of self-attention and the feed-forward layer's input; 7.3. light: also the "
         "outputs of the large linears, that is qkv before its norm, GELU's input and the feed-forward layer's output; "
         "15.3. What lies between self-attention and the feed-forward layer (the projection of o, the residual, "
         "cross-attention) is computed again. off: that too is saved; 20.3. The outputs of modulated LayerNorms and of "
         "GELU are saved at no level (but with fp8), as computing them again costs next to nothing. docs/performance.md "
         "has times and peaks.",
+    )
+    offload: Literal["none", "attention_output", "all"] = Field(
+        "none",
+        description="What of a block's saved activations waits for the backward pass in pinned host memory, with "
+        "activation_checkpointing = attention. attention_output: self-attention's output and its log-sum-exp; all: "
+        "the block's input too. The copies run beside the computation, a block ahead in the backward pass.",
     )
 
 

@@ -23,6 +23,7 @@ RECOMPUTED = {
     "off": (),
     "light": ("between", "cross_attention"),
     "selective": ("between", "cross_attention", "qkv", "feed_forward"),
+    "attention": ("between", "cross_attention", "qkv", "feed_forward"),
     "full": ("between", "cross_attention", "qkv", "feed_forward", "self_attention"),
 }
 

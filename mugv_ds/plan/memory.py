@@ -13,15 +13,16 @@ GIB = 2**30
 # Tensors of [tokens held, D] that one block keeps for its backward pass, by what is recomputed. Counted from the code,
 # and by a test of what autograd keeps:
 # - full: its input.
+# - attention: also o of self-attention, and the log-sum-exp of its softmax, 4 bytes for the 72 channels of a head.
 # - selective: also q, k, v (3, and a third for the space between their rows) and o of self-attention, o as the
 #   projection takes it (the same tensor where the sequence is not sharded), and the feed-forward layer's input.
 # - light: also qkv as the projection gives it (3), GELU's input (4) and the feed-forward layer's output.
 # - off: also the projection of o, the residual after it, q of cross-attention before and after its norm, and its o.
 # Cross-attention through PyTorch keeps q and o padded to 80 channels beside: 1.2 more with "off".
-KEPT = {"full": 1, "selective": 7 + 1 / 3, "light": 15 + 1 / 3, "off": 20 + 1 / 3}
+KEPT = {"full": 1, "attention": 2 + 1 / 36, "selective": 7 + 1 / 3, "light": 15 + 1 / 3, "off": 20 + 1 / 3}
 # Such tensors in use at once while one block runs backward, fitted to the runs; with "full" all that a block keeps is
 # made again first.
-WORKING = {"full": 30, "selective": 15, "light": 15, "off": 15}
+WORKING = {"full": 30, "attention": 30, "selective": 15, "light": 15, "off": 15}
 # The same without gradients, and nothing is kept: measured through the whole 10B model of 2 and of 4 blocks, in bf16 on
 # an H200 (PyTorch 2.11), with 13,802 to 54,002 tokens.
 SAMPLING = 16.4
