@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from functools import partial
 
-import deepspeed
 import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from mugv_ds.config.deepspeed import deepspeed_config
 from mugv_ds.config.schema import OptimizerSection, TrainConfig
+from mugv_ds.engine.distributed_optimizer import make_engine
 from mugv_ds.engine.objective import Objective
 from mugv_ds.engine.process import Process
 from mugv_ds.engine.schedule import rate_factor
@@ -56,13 +56,8 @@ def build_engine(
         process.host.attempt(lambda: weights(module.named_layers()) if reads else None)
     trainable = (parameter for parameter in module.parameters() if parameter.requires_grad)
     optimizer = adamw(trainable, config.optimizer, process.device)
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=optimizer,
-        lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_factor, config.schedule)),
-        config=deepspeed_config(config, process.layout.data),
-    )
-    return engine
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_factor, config.schedule))
+    return make_engine(module, optimizer, schedule, deepspeed_config(config, process.layout.data))
 
 
 def build_stage(config: TrainConfig, process: Process, shape: tuple[int, int, int]) -> DiTPipeline:

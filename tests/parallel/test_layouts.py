@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from deepspeed.utils import safe_get_full_optimizer_state
 
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.data.readers import Batch
@@ -15,7 +14,7 @@ from mugv_ds.engine.process import start_process
 from mugv_ds.models import DiT
 from mugv_ds.models.dit import init_weights
 from mugv_ds.objectives.flow import flow_loss
-from tests.helpers.distributed import run_ranks
+from tests.helpers.distributed import run_ranks, whole_state
 
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 2, 2), (2, 2, 1)]
 SHAPE = (3, 6, 9)  # 3 · 3 · 5 + 2 = 47 tokens: odd, and a side is padded
@@ -127,11 +126,8 @@ def train_layout(settings: TrainConfig, out: Path, steps: int) -> None:
         losses.append(engine.train_batch(feed.stage(parts, SHAPE, micro, len(parts))).item())
         if step == 0:
             terms = {name: value.item() for name, value in engine.get_additional_losses().items()}
-            for prefix, layer in module.named_layers():
-                for name, parameter in layer.named_parameters():
-                    # After the first step the first moment is (1 − β1) times the reduced gradient.
-                    moment = safe_get_full_optimizer_state(parameter, "exp_avg")
-                    gradients[prefix + name] = moment / (1 - BETA1)
+            # After the first step the first moment is (1 − β1) times the reduced gradient.
+            gradients = {name: moment / (1 - BETA1) for name, moment in whole_state(engine, "exp_avg").items()}
     torch.save({"losses": losses, "gradients": gradients, "terms": terms}, out / f"rank{process.rank}.pt")
 
 
