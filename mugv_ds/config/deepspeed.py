@@ -160,7 +160,7 @@ REFUSED_INSIDE: dict[str, dict[str, tuple[Any, str]]] = {
         "load_from_fp32_weights": (True, _ITS_CHECKPOINTS),
         "elastic_checkpoint": (False, _ITS_CHECKPOINTS),
         "pipeline_loading_checkpoint": (False, _ITS_CHECKPOINTS),
-        "overlap_comm": (False, "the pipeline engine does not overlap; leave it out"),
+        "overlap_comm": (False, "has no effect: the reduction always overlaps the backward pass; leave it out"),
         "allgather_partitions": (True, _LATER_STAGE),
         "ignore_unused_parameters": (True, _LATER_STAGE),
         "sub_group_size": (10**9, _LATER_STAGE),

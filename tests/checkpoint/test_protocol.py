@@ -190,7 +190,7 @@ def refuses_what_is_not_finite(case: Case) -> None:
         last = store.fragments[-1]
         if case.rank == 1:
             last.tensors["exp_avg_sq"][-1] = float("inf")
-        with refused("rank 1: final_layer.linear.bias/exp_avg_sq holds a NaN or an infinity"):
+        with refused("rank 1: blocks.0.mlp.fc1.weight/exp_avg_sq holds a NaN or an infinity"):
             store.save(2)
         assert files.saved_steps(case.folder) == [1]
         last.tensors["exp_avg_sq"].zero_()
