@@ -182,7 +182,8 @@ class DistributedOptimizer:
     def arrived(self, bucket: Bucket) -> None:
         """Notes that a parameter of a bucket has its gradient of the micro-batch, and sends off what is complete.
 
-        Buckets leave in one order, so that all ranks reduce the same ones together, whatever reaches them.
+        Buckets leave in one order, so that all ranks reduce the same ones together, whatever reaches them. One with a
+        parameter that takes no part leaves at the end of the backward pass, and with it all after it.
         """
         if not self._in_backward:
             self._in_backward = True
