@@ -16,8 +16,10 @@ from mugv_ds.models.attention import Attention, MaskedAttention
 from mugv_ds.models.choose_attention import fastest_masked_attention, named_attention
 from mugv_ds.models.compile import SHAPES, compile_blocks
 from mugv_ds.models.fp8 import check_fp8, use_fp8
+from mugv_ds.models.kept_attention import KeptAttention, check_kept, statistics_of
 from mugv_ds.models.rope import patch_grid
 from mugv_ds.parallel.layout import stage_boundaries
+from mugv_ds.parallel.offload import Offload
 from mugv_ds.parallel.pipeline import DiTPipeline
 from mugv_ds.parallel.ulysses import Ulysses
 
@@ -78,6 +80,10 @@ def build_stage(config: TrainConfig, process: Process, shape: tuple[int, int, in
         dtype=DTYPES[config.model.dtype],
         device=process.device,
     )
+    if config.parallel.offload != "none":
+        offload = Offload(process.device)
+        for block in module.blocks:
+            block.keep, block.keep_input = offload.keep, config.parallel.offload == "all"
     cross_attention = pick_cross_attention(config, process, shape)
     for block in module.blocks:
         block.cross_attn.attend = cross_attention
@@ -85,9 +91,19 @@ def build_stage(config: TrainConfig, process: Process, shape: tuple[int, int, in
 
 
 def pick_attention(config: TrainConfig, process: Process, shape: tuple[int, int, int]) -> Attention:
-    """Returns the attention that the config names or, with "auto", the fastest right one on rank 0, on all ranks."""
+    """Returns the attention that the config names or, with "auto", the fastest right one on rank 0, on all ranks.
+
+    Raises:
+        ConfigError: the recompute level keeps what the backend that is named does not give.
+    """
+    level, name = config.parallel.activation_checkpointing, config.model.attention
+    backends = None
+    if level == "attention":
+        check_kept(name, process.device)
+        backends = {name: KeptAttention(of) for name, of in statistics_of(process.device).items()}
     return named_attention(
-        config.model.attention,
+        name,
+        backends=backends,
         tokens=patch_grid(*shape).tokens,
         heads=config.model.dit().num_heads // process.layout.sequence,
         dtype=DTYPES[config.model.dtype],
