@@ -41,7 +41,7 @@ class Case:
     gradients: str = "fp32"
     averages: int = 0
     steps: int = 6
-    is_profiled: bool = True  # a step more
+    is_profiled: bool = True  # one step more
 
     @property
     def gpus(self) -> int:

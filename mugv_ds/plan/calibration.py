@@ -1,17 +1,17 @@
 """What a machine was measured to do, as `tools/calibrate.py` writes it: JSON named after card and versions.
 
 Every point is a median of some calls. Times are seconds, sizes are bytes, of one device, unless a field says otherwise.
-Between points times are interpolated: see `per_unit`.
+Between points times are interpolated: see `Curve`.
 """
 
 import json
+import math
+from bisect import bisect_right
 from collections.abc import Iterable
-from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 from pydantic import Field, ValidationError
 
 from mugv_ds.config.errors import InputError
@@ -21,6 +21,7 @@ from mugv_ds.config.section import Section
 MACHINES = "machines"  # folder of the calibrations that are shipped, beside this file
 _MAX_FILE_BYTES = 1 << 22
 _MAX_POINTS = 4096
+_LEAST_SECONDS = 1e-9  # that a measurement counts as
 _MEASURED = {
     *("seconds", "forward_s", "backward_s", "kept_bytes", "peak_bytes", "adamw_s", "norm_s", "cast_s", "average_s"),
     *("products_s", "collective_s", "both_s", "allocated_bytes", "reserved_bytes"),
@@ -196,11 +197,6 @@ class Calibration(Section):
         """Returns the content of its file."""
         return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
 
-    @cached_property
-    def widths(self) -> tuple[int, ...]:
-        """Returns the widths that blocks were measured in, ascending."""
-        return tuple(sorted({point.width for point in self.blocks}))
-
 
 def _sizes(point: Section) -> dict[str, object]:
     """What was measured at, without what was measured."""
@@ -243,31 +239,61 @@ def load_calibration(name: str | Path) -> Calibration:
         raise InputError(f"{path}: {key or 'content'}: {first['msg']}; make it anew with `make calibrate`") from None
 
 
-def per_unit(points: Iterable[tuple[float, float]], size: float) -> float:
-    """Returns the seconds that something of this size takes, by what was measured at other sizes.
+def calibration_of(card: str | None, name: str | None = None) -> Calibration | None:
+    """Returns the calibration to predict with.
 
-    Between two points the seconds per unit are linear in the logarithms of both, so that time is a power of the size.
+    Args:
+        card: of the machine, as the driver names it; the newest that is shipped of it is taken. None: of any machine,
+            the first that is shipped. name: of the calibration, which is then taken.
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    if name is not None:
+        return load_calibration(name)
+    wanted = "" if card is None else machine_name(card, "").rpartition("-torch")[0] + "-torch"
+    known = [name for name in shipped() if name.startswith(wanted)]
+    if not known:
+        return None
+    return load_calibration(known[0] if card is None else max(known, key=_version))
+
+
+def _version(name: str) -> list[int]:
+    return [int(number) for number in name.rpartition("-torch")[2].split(".") if number.isdecimal()]
+
+
+class Curve:
+    """Seconds by size, of what was measured at some sizes.
+
+    Between two of them the seconds per unit are linear in the logarithms of both, so that time is a power of the size.
     Beyond the largest they stay; below the smallest the time does, as it is that of starting.
 
     Args:
-        points: (size, seconds), all positive.
+        points: (size, seconds), all positive; of several of one size the mean counts.
 
     Raises:
         ValueError: there are no points.
     """
-    sizes, seconds = _sorted(points)
-    if size <= sizes[0]:
-        return float(seconds[0])
-    rate = np.interp(np.log(size), np.log(sizes), np.log(seconds / sizes))
-    return float(size * np.exp(rate))
 
+    def __init__(self, points: Iterable[tuple[float, float]]) -> None:
+        by_size: dict[float, list[float]] = {}
+        for size, seconds in points:
+            by_size.setdefault(size, []).append(seconds)
+        if not by_size:
+            raise ValueError("nothing was measured")
+        self._sizes = sorted(by_size)
+        self._logs = [math.log(size) for size in self._sizes]
+        means = [max(sum(by_size[size]) / len(by_size[size]), _LEAST_SECONDS) for size in self._sizes]
+        self._first = means[0]
+        self._rates = [math.log(seconds / size) for size, seconds in zip(self._sizes, means, strict=True)]
 
-def _sorted(points: Iterable[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
-    """Sizes, ascending, and the seconds at each; of several points of one size the mean."""
-    by_size: dict[float, list[float]] = {}
-    for size, seconds in points:
-        by_size.setdefault(size, []).append(seconds)
-    if not by_size:
-        raise ValueError("nothing was measured")
-    sizes = sorted(by_size)
-    return np.array(sizes, float), np.array([sum(by_size[size]) / len(by_size[size]) for size in sizes])
+    def __call__(self, size: float) -> float:
+        """Returns the seconds that something of this size takes."""
+        if size <= self._sizes[0]:
+            return self._first
+        if size >= self._sizes[-1]:
+            return size * math.exp(self._rates[-1])
+        at = bisect_right(self._sizes, size)
+        log = math.log(size)
+        share = (log - self._logs[at - 1]) / (self._logs[at] - self._logs[at - 1])
+        return size * math.exp(self._rates[at - 1] + share * (self._rates[at] - self._rates[at - 1]))
