@@ -1,6 +1,5 @@
 """Finds the fastest way to train a config on some number of GPUs: every layout, level and micro-batch that is legal."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -155,11 +154,12 @@ class Search:
 
     @property
     def best(self) -> Way | None:
-        """Returns the fastest that fits and, of those as fast as it, that with the most memory to spare."""
+        """Returns the fastest that fits; of those as fast as it, one without offload, and with memory to spare."""
         if not self.fitting:
             return None
         limit = self.fitting[0].seconds * (1 + _ALIKE)
-        return min((way for way in self.fitting if way.seconds <= limit), key=lambda way: way.memory.peak)
+        alike = (way for way in self.fitting if way.seconds <= limit)
+        return min(alike, key=lambda way: (way.setup.offload != "none", way.memory.peak))
 
 
 class Planner:
@@ -209,6 +209,26 @@ class Planner:
                             others[name] = way
         ways.sort(key=lambda way: (way.seconds, way.memory.peak, way.name))
         return Search(gpus, tuple(_one_of_each(ways)), others, refused)
+
+    def as_set(self, gpus: int) -> Way:
+        """Returns the way that the config itself asks for on so many GPUs.
+
+        Raises:
+            ConfigError: it cannot run on so many.
+        """
+        config = self.config
+        layout = Layout.fit(config.parallel, gpus)
+        setup = replace(
+            self._base,
+            layout=layout,
+            level=config.parallel.activation_checkpointing,
+            offload=config.parallel.offload,
+        )
+        costs = replace(self._cost, sequence=layout.sequence)
+        buckets = tuple(kind.bucket(config, config.data, costs, layout.data) for kind in self.kinds)
+        times = tuple(step_time(setup, bucket, self.timing) for bucket in buckets)
+        memory = setup.largest_memory(buckets)
+        return Way(setup, config.data, buckets, times, memory, self.limits.hold(memory))
 
     def _variants(self) -> Iterator[tuple[int, str]]:
         """(averages, gradients): as the config has them, and with less."""
@@ -333,7 +353,6 @@ def why_slower(way: Way, best: Way) -> str:
     return f"{way.seconds / best.seconds - 1:+.1%}: {parts}"
 
 
-def fewest_gpus(gpus: int) -> list[int]:
-    """Returns the numbers of GPUs that throughput is shown for: powers of two from an eighth of it to twice as many."""
-    first = max(gpus // 8, 1)
-    return [first * 2**n for n in range(int(math.log2(2 * gpus / first)) + 1)]
+def gpus_around(gpus: int) -> list[int]:
+    """Returns the numbers of GPUs that throughput is shown for: this one, divided and multiplied by powers of two."""
+    return sorted({gpus, *(gpus >> n for n in range(1, 4) if gpus % (1 << n) == 0), 2 * gpus})
