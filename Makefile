@@ -1,7 +1,7 @@
 # Everything runs inside .venv, which `make install` creates.
 # Variables: CONFIG, PRESET, STAGE, SET, RANKS, STEPS, HOSTFILE, CKPT, WEIGHTS, CODEC, TEXT, PROMPTS, SAMPLE, RDPO, EVAL,
 # VIDEOS, WORK, DATA, INFO, IMAGES, VIDEO, VBENCH, A, B, C, COMPARE, OUT, GAMMA, FORMAT, ADAPTER, DTYPE, NOISE,
-# PYTHON.
+# GPUS, PLAN, PYTHON.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -106,6 +106,14 @@ dry-run: install  ## Print what CONFIG would run, without starting it
 balance: install  ## Print how evenly CONFIG loads RANKS data ranks, and how much its steps differ
 	$(BIN)/python tools/balance.py --config $(CONFIG) $(addprefix --data-ranks ,$(RANKS)) $(addprefix --steps ,$(STEPS)) \
 		$(addprefix --set ,$(SET))
+
+# PLAN adds options of tools/plan.py, such as --page runs/plan.html, --price 2.5 or --compare runs/…/tensorboard.
+.PHONY: plan calibrate
+plan: install  ## Print how CONFIG trains fastest on GPUS GPUs: what fits, how long a step takes, what it costs
+	$(BIN)/python tools/plan.py --config $(CONFIG) --gpus $(GPUS) $(addprefix --set ,$(SET)) $(PLAN)
+
+calibrate: install  ## Measure this machine's GPUs (GPUS of them, at most 10 minutes) for the planner, to runs/calibration
+	$(BIN)/torchrun --nproc-per-node $(GPUS) tools/calibrate.py
 
 convert-hf: install  ## Write checkpoint CKPT as published-format weights to OUT (FORMAT=pt, bin or safetensors; ADAPTER=1: its LoRA adapters, as peft does)
 	@test -n "$(CKPT)" -a -n "$(OUT)" || { echo "usage: make convert-hf CKPT=runs/…/checkpoints OUT=exports/…"; exit 2; }

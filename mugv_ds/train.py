@@ -24,9 +24,11 @@ if TYPE_CHECKING:  # the rest of the package is imported when it is needed: a wr
 
     from mugv_ds.checkpoint.manifest import StartWeights
     from mugv_ds.checkpoint.store import Store
+    from mugv_ds.data.manifest import Shape
     from mugv_ds.data.run_data import RunData
     from mugv_ds.engine.ema import PowerEma
     from mugv_ds.engine.evaluate.reference import ReferenceModel
+    from mugv_ds.engine.metrics import Expected
     from mugv_ds.engine.preview import Evaluations, Previews
     from mugv_ds.engine.process import Process
     from mugv_ds.engine.reward.old_policy import OldPolicy
@@ -65,12 +67,12 @@ def start(config: TrainConfig, resume: bool = True) -> Start:
     from mugv_ds.engine.build import build_engine
     from mugv_ds.engine.guard.stopping import stop_if_asked
     from mugv_ds.engine.process import check_same, start_process
-    from mugv_ds.models.flops import SampleCost
+    from mugv_ds.plan.cost import sample_cost
     from mugv_ds.weights.start import check_resumed_base, check_start_features, find_weights, put_start, saved_start
 
     process = start_process(config)
     stop_if_asked(process.host)
-    data = RunData(config, SampleCost.of(config), process.layout.data, process.host.first_then_all)
+    data = RunData(config, sample_cost(config), process.layout.data, process.host.first_then_all)
     stop_if_asked(process.host)
     check_same(data.content(), process.host, "all hosts must read the same files; copy them anew and start again")
     saved = process.host.first(lambda: saved_start(config) if resume else None)
@@ -177,6 +179,26 @@ def _sampler(run: Start, ema: "PowerEma", sigma_rel: float | None) -> tuple[Any,
     return sample_latents, load_codec, nullcontext if sigma_rel is None else average
 
 
+def expected_steps(config: TrainConfig, run: Start) -> "dict[tuple[str, Shape], Expected]":
+    """Predicts seconds and memory of the run's steps on this machine, by stream and shape, and prints the mean step."""
+    from mugv_ds.engine.metrics import Expected
+    from mugv_ds.plan.predict import predict_steps
+
+    card = None if run.process.device.type != "cuda" else _card()
+    if card is None or config.model.precision != "bf16":
+        return {}
+    steps = predict_steps(config, run.process.layout, run.data, card)
+    print(steps.line, flush=True)
+    return {kind: Expected(step.seconds, step.peak_gib) for kind, step in steps.by_kind.items()}
+
+
+def _card() -> str | None:
+    """The name of the GPU of this machine; None where there is none."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
 def train(config: TrainConfig) -> int:
     """Runs the training that `config` describes, as one of the processes of the launch.
 
@@ -216,6 +238,7 @@ def train(config: TrainConfig) -> int:
             reference = reference_model(config, run, fresh=not taken)
             reference.open_files()
         rounds = old and make_rounds(config, run, store, old)
+        expected = expected_steps(config, run) if process.rank == 0 else {}
         trainer = Trainer(
             config,
             process,
@@ -227,6 +250,7 @@ def train(config: TrainConfig) -> int:
             previews=previews,
             evaluations=evaluations,
             rounds=rounds,
+            expected=expected,
         )
         stopped = trainer.run(taken)
     finally:
@@ -245,7 +269,7 @@ def dry_run(config: TrainConfig, world_size: int | None) -> str:
     from mugv_ds.plan.describe import describe
     from mugv_ds.weights.codec import read_codec_sizes
 
-    return describe(config, world_size, read_codec_sizes)
+    return describe(config, world_size, read_codec_sizes, _card())
 
 
 if __name__ == "__main__":

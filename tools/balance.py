@@ -4,8 +4,8 @@ tools/balance.py --config ds_configs/base.json --data-ranks 64 --set data.manife
     --set 'data.budget={"shape": [15, 90, 160], "multiple": 64, "device_tokens": 13501}' \\
     --set data.global_batch_size=128 --set data.micro_batch_size=64
 
-Costs are model FLOPs. The steps looked at are the first ones or, where the shares of data.mixture change over the run,
-spread over all of it.
+Costs are model FLOPs, or predicted seconds where data.budget.by says so. The steps looked at are the first ones or,
+where the shares of data.mixture change over the run, spread over all of it.
 """
 
 import argparse

@@ -54,11 +54,23 @@ class ModelSection(Section):
 
 
 class BudgetSection(Section):
-    """Makes steps of all shapes cost about the same FLOPs; `data.global_batch_size` then holds for one shape only."""
+    """Makes steps of all shapes cost about the same; `data.global_batch_size` then holds for one shape only."""
 
     shape: tuple[Size, Size, Size] = Field(
         description="Latent (T, H, W) of which a step holds data.global_batch_size samples. Steps of other shapes hold "
-        "as many as cost the same, by the model's FLOPs."
+        "as many as cost the same."
+    )
+    by: Literal["flops", "seconds"] = Field(
+        "flops",
+        description="What a sample costs: the model's FLOPs, or the seconds that its blocks are predicted to take on "
+        "data.budget.machine, where short sequences run at lower efficiency. A run goes on with what it began with.",
+    )
+    machine: str | None = Field(
+        None,
+        max_length=4096,
+        description="Calibration that predicts the seconds: the name of one that is shipped with the planner, such as "
+        "nvidia-h200-torch2.11, or the path of a file of tools/calibrate.py. It need not be the machine of the run. "
+        'Required when data.budget.by is "seconds".',
     )
     multiple: Samples = Field(
         8,
@@ -70,6 +82,15 @@ class BudgetSection(Section):
         description="Tokens that a device may hold at once, the sequence ranks' share of a micro-batch. A micro-batch "
         "has as many samples as fit, at most data.micro_batch_size."
     )
+
+    @model_validator(mode="after")
+    def _has_a_machine(self) -> "BudgetSection":
+        if (self.by == "seconds") != (self.machine is not None):
+            raise ValueError(
+                'data.budget.machine: required when data.budget.by = "seconds", and has no effect otherwise; '
+                "name a calibration or leave both out"
+            )
+        return self
 
 
 class GroupSection(Section):

@@ -1,6 +1,6 @@
 """Batch sizes: how many samples of each latent shape a step holds, and how many a data rank holds at once.
 
-Samples of different shapes cost very different FLOPs and memory, so with a budget a step holds as many of a shape as
+Samples of different shapes cost very different time and memory, so with a budget a step holds as many of a shape as
 cost what a step of the reference shape costs.
 """
 
@@ -22,12 +22,12 @@ class Workload:
 
     Attributes:
         tokens: tokens of a sample that one device holds, as a function of the latent shape.
-        flops: FLOPs of a sample's forward and backward pass, as a function of the latent shape.
+        cost: of a sample's forward and backward pass, in FLOPs or in seconds, as a function of the latent shape.
         data_ranks: number of data-parallel replicas that share a step.
     """
 
     tokens: Callable[[Shape], int]
-    flops: Callable[[Shape], float]
+    cost: Callable[[Shape], float]
     data_ranks: int
 
 
@@ -82,7 +82,7 @@ def _batch_size(
     if budget is not None:
         if budget.multiple % ranks:
             raise ConfigError(f"data.budget.multiple = {budget.multiple}: must be a multiple of the {ranks} data ranks")
-        wanted = step * load.flops(budget.shape) / load.flops(shape)
+        wanted = step * load.cost(budget.shape) / load.cost(shape)
         step = _divisible(wanted / budget.multiple) * budget.multiple
         tokens = item_size * load.tokens(shape)
         if tokens > budget.device_tokens:

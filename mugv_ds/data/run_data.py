@@ -30,11 +30,11 @@ _ALONE = "train"  # name of the stream where there is only one
 
 
 class Cost(Protocol):
-    """What a sample of a latent shape asks of a device; see `models.flops.SampleCost`."""
+    """What a sample of a latent shape asks of a device; see `models.flops.SampleCost` and `plan.cost.sample_cost`."""
 
     def tokens(self, shape: Shape) -> int: ...
 
-    def flops(self, shape: Shape) -> float: ...
+    def cost(self, shape: Shape) -> float: ...
 
 
 def call(function: Callable[[], Index]) -> Index:
@@ -66,7 +66,7 @@ class RunData:
 
     def __init__(self, config: TrainConfig, cost: Cost, data_ranks: int, opener: Opener = call) -> None:
         self._config = config
-        self._load = Workload(cost.tokens, cost.flops, data_ranks)
+        self._load = Workload(cost.tokens, cost.cost, data_ranks)
         sources = config.preference.sources if config.preference else ()
 
         def open_(path: str | None) -> Index | None:
@@ -127,7 +127,7 @@ class RunData:
     def typical_shape(self) -> Shape:
         """The latent shape whose sample costs the most; for it pipeline stages are balanced and attention is chosen."""
         shapes = {shape for index in self._played for shape in index.buckets().by_shape}
-        return max(sorted(shapes), key=self._load.flops)
+        return max(sorted(shapes), key=self._load.cost)
 
     @property
     def _played(self) -> tuple[Index, ...]:

@@ -1,6 +1,6 @@
 """The training loop of the DiT, one for every layout."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import numpy as np
@@ -8,6 +8,7 @@ import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from mugv_ds.config.schema import TrainConfig
+from mugv_ds.data.manifest import Shape
 from mugv_ds.data.plan import PlannedStep
 from mugv_ds.data.readers import Batch
 from mugv_ds.data.run_data import RunData
@@ -18,7 +19,7 @@ from mugv_ds.engine.evaluate.validate import Validation
 from mugv_ds.engine.feed import Feed
 from mugv_ds.engine.guard.guard import Guard, StepResult
 from mugv_ds.engine.guard.stopping import stop_if_asked
-from mugv_ds.engine.metrics import OptimizerProbe, Recorder
+from mugv_ds.engine.metrics import Expected, OptimizerProbe, Recorder
 from mugv_ds.engine.preview import Evaluations, Previews
 from mugv_ds.engine.process import Process
 from mugv_ds.engine.reward.rounds import Rounds
@@ -41,6 +42,7 @@ class Trainer(StepLoop):
         ema: averages of the weights, which take in those of every step that was applied.
         store: saves when a checkpoint is due, and holds the state that the run goes on from.
         previews: writes videos when they are due; None: there are none. evaluations: measures some, likewise.
+        expected: what is predicted of the steps of a stream and latent shape; of others nothing is.
     """
 
     def __init__(
@@ -56,11 +58,12 @@ class Trainer(StepLoop):
         previews: Previews | None = None,
         evaluations: Evaluations | None = None,
         rounds: Rounds | None = None,
+        expected: Mapping[tuple[str, Shape], Expected] | None = None,
     ) -> None:
         shown = [(config.preview.every, previews), (config.evaluation.every, evaluations)]
         super().__init__(config, process, plan=data.plan, readers=data.readers, store=store, shown=shown)
         self.engine, self.data, self.reference, self.ema, self.rounds = engine, data, reference, ema, rounds
-        self.dit = config.model.dit()
+        self.dit, self.expected = config.model.dit(), expected or {}
         self.feed = Feed(engine.module, process, config.data, self.dit.caption_channels)
         self.evaluator = Evaluator(process, engine, self.feed, config.data.num_workers)
         held_out = reference.held_out() if reference else self._base_held_out()
@@ -169,6 +172,8 @@ class Trainer(StepLoop):
 
     def _note(self, planned: PlannedStep, loss: torch.Tensor, recorder: Recorder) -> None:
         """Hands the recorder what the finished step was and did."""
+        if (kind := (planned.stream, planned.shape)) in self.expected:
+            recorder.expect(self.expected[kind])
         tokens, samples = patch_grid(*planned.shape).tokens, planned.samples
         flops = step_flops(self.config, planned.shape, samples=samples, companions=len(planned.companions))
         recorder.step(

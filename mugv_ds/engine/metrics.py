@@ -5,7 +5,9 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
+import psutil
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -16,10 +18,7 @@ from tqdm import tqdm
 
 from mugv_ds.config.schema import LoggingSection
 from mugv_ds.engine.optional import OptionalOutput
-
-# Dense bf16 peak in TFLOP/s by a part of the device's name, the first that fits: half of the peaks with sparsity in
-# NVIDIA's data sheets, H100 (SXM 1,979, PCIe 1,513, NVL 1,671) and H200 (SXM 1,979, NVL 1,671).
-PEAK_TFLOPS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H200 NVL": 835.0, "H100": 989.0, "H200": 989.0}
+from mugv_ds.models.flops import card_peak_tflops
 
 _CHUNK = 1 << 24  # elements that the optimizer's probe works on at once
 
@@ -28,8 +27,7 @@ def peak_tflops(section: LoggingSection, device: torch.device) -> float | None:
     """Dense bf16 peak of one device: the config's value, or that of a known chip that is not shared (MIG), or None."""
     if section.peak_tflops is not None or device.type != "cuda":
         return section.peak_tflops
-    name = torch.cuda.get_device_name(device)
-    return next((peak for chip, peak in PEAK_TFLOPS.items() if chip in name and "MIG" not in name), None)
+    return card_peak_tflops(torch.cuda.get_device_name(device))
 
 
 def take_peak_gib(device: torch.device) -> float:
@@ -80,6 +78,13 @@ def reward_means(sums: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
         if (count := float(of.get("rollouts", 0))) > 0:
             means |= {f"train/{name}": float(of[name]) / count for name in ("positive", "negative", "moved")}
     return means
+
+
+class Expected(NamedTuple):
+    """What is predicted of a step. seconds: None where no calibration says. peak_gib: of the fullest device."""
+
+    seconds: float | None
+    peak_gib: float
 
 
 class OptimizerProbe:
@@ -181,6 +186,7 @@ class Recorder:
         self._steps_taken, self._counted, self._flops = 0, {}, {}
         self._losses: list[Tensor] = []
         self._samples: dict[str, int] = {}  # by stream
+        self._expected: list[Expected] = []
         self._sums: dict[str, dict[str, Tensor]] = {}  # of every term, by stream
 
     def due(self, step: int) -> bool:
@@ -218,6 +224,10 @@ class Recorder:
             _add(self._flops, {"model_flops": model_flops, "hardware_flops": hardware_flops})
         self._bar.update()
 
+    def expect(self, expected: Expected) -> None:
+        """Notes what was predicted of the step that is taken; it is written beside what is measured."""
+        self._expected.append(expected)
+
     def record(
         self, done: int, *, rate: float, norm: float, probe: OptimizerProbe, waited: float
     ) -> dict[str, dict[str, float]]:
@@ -244,6 +254,7 @@ class Recorder:
             "train/grad_norm": norm,
             **{f"train/{name}": value for name, value in probe.read().items()},
             **self._speeds(waited),
+            **self._predictions(),
         }
         self.write(done, scalars.items())
         utilisation = {name: scalars[f"speed/{name}"] for name in ("mfu", "hfu") if f"speed/{name}" in scalars}
@@ -253,18 +264,28 @@ class Recorder:
         self._begin_window()
         return preferences
 
+    def _predictions(self) -> dict[str, float]:
+        """Returns what was predicted of the steps since the last record; nothing where nothing was."""
+        seconds = [expected.seconds for expected in self._expected if expected.seconds is not None]
+        scalars = {"plan/step_seconds": sum(seconds) / len(seconds)} if len(seconds) == self._steps_taken else {}
+        if self._expected:
+            scalars["plan/peak_gib"] = max(expected.peak_gib for expected in self._expected)
+        return scalars
+
     def _speeds(self, waited: float) -> dict[str, float]:
         """Returns speed and memory since the last record, after the device has finished. All ranks call it."""
         seconds = time.perf_counter() - self._begin
         device = self._losses[0].device
-        worst = torch.tensor([waited, take_peak_gib(device)], dtype=torch.float64, device=device)
+        host = psutil.Process().memory_info().rss / 2**30
+        worst = torch.tensor([waited, take_peak_gib(device), host], dtype=torch.float64, device=device)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        waited, memory = worst.tolist()
+        waited, memory, host = worst.tolist()
         speeds = {
             "speed/seconds_per_step": seconds / self._steps_taken,
             **{f"speed/{name}_per_second": count / seconds for name, count in self._counted.items()},
             "speed/data_wait_seconds": waited,
             "speed/data_wait_share": waited / seconds,
+            "memory/host_gib": host,  # of the largest process of a rank
         }
         if self._flops:
             tflops = {name: count / seconds / self._world_size / 1e12 for name, count in self._flops.items()}

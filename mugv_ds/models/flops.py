@@ -37,7 +37,16 @@ _PART_OF = {
     "mlp.fc1": "feed_forward",
     "mlp.fc2": "feed_forward",
 }
+# Dense bf16 peak in TFLOP/s by a part of the device's name, the first that fits: half of the peaks with sparsity in
+# NVIDIA's data sheets, H100 (SXM 1,979, PCIe 1,513, NVL 1,671) and H200 (SXM 1,979, NVL 1,671).
+PEAK_TFLOPS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H200 NVL": 835.0, "H100": 989.0, "H200": 989.0}
+
 _ATTENTIONS = ("cross_attention", "self_attention")
+
+
+def card_peak_tflops(name: str) -> float | None:
+    """Returns the dense bf16 peak of a device of this name; None for an unknown one, and for a shared one (MIG)."""
+    return next((peak for chip, peak in PEAK_TFLOPS.items() if chip in name and "MIG" not in name), None)
 
 
 def block_parts(config: DiTConfig, tokens: int, text_tokens: int, lora: LoraSection | None = None) -> dict[str, float]:
@@ -150,7 +159,7 @@ def step_flops(run: TrainConfig, shape: tuple[int, int, int], *, samples: int, c
 
 @dataclass(frozen=True)
 class SampleCost:
-    """What one sample asks of a device, by its latent shape (T, H, W).
+    """What one sample asks of a device, by its latent shape (T, H, W), and what it costs, in FLOPs.
 
     Args:
         config: sizes of the model. text_tokens: length that captions are padded to.
@@ -167,10 +176,12 @@ class SampleCost:
         """Returns the costs of a run's samples."""
         return cls(run.model.dit(), run.data.max_text_tokens, run.parallel.sequence, run.lora)
 
+    unit = "FLOP"
+
     def tokens(self, shape: tuple[int, int, int]) -> int:
         """Counts the tokens that one device holds of a sample."""
         return -(-patch_grid(*shape).tokens // self.sequence)
 
-    def flops(self, shape: tuple[int, int, int]) -> float:
+    def cost(self, shape: tuple[int, int, int]) -> float:
         """Counts the model FLOPs of a sample's forward and backward pass, over all devices."""
         return train_flops(self.config, patch_grid(*shape).tokens, self.text_tokens, lora=self.lora)

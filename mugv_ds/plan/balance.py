@@ -1,6 +1,7 @@
 """How evenly the plan of a run loads the data ranks, and how much its steps differ: counted, before anything starts.
 
-Costs are the model FLOPs of what each data rank reads, micro-batch by micro-batch.
+Costs are the model FLOPs of what each data rank reads, micro-batch by micro-batch; or the predicted seconds of a
+device, where `data.budget.by` says so.
 """
 
 import math
@@ -16,12 +17,13 @@ from mugv_ds.data.plan import Plan, Stream
 from mugv_ds.data.readers import AnnotatedSamples, Reader
 from mugv_ds.data.run_data import RunData
 from mugv_ds.models.flops import SampleCost
-from mugv_ds.plan.describe import buckets_of
+from mugv_ds.plan.cost import sample_cost
+from mugv_ds.plan.steps import kinds_of
 
 MOST_STEPS = 2000  # looked at unless asked for
 PARTS = 5  # of the run, for which shares are shown
 
-Cost = Callable[[Shape], float]  # FLOPs of a sample
+Cost = Callable[[Shape], float]  # of a sample, in FLOPs or seconds
 
 
 @dataclass(frozen=True)
@@ -30,26 +32,26 @@ class Balance:
 
     Attributes:
         positions: int [steps], of the steps in the run.
-        flops: float64 [steps, data ranks], of each rank's micro-batches.
+        costs: float64 [steps, data ranks], of each rank's micro-batches.
     """
 
     positions: np.ndarray
-    flops: np.ndarray
+    costs: np.ndarray
 
     @property
     def mean(self) -> float:
-        """FLOPs of the mean step."""
-        return float(self.flops.sum(axis=1).mean())
+        """Returns the cost of the mean step."""
+        return float(self.costs.sum(axis=1).mean())
 
     @property
     def between_ranks(self) -> float:
         """max/mean − 1 over the ranks of a step, in the worst step."""
-        return float((self.flops.max(axis=1) / self.flops.mean(axis=1)).max() - 1)
+        return float((self.costs.max(axis=1) / self.costs.mean(axis=1)).max() - 1)
 
     @property
     def between_steps(self) -> float:
         """|cost/mean − 1| of the step that is furthest from the mean step."""
-        return float(np.abs(self.flops.sum(axis=1) / self.mean - 1).max())
+        return float(np.abs(self.costs.sum(axis=1) / self.mean - 1).max())
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,15 @@ def balance_report(config: TrainConfig, data_ranks: int, steps: int | None = Non
     Raises:
         ConfigError: the config cannot run on so many data ranks. ManifestError: a manifest cannot be used.
     """
-    costs = SampleCost.of(config)
+    costs = sample_cost(config)
     data = RunData(config, costs, data_ranks)
     indexes, readers, plan = (data.train, *data.sources), data.readers.readers, data.plan
-    cost, run = costs.flops, config.schedule.steps
+    cost, run = costs.cost, config.schedule.steps
     positions = choose_positions(plan, run, steps or min(epoch(plan), MOST_STEPS))
     balance = measure(plan, readers, cost, positions, data_ranks)
     rows = count_rows(plan, indexes, readers, run)
     lines = [
-        *_align(_bucket_lines(plan, cost, balance, data_ranks)),
+        *_align(_bucket_lines(config, plan, costs, balance, data_ranks)),
         f"steps looked at: {len(positions):,} of {run:,}, from {positions[0]:,} to {positions[-1]:,}",
         f"imbalance between {data_ranks} data ranks (max/mean - 1, worst step): {balance.between_ranks:.2%}",
         f"imbalance between steps (largest |cost/mean - 1|): {balance.between_steps:.2%}",
@@ -93,17 +95,17 @@ def balance_report(config: TrainConfig, data_ranks: int, steps: int | None = Non
 
 def measure(plan: Plan, readers: Sequence[Reader], cost: Cost, positions: np.ndarray, data_ranks: int) -> Balance:
     """The balance of the steps at these positions: int [steps]."""
-    flops_of = [_unit_flops(reader, cost) for reader in readers]
-    flops = []
+    costs_of = [_unit_costs(reader, cost) for reader in readers]
+    costs = []
     for position in positions.tolist():
         step = plan.step(position)
-        flops.append(
+        costs.append(
             [
-                sum(flops_of[ref.source][ref.item] for batch in step.micro_batches(rank, data_ranks) for ref in batch)
+                sum(costs_of[ref.source][ref.item] for batch in step.micro_batches(rank, data_ranks) for ref in batch)
                 for rank in range(data_ranks)
             ]
         )
-    return Balance(positions, np.array(flops))
+    return Balance(positions, np.array(costs))
 
 
 def count_rows(plan: Plan, indexes: Sequence[Index], readers: Sequence[Reader], steps: int) -> Rows:
@@ -160,13 +162,13 @@ def choose_positions(plan: Plan, run: int, steps: int) -> np.ndarray:
     return np.random.default_rng(0).integers(edges[:-1], edges[1:])
 
 
-def _unit_flops(reader: Reader, cost: Cost) -> list[float]:
+def _unit_costs(reader: Reader, cost: Cost) -> list[float]:
     """Of every item; 0 where it cannot be read."""
     shapes = reader.shapes
-    flops = np.zeros(len(shapes))
+    costs = np.zeros(len(shapes))
     for shape, items in zip(*group_by_shape(shapes), strict=True):
-        flops[items] = reader.item_size * cost(shape)
-    return flops.tolist()
+        costs[items] = reader.item_size * cost(shape)
+    return costs.tolist()
 
 
 def _shares(stream: Stream, positions: np.ndarray) -> np.ndarray:
@@ -174,24 +176,27 @@ def _shares(stream: Stream, positions: np.ndarray) -> np.ndarray:
     return np.interp(positions, *zip(*stream.share, strict=True))
 
 
-def _bucket_lines(plan: Plan, cost: Cost, balance: Balance, data_ranks: int) -> Iterable[tuple[str, ...]]:
+def _bucket_lines(
+    config: TrainConfig, plan: Plan, costs: SampleCost, balance: Balance, data_ranks: int
+) -> Iterable[tuple[str, ...]]:
+    unit, scale = ("TFLOP", 1e12) if costs.unit == "FLOP" else ("device seconds", 1.0)
     yield (
-        "stream", "latent", "rows or pairs", "tokens", "samples a step", "micro-batch", "accumulation", "TFLOP a step",
-        "of the mean",
+        "stream", "latent", "rows or pairs", "tokens", "samples a step", "micro-batch", "accumulation",
+        f"{unit} a step", "of the mean",
     )  # fmt: skip
-    for bucket in buckets_of(plan, data_ranks):
-        companions = plan.companion.count(bucket.samples) if plan.companion else 0
-        flops = (bucket.samples + companions) * cost(bucket.shape)
+    for kind in kinds_of(plan, config.schedule.steps):
+        bucket = kind.bucket(config, config.data, costs, data_ranks)
+        cost = (bucket.samples + bucket.companions) * costs.cost(bucket.shape)
         yield (
             bucket.stream,
             "×".join(map(str, bucket.shape)),
             f"{bucket.items:,}",
             f"{bucket.tokens:,}",
-            f"{bucket.samples:,}" + f" + {companions:,}" * bool(companions),
+            f"{bucket.samples:,}" + f" + {bucket.companions:,}" * bool(bucket.companions),
             f"{bucket.micro}",
-            f"{(bucket.samples + companions) // bucket.micro // data_ranks}",
-            f"{flops / 1e12:,.3f}",
-            f"{flops / balance.mean:.3f}",
+            f"{bucket.accumulation}",
+            f"{cost / scale:,.3f}",
+            f"{cost / balance.mean:.3f}",
         )
 
 

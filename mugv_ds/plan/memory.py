@@ -3,7 +3,7 @@
 docs/performance.md compares it with measured peaks.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from mugv_ds.config.model import LATENT_STRIDE, DiTConfig
 from mugv_ds.config.videovae import VideoVAEConfig
@@ -20,8 +20,12 @@ GIB = 2**30
 # - off: also the projection of o, the residual after it, q of cross-attention before and after its norm, and its o.
 # Cross-attention through PyTorch keeps q and o padded to 80 channels beside: 1.2 more with "off".
 KEPT = {"full": 1, "attention": 2 + 1 / 36, "selective": 7 + 1 / 3, "light": 15 + 1 / 3, "off": 20 + 1 / 3}
-# Such tensors in use at once while one block runs backward, fitted to the runs; with "full" all that a block keeps is
-# made again first.
+# Of those, what `parallel.offload` leaves on the device with "attention", and what waits in host memory.
+ON_DEVICE = {"none": KEPT["attention"], "attention_output": 1.0, "all": 0.0}
+ON_HOST = {how: KEPT["attention"] - left for how, left in ON_DEVICE.items()}
+OFFLOAD_BUFFERS = 2  # blocks whose offloaded tensors are on the device: the one at work and the one that is copied
+# Such tensors in use at once while one block runs backward, fitted to the runs; with "full" and "attention" all that a
+# block keeps is made again first.
 WORKING = {"full": 30, "attention": 30, "selective": 15, "light": 15, "off": 15}
 # The same without gradients, and nothing is kept: measured through the whole 10B model of 2 and of 4 blocks, in bf16 on
 # an H200 (PyTorch 2.11), with 13,802 to 54,002 tokens.
@@ -30,20 +34,45 @@ SAMPLING = 16.4
 # are live, and as much as cuDNN works in. The latter was measured on an H200 (PyTorch 2.11) at 720p: 9.5 GiB in all
 # with four frames at once, and 3.2 without the weights with one.
 DECODING, DECODING_WORKSPACE = 3, 1.5
-BUCKET_BYTES = 2 * 500_000_000  # DeepSpeed's gradient reduction, 5e8 bf16 elements
+BUCKET_ELEMENTS = 130_000_000  # of `deepspeed.zero_optimization.reduce_bucket_size`, unless the config says
+BUCKETS = 3  # of bf16 gradients at once in the backward pass: filled, reduced, and taken in by the shard
+HOST_BASE = 6 * GIB  # of a process of a run beside what is offloaded: CUDA, PyTorch, the libraries
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device: always there, at the start of the backward pass, in the optimizer step."""
+    """Bytes of one device by part, at their most, and those of host memory.
 
-    resident: float
-    backward: float
-    step: float
+    Attributes:
+        weights: bf16, of the stage. optimizer: the shard's fp32 weights and two moments.
+        averages: the shard's. gradients: those that the shard accumulates.
+        buckets: bf16 gradients that are not reduced yet. activations: kept for the backward pass.
+        working: in use while a block runs backward; buffers of what is offloaded.
+        host: of this rank's process.
+    """
+
+    weights: float
+    optimizer: float
+    averages: float
+    gradients: float
+    buckets: float
+    activations: float
+    working: float
+    host: float = HOST_BASE
+
+    @property
+    def resident(self) -> float:
+        """Returns what is always there."""
+        return self.weights + self.optimizer + self.averages + self.gradients
 
     @property
     def peak(self) -> float:
-        return max(self.backward, self.step)
+        """Returns the most that is there, which is in the backward pass."""
+        return self.resident + self.buckets + self.activations + self.working
+
+    def parts(self) -> dict[str, float]:
+        """Returns the device's parts by name, whose sum is the peak."""
+        return {name: value for name, value in asdict(self).items() if name != "host"}
 
 
 def predict_memory(
@@ -55,32 +84,40 @@ def predict_memory(
     tokens_held: int,
     in_flight: int,
     recompute: str,
+    offload: str = "none",
     fp32_accumulation: bool,
     averages: int,
     frozen: int = 0,
+    bucket: int = BUCKET_ELEMENTS,
 ) -> Memory:
     """Memory of a bf16 run with ZeRO-1 and AdamW.
 
     Args:
         parameters, blocks: of the device's pipeline stage; of the parameters those that are trained.
-        replicas: ranks over which the optimizer is sharded.
+        replicas: ranks over which optimizer and gradients are sharded.
         tokens_held: tokens of a micro-batch on one rank, all its samples together.
         in_flight: micro-batches whose activations a stage holds at once: as many as stages are left, itself included.
-        recompute: `parallel.activation_checkpointing`.
-        fp32_accumulation: whether gradients are accumulated in fp32 beside the bf16 ones.
+        recompute, offload: `parallel.activation_checkpointing` and `parallel.offload`.
+        fp32_accumulation: whether gradients are accumulated in fp32, in place of bf16.
         averages: fp32 averages of the weights that are kept, sharded as the optimizer is.
         frozen: parameters of the stage that are not trained, the base of adapters. They have neither gradients nor
             anything in the optimizer. What adapters keep beside, [tokens, rank] each, is not counted.
+        bucket: elements of gradients that are reduced together.
     """
     tensor = 2.0 * tokens_held * config.hidden_size
-    weights = 2.0 * (parameters + frozen)
-    shard = (12.0 + 4.0 * averages) * parameters / replicas  # fp32 weights and two moments; averages
-    accumulated = 4.0 * parameters if fp32_accumulation else 0.0
-    resident = weights + shard + accumulated
-    activations = (KEPT[recompute] * blocks * in_flight + WORKING[recompute]) * tensor
-    # Gradients take the place of activations as the backward pass goes; the step needs its shard of them in fp32 too.
-    step = resident + 2.0 * parameters + 6.0 * parameters / replicas
-    return Memory(resident, resident + activations + BUCKET_BYTES, step)
+    kept, moved = KEPT[recompute], 0.0
+    if offload != "none":
+        kept, moved = ON_DEVICE[offload], ON_HOST[offload]
+    return Memory(
+        weights=2.0 * (parameters + frozen),
+        optimizer=12.0 * parameters / replicas,
+        averages=4.0 * averages * parameters / replicas,
+        gradients=(4.0 if fp32_accumulation else 2.0) * parameters / replicas,
+        buckets=2.0 * min(BUCKETS * bucket, 2 * parameters),
+        activations=kept * blocks * in_flight * tensor,
+        working=(WORKING[recompute] + OFFLOAD_BUFFERS * moved) * tensor,
+        host=HOST_BASE + moved * blocks * in_flight * tensor,
+    )
 
 
 def predict_sampling(config: DiTConfig, *, tokens_held: int, videos: int = 2, itemsize: int = 2) -> float:

@@ -13,7 +13,8 @@ from mugv_ds.config.videovae import VideoVAEConfig
 from mugv_ds.models.rope import patch_grid
 from mugv_ds.models.videovae.vae import FRAMES_AT_ONCE, WINDOW
 from mugv_ds.parallel.layout import Layout, stage_boundaries
-from mugv_ds.plan.describe import layer_parameters, vae_parameters
+from mugv_ds.plan.cost import layer_parameters
+from mugv_ds.plan.describe import vae_parameters
 from mugv_ds.plan.memory import GIB, predict_decoding, predict_encoding, predict_sampling
 
 

@@ -12,7 +12,8 @@ from mugv_ds.config.videovae import VideoVAEConfig
 from mugv_ds.models.codec import LinearCodec
 from mugv_ds.models.lora import adapter_shapes
 from mugv_ds.plan import describe as described
-from mugv_ds.plan.describe import describe, layer_parameters
+from mugv_ds.plan.cost import layer_parameters
+from mugv_ds.plan.describe import describe
 from mugv_ds.plan.memory import GIB, predict_decoding, predict_sampling
 from mugv_ds.weights.codec import read_codec_sizes
 from tests.helpers.dataset import write_config, write_dataset

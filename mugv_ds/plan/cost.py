@@ -1,0 +1,314 @@
+"""What an optimizer step takes, in seconds and in bytes, by part: of a config's model under any layout.
+
+The schedule is 1F1B (Narayanan et al. 2019, PipeDream-Flush): with p stages and m micro-batches a step lasts as long as
+m + p − 1 of them take on the slowest stage. Each micro-batch's bf16 gradients are reduce-scattered while its backward
+pass runs, and after the step the weights are gathered while AdamW runs.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from math import prod
+
+import torch
+
+from mugv_ds.config.deepspeed import deepspeed_config
+from mugv_ds.config.model import LATENT_CHANNELS, DiTConfig
+from mugv_ds.config.schema import TrainConfig
+from mugv_ds.data.manifest import Shape
+from mugv_ds.models.dit import Embedders
+from mugv_ds.models.flops import SampleCost
+from mugv_ds.models.layers import Block, FinalLayer
+from mugv_ds.models.lora import adapter_shapes
+from mugv_ds.models.rope import patch_grid
+from mugv_ds.parallel.layout import Layout, stage_boundaries
+from mugv_ds.plan.calibration import load_calibration
+from mugv_ds.plan.memory import BUCKET_ELEMENTS, ON_HOST, Memory, predict_memory
+from mugv_ds.plan.steps import Bucket
+from mugv_ds.plan.timing import Pass, Piece, Terms, Timing
+
+_BF16 = 2
+_ACCUMULATED = {"fp32": 10.0, "bf16": 6.0}  # bytes that adding a reduced gradient to those before reads and writes
+_PACKED_ROWS = 14  # of a micro-batch that a stage sends on beside tokens and text, see `parallel.pipeline.pack`
+_BALANCED_ROWS = 16_384  # tokens among which a sample's seconds are taken by `SampleSeconds`
+DIGITS = 6  # that these are rounded to, so that every machine has the same
+
+
+@lru_cache(256)
+def layer_parameters(config: DiTConfig) -> tuple[int, ...]:
+    """Parameters of embedders, each block and the final layer."""
+    with torch.device("meta"):
+        embed, block, final = (
+            sum(p.numel() for p in part(config).parameters()) for part in (Embedders, Block, FinalLayer)
+        )
+    return (embed, *[block] * config.depth, final)
+
+
+def trained_parameters(config: TrainConfig) -> tuple[int, ...]:
+    """Those that are trained: adapters alone, or all."""
+    dit = config.model.dit()
+    if config.lora is None:
+        return layer_parameters(dit)
+    adapters = sum(prod(shape) for shape in adapter_shapes(dit, config.lora).values())
+    return (0, *[adapters // dit.depth] * dit.depth, 0)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a pipeline stage holds. first, last: layers [first, last). parameters: all. trained: of them."""
+
+    number: int
+    first: int
+    last: int
+    blocks: int
+    parameters: int
+    trained: int
+    has_embedders: bool
+    has_final: bool
+
+
+@lru_cache(4096)
+def _boundaries(dit: DiTConfig, stages: int, tokens: int, text_tokens: int) -> tuple[int, ...]:
+    return tuple(stage_boundaries(dit, stages, tokens, text_tokens))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model and how it is trained.
+
+    Attributes:
+        dit, trained: its sizes, and the parameters of each layer that are trained.
+        text_tokens: L. layout: of the ranks. level, offload: of activations. gradients: "fp32" or "bf16".
+        averages: of the weights. bucket: elements of gradients that are reduced together.
+        typical_tokens: of the sample by whose cost stages are balanced.
+        is_adapted: whether adapters alone are trained. reference_passes: forward passes beside, of a preference sample.
+    """
+
+    dit: DiTConfig
+    trained: tuple[int, ...]
+    text_tokens: int
+    layout: Layout
+    level: str
+    offload: str
+    gradients: str
+    averages: int
+    bucket: int
+    typical_tokens: int
+    is_adapted: bool = False
+    reference_passes: int = 0
+
+    @classmethod
+    def of(cls, config: TrainConfig, layout: Layout, typical_shape: Shape) -> "Setup":
+        """Returns that of a config under a layout. typical_shape: see `RunData.typical_shape`.
+
+        Raises:
+            ConfigError: there are more stages than blocks.
+        """
+        engine = deepspeed_config(config, layout.data)
+        is_kto = config.preference is not None and config.preference.objective == "kto"
+        return cls(
+            dit=config.model.dit(),
+            trained=trained_parameters(config),
+            text_tokens=config.data.max_text_tokens,
+            layout=layout,
+            level=config.parallel.activation_checkpointing,
+            offload=config.parallel.offload,
+            gradients=engine.get("data_types", {}).get("grad_accum_dtype", "fp32"),
+            averages=len(config.ema.sigma_rel) + (config.reward is not None),  # the old policy is one too
+            bucket=engine["zero_optimization"].get("reduce_bucket_size", BUCKET_ELEMENTS),
+            typical_tokens=patch_grid(*typical_shape).tokens,
+            is_adapted=config.lora is not None,
+            reference_passes=is_kto + (config.preference is not None and config.lora is not None),
+        )
+
+    @cached_property
+    def stages(self) -> list[Stage]:
+        """Returns the pipeline's stages.
+
+        Raises:
+            ConfigError: there are more than blocks.
+        """
+        parameters = layer_parameters(self.dit)
+        boundaries = _boundaries(self.dit, self.layout.pipeline, self.typical_tokens, self.text_tokens)
+        return [
+            Stage(
+                number=number,
+                first=first,
+                last=last,
+                blocks=last - first - (first == 0) - (last == len(parameters)),
+                parameters=sum(parameters[first:last]),
+                trained=sum(self.trained[first:last]),
+                has_embedders=first == 0,
+                has_final=last == len(parameters),
+            )
+            for number, (first, last) in enumerate(pairwise(boundaries))
+        ]
+
+    def memory(self, stage: Stage, bucket: Bucket | None) -> Memory:
+        """Predicts the memory of a device of a stage. bucket: of the steps; None: nothing is trained meanwhile."""
+        layout = self.layout
+        held = {"blocks": 0, "tokens_held": 0, "in_flight": 0}
+        if bucket is not None:
+            held["blocks"] = stage.blocks
+            held["tokens_held"] = bucket.micro * -(-bucket.tokens // layout.sequence)
+            held["in_flight"] = min(layout.pipeline - stage.number, bucket.accumulation)
+        return predict_memory(
+            self.dit,
+            parameters=stage.trained,
+            frozen=stage.parameters if self.is_adapted else 0,
+            replicas=layout.replicas,
+            recompute=self.level,
+            offload=self.offload,
+            fp32_accumulation=self.gradients == "fp32",
+            averages=self.averages,
+            bucket=self.bucket,
+            **held,
+        )
+
+    def largest_memory(self, buckets: list[Bucket]) -> Memory:
+        """Returns the memory of the device that holds the most, over all stages and kinds of steps."""
+        return max((self.memory(stage, b) for stage in self.stages for b in buckets), key=lambda memory: memory.peak)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of an optimizer step by part; they add up.
+
+    Attributes:
+        terms: what the device waits for, by name: see `step_time`.
+        hidden: of reduction, gather and offload, what goes on beside other work and is not waited for.
+    """
+
+    terms: dict[str, float]
+    hidden: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.terms.values())
+
+
+def step_time(setup: Setup, bucket: Bucket, timing: Timing) -> StepTime:
+    """Predicts the seconds of a step of this kind.
+
+    Returns:
+        By name: products, attention forward and backward, kernels (all others of blocks, embedders and loss), exchange
+        (all-to-alls, and what goes between stages), pipeline bubble, reference (forward passes of a preference run),
+        reduction (what the backward pass does not hide, and adding up), gather, optimizer, offload, data.
+
+    Raises:
+        InputError: the calibration has no group of devices, and the layout has.
+    """
+    layout, dit, count = setup.layout, setup.dit, bucket.accumulation
+    piece = Piece(dit.hidden_size, dit.num_heads, bucket.micro, bucket.tokens, layout.sequence, setup.text_tokens)
+    forward, backward = timing.block(piece, setup.level, setup.is_adapted)
+    ends = timing.ends(dit.hidden_size, piece.rows, bucket.micro)
+    times = [_stage_pass(stage, forward, backward, ends) for stage in setup.stages]
+    slowest = max(range(len(times)), key=lambda number: times[number].both)
+    stage, passes = setup.stages[slowest], times[slowest]
+    whole = forward.plus(backward)
+    terms = {
+        "products": count * stage.blocks * whole.products,
+        "attention forward": count * stage.blocks * whole.attention_forward,
+        "attention backward": count * stage.blocks * whole.attention_backward,
+        "kernels": count * (stage.blocks * whole.kernels + _share_of_ends(stage) * ends.both),
+        "exchange": count * stage.blocks * whole.exchange,
+    }
+    if layout.pipeline > 1:
+        terms["pipeline bubble"] = (layout.pipeline - 1) * passes.both
+        sent = _BF16 * bucket.micro * dit.hidden_size * (piece.rows // bucket.micro + _PACKED_ROWS + setup.text_tokens)
+        terms["exchange"] += 2 * (count + layout.pipeline - 1) * timing.send(sent, layout.replicas)
+    if setup.reference_passes and bucket.preferred:
+        terms["reference"] = setup.reference_passes * bucket.preferred * passes.forward
+    hidden = _reduction(setup, stage, passes, count, timing, terms)
+    terms["offload"], hidden["offload"] = _offload(setup, stage, piece, forward, backward, count, timing)
+    terms["data"] = count * timing.copy("to_device", bucket.micro * _sample_bytes(setup, bucket.shape))
+    return StepTime(terms, hidden)
+
+
+def _share_of_ends(stage: Stage) -> float:
+    return (stage.has_embedders + stage.has_final) / 2
+
+
+def _stage_pass(stage: Stage, forward: Terms, backward: Terms, ends: Pass) -> Pass:
+    """Seconds of a micro-batch's passes through a stage."""
+    share = _share_of_ends(stage)
+    return Pass(
+        stage.blocks * forward.total + share * ends.forward, stage.blocks * backward.total + share * ends.backward
+    )
+
+
+def _reduction(
+    setup: Setup, stage: Stage, passes: Pass, count: int, timing: Timing, terms: dict[str, float]
+) -> dict[str, float]:
+    """Adds the terms of gradients, weights and optimizer; returns what is hidden of them.
+
+    Beside the backward pass a collective costs what computing gets slower by; after it there remain what did not fit
+    in, and in any case the last bucket.
+    """
+    replicas, trained = setup.layout.replicas, stage.trained
+    shard = trained / replicas
+    scattered = timing.collective("reduce_scatter", replicas, _BF16 * trained)
+    last = scattered * min(setup.bucket / max(trained, 1), 1.0)
+    beside = min(scattered - last, passes.backward)
+    waited = count * (timing.slowdown * beside + (scattered - last - beside)) + last
+    added = count * timing.copy("on_device", _ACCUMULATED[setup.gradients] / 2 * shard)  # a copy reads and writes
+    terms["reduction"] = waited + added
+    terms["optimizer"] = timing.optimizer(shard, setup.averages)
+    gathered = timing.collective("all_gather", replicas, _BF16 * trained)
+    first = gathered * min(setup.bucket / max(trained, 1), 1.0)
+    terms["gather"] = first + max(gathered - first - timing.optimizer(shard, 0), 0.0)
+    return {"reduction": max(count * scattered - waited, 0.0), "gather": gathered - terms["gather"]}
+
+
+def _offload(
+    setup: Setup, stage: Stage, piece: Piece, forward: Terms, backward: Terms, count: int, timing: Timing
+) -> tuple[float, float]:
+    """Seconds that copies to and from the host are waited for, and that they take beside other work."""
+    if setup.offload == "none":
+        return 0.0, 0.0
+    moved = ON_HOST[setup.offload] * _BF16 * piece.rows * piece.width
+    out, back = timing.copy("to_host", moved), timing.copy("to_device", moved)
+    waited = max(out - forward.total, 0.0) + max(back - backward.total, 0.0)
+    return count * stage.blocks * waited, count * stage.blocks * (out + back - waited)
+
+
+def _sample_bytes(setup: Setup, shape: Shape) -> float:
+    """Bytes that a sample's latent, its target (fp32) and its text take."""
+    return 2 * 4.0 * LATENT_CHANNELS * prod(shape) + 4.0 * setup.text_tokens * setup.dit.caption_channels
+
+
+@dataclass(frozen=True)
+class SampleSeconds(SampleCost):
+    """What one sample asks of a device, with predicted seconds in the place of FLOPs.
+
+    They are those of blocks without recomputation on one device, of as many samples of the shape as make about 16,384
+    tokens: steps then depend neither on the layout nor on what is recomputed.
+
+    Args:
+        timing: of the machine that `data.budget.machine` names. The others are those of `SampleCost`.
+    """
+
+    timing: Timing | None = None
+
+    def cost(self, shape: Shape) -> float:
+        """Returns the seconds of a sample's forward and backward pass on one device."""
+        tokens = patch_grid(*shape).tokens
+        batch = max(_BALANCED_ROWS // tokens, 1)
+        piece = Piece(self.config.hidden_size, self.config.num_heads, batch, tokens, 1, self.text_tokens)
+        forward, backward = self.timing.block(piece, "off", self.lora is not None)
+        return float(f"{self.config.depth * (forward.total + backward.total) / batch:.{DIGITS}g}")
+
+    unit = "s"
+
+
+def sample_cost(config: TrainConfig) -> SampleCost:
+    """Returns what the run's samples cost, by `data.budget.by`: FLOPs, or seconds on the machine that it names.
+
+    Raises:
+        InputError: there is no calibration of that machine.
+    """
+    costs = SampleCost.of(config)
+    budget = config.data.budget
+    if budget is None or budget.by == "flops":
+        return costs
+    return SampleSeconds(**vars(costs), timing=Timing(load_calibration(budget.machine)))
