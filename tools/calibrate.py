@@ -42,6 +42,7 @@ from mugv_ds.models.attention import (
 from mugv_ds.models.choose_attention import choose_attention, choose_masked_attention
 from mugv_ds.models.compile import compile_blocks
 from mugv_ds.models.dit import Embedders, init_weights
+from mugv_ds.models.kept_attention import KeptAttention, statistics_of
 from mugv_ds.models.layers import Block, Condition, FinalLayer
 from mugv_ds.models.rope import patch_grid
 from mugv_ds.plan.calibration import (
@@ -211,8 +212,11 @@ class Bench:
         levels: of recomputation that whole blocks are measured at.
     """
 
-    def __init__(self, sizes: Sizes, clock: Clock, attention: Attention, cross: str, levels: Sequence[str]) -> None:
-        self.sizes, self.clock, self.attention, self.levels = sizes, clock, attention, levels
+    def __init__(self, sizes: Sizes, clock: Clock, attention: str, cross: str, levels: Sequence[str]) -> None:
+        self.sizes, self.clock, self.attention, self.levels = sizes, clock, BACKENDS[attention], levels
+        self.statistics = statistics_of(clock.device).get(attention)
+        if self.statistics is None:
+            self.levels = [level for level in levels if level != "attention"]
         self.cross = MASKED_BACKENDS[cross]
         self.device = clock.device
         self._blocks: dict[int, Block] = {}
@@ -306,7 +310,9 @@ class Bench:
 
     def block(self, width: int, batch: int, tokens: int, level: str, attention: Attention | None = None) -> BlockPoint:
         """Measures a block, forward and backward. attention: what takes the place of self-attention, or None."""
-        block = self._block(width)
+        block, attend = self._block(width), attention or self.attention
+        if level == "attention":
+            attend = KeptAttention(self.statistics)
         x, modulation, time_ = (self.normal(batch, n, w) for n, w in ((tokens, width), (2, 6 * width), (2, width)))
         text = self.normal(batch, TEXT_TOKENS, width)
         text_mask = torch.ones(batch, TEXT_TOKENS, dtype=torch.bool, device=self.device)
@@ -318,7 +324,7 @@ class Bench:
         def forward() -> None:
             for leaf in leaves:
                 leaf.grad = None
-            y[:] = [block(x, condition, attention or self.attention, level)]
+            y[:] = [block(x, condition, attend, level)]
 
         def backward() -> None:
             y.pop().backward(dy)
@@ -675,7 +681,7 @@ def calibrate(args: argparse.Namespace) -> None:
     sheet = Sheet(args.out, describe_machine(device, world, name), rank)
     if rank == 0:
         sheet.put_together()
-    bench = Bench(sizes, clock, BACKENDS[name], cross, args.levels)
+    bench = Bench(sizes, clock, name, cross, args.levels)
 
     def say(line: str) -> None:
         print(f"{time.monotonic() - begin:6.1f} s  {f'rank {rank}: ' * (world > 1)}{line}", flush=True)
