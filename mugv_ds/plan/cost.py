@@ -5,6 +5,7 @@ m + p − 1 of them take on the slowest stage. Each micro-batch's bf16 gradients
 pass runs, and after the step the weights are gathered while AdamW runs.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -144,30 +145,47 @@ class Setup:
             for number, (first, last) in enumerate(pairwise(boundaries))
         ]
 
-    def memory(self, stage: Stage, bucket: Bucket | None) -> Memory:
-        """Predicts the memory of a device of a stage. bucket: of the steps; None: nothing is trained meanwhile."""
-        layout = self.layout
-        held = {"blocks": 0, "tokens_held": 0, "in_flight": 0}
-        if bucket is not None:
-            held["blocks"] = stage.blocks
-            held["tokens_held"] = bucket.micro * -(-bucket.tokens // layout.sequence)
-            held["in_flight"] = min(layout.pipeline - stage.number, bucket.accumulation)
+    @cached_property
+    def unlike_stages(self) -> list[Stage]:
+        """Returns the stages that differ in what they compute, one of each."""
+        return list({(s.blocks, s.has_embedders, s.has_final): s for s in reversed(self.stages)}.values())
+
+    def memory(self, stage: Stage, buckets: Iterable[Bucket]) -> Memory:
+        """Predicts the memory of a device of a stage, in those steps in which it is the most.
+
+        Args:
+            buckets: kinds of steps; where there are none nothing is trained meanwhile.
+        """
+        return max((self._memory(stage, *held) for held in self._held(stage, buckets)), key=lambda memory: memory.peak)
+
+    def _held(self, stage: Stage, buckets: Iterable[Bucket]) -> Iterable[tuple[int, int]]:
+        """(tokens of a micro-batch on a rank, micro-batches in flight): of each number of these the most tokens."""
+        most: dict[int, int] = {}
+        for bucket in buckets:
+            in_flight = min(self.layout.pipeline - stage.number, bucket.accumulation)
+            tokens = bucket.micro * -(-bucket.tokens // self.layout.sequence)
+            most[in_flight] = max(most.get(in_flight, 0), tokens)
+        return [(tokens, in_flight) for in_flight, tokens in most.items()] or [(0, 0)]
+
+    def _memory(self, stage: Stage, tokens_held: int, in_flight: int) -> Memory:
         return predict_memory(
             self.dit,
             parameters=stage.trained,
             frozen=stage.parameters if self.is_adapted else 0,
-            replicas=layout.replicas,
+            blocks=stage.blocks,
+            replicas=self.layout.replicas,
+            tokens_held=tokens_held,
+            in_flight=in_flight,
             recompute=self.level,
             offload=self.offload,
             fp32_accumulation=self.gradients == "fp32",
             averages=self.averages,
             bucket=self.bucket,
-            **held,
         )
 
-    def largest_memory(self, buckets: list[Bucket]) -> Memory:
+    def largest_memory(self, buckets: Sequence[Bucket]) -> Memory:
         """Returns the memory of the device that holds the most, over all stages and kinds of steps."""
-        return max((self.memory(stage, b) for stage in self.stages for b in buckets), key=lambda memory: memory.peak)
+        return max((self.memory(stage, buckets) for stage in self.stages), key=lambda memory: memory.peak)
 
 
 @dataclass(frozen=True)
@@ -202,9 +220,8 @@ def step_time(setup: Setup, bucket: Bucket, timing: Timing) -> StepTime:
     piece = Piece(dit.hidden_size, dit.num_heads, bucket.micro, bucket.tokens, layout.sequence, setup.text_tokens)
     forward, backward = timing.block(piece, setup.level, setup.is_adapted)
     ends = timing.ends(dit.hidden_size, piece.rows, bucket.micro)
-    times = [_stage_pass(stage, forward, backward, ends) for stage in setup.stages]
-    slowest = max(range(len(times)), key=lambda number: times[number].both)
-    stage, passes = setup.stages[slowest], times[slowest]
+    stage = max(setup.unlike_stages, key=lambda stage: _stage_pass(stage, forward, backward, ends).both)
+    passes = _stage_pass(stage, forward, backward, ends)
     whole = forward.plus(backward)
     terms = {
         "products": count * stage.blocks * whole.products,

@@ -161,7 +161,10 @@ class Timing:
             ]
             for level in _REPEATS
         }
-        self.block = lru_cache(1 << 16)(self._block)
+        # A search asks for the same pieces again and again.
+        self.block, self.ends = lru_cache(1 << 16)(self._block), lru_cache(1 << 14)(self._ends_pass)
+        self.collective, self.optimizer = lru_cache(1 << 14)(self._collective), lru_cache(1 << 12)(self._update)
+        self.slowdown = self._slowdown()
 
     # What blocks are made of.
 
@@ -280,7 +283,7 @@ class Timing:
             scaled.append(whole)
         return tuple(scaled)
 
-    def ends(self, width: int, rows: int, batch: int) -> Pass:
+    def _ends_pass(self, width: int, rows: int, batch: int) -> Pass:
         """Returns the seconds of embedders, final layer and loss."""
         near = min(self._ends, key=lambda w: (abs(math.log(w / width)), w))
         scale = width / near
@@ -307,7 +310,7 @@ class Timing:
         sent = self.collective("all_to_all", piece.sequence, 3 * _SPACED * tensor)
         return sent + self.collective("all_to_all", piece.sequence, tensor) + self.copy("on_device", tensor)
 
-    def collective(self, kind: str, ranks: int, count: float) -> float:
+    def _collective(self, kind: str, ranks: int, count: float) -> float:
         """Returns the seconds of a collective of so many bytes among neighbouring ranks; see `CollectivePoint`.
 
         Beyond a host, the slower of two: the whole traffic over the links inside, and what leaves a host over its
@@ -342,8 +345,7 @@ class Timing:
             return count / self.cluster.network
         return self.collective("send", 2, count)
 
-    @property
-    def slowdown(self) -> float:
+    def _slowdown(self) -> float:
         """Returns how many seconds computing takes longer for each second of a collective beside it."""
         points = self.calibration.overlap
         if not points:
@@ -358,7 +360,7 @@ class Timing:
         """Returns the seconds of a copy; see `CopyPoint`."""
         return self._copies[kind](count) if count > 0 else 0.0
 
-    def optimizer(self, elements: float, averages: int) -> float:
+    def _update(self, elements: float, averages: int) -> float:
         """Returns the seconds in which a rank updates a shard of so many elements, without the averages' `averages`."""
         if elements <= 0:
             return 0.0
