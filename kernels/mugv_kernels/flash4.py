@@ -89,22 +89,32 @@ class _Packed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, qkv: Tensor, tokens: int) -> Tensor:
-        B, N, _, heads, head_dim = qkv.shape
-        o = qkv.new_empty(B, N, heads, head_dim)
-        o[:, tokens:].zero_()
-        _, log_sum, *_ = _interface()._flash_attn_fwd(*qkv[:, :tokens].unbind(2), return_lse=True, out=o[:, :tokens])
+        o, log_sum = packed_forward(qkv, tokens)
         ctx.save_for_backward(qkv, o, log_sum)
         ctx.tokens = tokens
         return o
 
     @staticmethod
     def backward(ctx, do: Tensor) -> tuple[Tensor, None]:
-        qkv, o, log_sum = ctx.saved_tensors
-        gradient = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-        gradient[:, ctx.tokens :].zero_()
-        tensors, gradients = (x[:, : ctx.tokens].unbind(2) for x in (qkv, gradient))
-        _backward(*tensors, o[:, : ctx.tokens], log_sum, do[:, : ctx.tokens], *gradients)
-        return gradient, None
+        return packed_backward(do, *ctx.saved_tensors, ctx.tokens), None
+
+
+def packed_forward(qkv: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Returns o of `flash4_packed`, and the logarithm of the softmax's denominator [B, H, tokens] fp32."""
+    B, N, _, heads, head_dim = qkv.shape
+    o = qkv.new_empty(B, N, heads, head_dim)
+    o[:, tokens:].zero_()
+    _, log_sum, *_ = _interface()._flash_attn_fwd(*qkv[:, :tokens].unbind(2), return_lse=True, out=o[:, :tokens])
+    return o, log_sum
+
+
+def packed_backward(do: Tensor, qkv: Tensor, o: Tensor, log_sum: Tensor, tokens: int) -> Tensor:
+    """Returns the gradient of qkv from that of o, and from what `packed_forward` returned."""
+    gradient = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    gradient[:, tokens:].zero_()
+    tensors, gradients = (x[:, :tokens].unbind(2) for x in (qkv, gradient))
+    _backward(*tensors, o[:, :tokens], log_sum, do[:, :tokens], *gradients)
+    return gradient
 
 
 def _backward(

@@ -1,7 +1,7 @@
 """The pieces of the parameters, and of the optimizer's state, that this rank owns, by published name.
 
-With ZeRO-1 a rank owns a slice of the flat fp32 masters of its stage, which begins and ends anywhere in a parameter;
-DeepSpeed links the slice and the parameters (`_hp_mapping`).
+With ZeRO-1 a rank owns pieces of the flat fp32 masters of its stage, which begin and end anywhere in a parameter; the
+engine's optimizer knows which (`engine.distributed_optimizer.DistributedOptimizer.shards`).
 """
 
 from collections.abc import Iterator
@@ -61,21 +61,18 @@ def _fragments(engine: Engine, of_engine: str) -> Iterator[Fragment]:
     optimizer = engine.basic_optimizer
     for prefix, layer in engine.module.named_layers():
         for name, parameter in layer.named_parameters():
-            linked = getattr(parameter, "_hp_mapping", None)
-            if linked is None:  # this rank's slice holds nothing of it, or it is no parameter of the optimizer
+            shard = engine.optimizer.shards.get(parameter)
+            if shard is None:  # this rank owns nothing of it, or it is no parameter of the optimizer
                 continue
-            group = optimizer.param_groups[linked.param_group_index]
-            (held,) = group["params"]
-            start, offset = linked.lp_fragment_address.start, linked.hp_fragment_address.start
-            numel = linked.hp_fragment_address.numel
-            whole = {WEIGHT: held} | _moments(optimizer, group, held)
-            tensors = {kind: t.detach().view(-1).narrow(0, offset, numel) for kind, t in whole.items()}
-            yield Fragment(of_engine + prefix + name, start, numel, tensors)
+            whole = {WEIGHT: shard.master} | _moments(optimizer, shard.master)
+            tensors = {kind: t.detach().narrow(0, shard.offset, shard.numel) for kind, t in whole.items()}
+            yield Fragment(of_engine + prefix + name, shard.start, shard.numel, tensors)
 
 
-def _moments(optimizer: torch.optim.AdamW, group: dict, parameter: Tensor) -> dict[str, Tensor]:
+def _moments(optimizer: torch.optim.AdamW, parameter: Tensor) -> dict[str, Tensor]:
     state = optimizer.state[parameter]
     if not state:  # as AdamW makes it in its first step
+        (group,) = optimizer.param_groups
         on_device = group["fused"] or group["capturable"]
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
         state.update({kind: torch.zeros_like(parameter, requires_grad=False) for kind in _MOMENTS})

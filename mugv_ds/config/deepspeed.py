@@ -34,6 +34,10 @@ class Range(NamedTuple):
     highest: float
 
 
+# Elements of a bucket of gradients unless the config says otherwise: 200 MB in bf16, half a block of the 10B. What
+# is reduced after the backward pass is over, with nothing left to hide it, is a bucket or two.
+BUCKET_ELEMENTS = 100_000_000
+
 Kind = type | Choice | Range
 _ELEMENTS = Range(int, 1, 1 << 40)
 
@@ -41,9 +45,7 @@ _ELEMENTS = Range(int, 1, 1 << 40)
 ALLOWED: dict[str, Kind] = {
     "zero_optimization": dict,
     "data_types": dict,
-    "communication_data_type": Choice(("fp32", "bf16", "fp16")),
-    "prescale_gradients": bool,
-    "gradient_predivide_factor": Range(float, 1e-6, 1e6),
+    "communication_data_type": Choice(("fp32", "bf16")),
     "comms_logger": dict,
     "log_level": Choice(("debug", "info", "warning", "error", "critical")),
     "dump_state": bool,
@@ -55,11 +57,7 @@ ALLOWED_INSIDE: dict[str, dict[str, Kind]] = {
     "comms_logger": {"enabled": bool, "prof_all": bool, "prof_ops": list, "verbose": bool, "debug": bool},
     "zero_optimization": {
         "stage": int,
-        "contiguous_gradients": bool,
-        "reduce_scatter": bool,
         "reduce_bucket_size": _ELEMENTS,
-        "use_multi_rank_bucket_allreduce": bool,
-        "allgather_bucket_size": _ELEMENTS,
     },
 }
 
@@ -70,6 +68,7 @@ _LAYOUT = "its ranks would skip gradient averaging over the sequence; set parall
 _PROFILE = "crashes with pipeline stages; step times and model FLOPs are logged every logging.every steps"
 _MONITOR = "counts sequence ranks as samples and records evaluations as steps; set our logging section (logging.dir)"
 _OFFLOAD = "the pipeline engine cannot offload; share the memory over more ranks with our parallel section"
+_REDUCTION = "has no effect: our optimizer reduce-scatters every bucket of gradients and takes their mean; leave it out"
 _LATER_STAGE = "has no effect with ZeRO-1; leave it out"
 _ITS_CHECKPOINTS = "concerns DeepSpeed's checkpoints; ours are set in our checkpoint section"
 
@@ -96,6 +95,8 @@ REFUSED: dict[str, str] = {
     "activation_checkpointing": "not read by the pipeline engine; set parallel.activation_checkpointing",
     "wall_clock_breakdown": _PROFILE,
     "flops_profiler": _PROFILE,
+    "prescale_gradients": _REDUCTION,
+    "gradient_predivide_factor": _REDUCTION,
     "gradient_allreduce_op": "gradients have to be averaged, as the loss is; leave it out",
     "managed_gradient_accumulation": "the pipeline engine always accumulates itself; leave it out",
     "seq_parallel_communication_data_type": "belongs to sequence_parallel_size; set communication_data_type",
@@ -139,12 +140,16 @@ REFUSED_INSIDE: dict[str, dict[str, tuple[Any, str]]] = {
         "keep_in_fp32_modules": ("auto", "has no effect: the model has no buffers; leave it out"),
     },
     "zero_optimization": {
-        "round_robin_gradients": (
-            False,
-            "DeepSpeed then links fragments to wrong parameters, and checkpoints would be of no use; leave it out",
-        ),
-        "parameter_alignment": (False, "checkpoints are not written for padding between parameters; leave it out"),
+        "round_robin_gradients": (False, _REDUCTION),
+        "parameter_alignment": (False, _REDUCTION),
         "compute_grad_norm": (True, "the norm is needed for optimizer.gradient_clipping and the guard; leave it out"),
+        "contiguous_gradients": (True, _REDUCTION),
+        "reduce_scatter": (True, _REDUCTION),
+        "use_multi_rank_bucket_allreduce": (True, _REDUCTION),
+        "allgather_bucket_size": (
+            5 * 10**8,
+            "has no effect: weights are gathered in the buckets of the reduction; set reduce_bucket_size",
+        ),
         "offload_optimizer": (None, _OFFLOAD),
         "offload_param": (None, _OFFLOAD),
         "cpu_offload": (None, _OFFLOAD),
@@ -155,7 +160,7 @@ REFUSED_INSIDE: dict[str, dict[str, tuple[Any, str]]] = {
         "load_from_fp32_weights": (True, _ITS_CHECKPOINTS),
         "elastic_checkpoint": (False, _ITS_CHECKPOINTS),
         "pipeline_loading_checkpoint": (False, _ITS_CHECKPOINTS),
-        "overlap_comm": (False, "the pipeline engine does not overlap; leave it out"),
+        "overlap_comm": (False, "has no effect: the reduction always overlaps the backward pass; leave it out"),
         "allgather_partitions": (True, _LATER_STAGE),
         "ignore_unused_parameters": (True, _LATER_STAGE),
         "sub_group_size": (10**9, _LATER_STAGE),
@@ -221,7 +226,9 @@ def engine_config(
     """
     check_deepspeed_section(section)
     derived = copy.deepcopy(section)
-    derived.setdefault("zero_optimization", {}).setdefault("stage", 1)
+    zero = derived.setdefault("zero_optimization", {})
+    zero.setdefault("stage", 1)
+    zero.setdefault("reduce_bucket_size", BUCKET_ELEMENTS)
     if dtype == "bf16":
         derived["bf16"] = {"enabled": True}
         derived.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")

@@ -458,6 +458,12 @@ class TrainConfig(Section):
                 f'model.precision = "fp8": takes widths that are multiples of 16, hidden_size is {dit.hidden_size}; '
                 "use an even model.num_heads, or bf16"
             )
+        if self.parallel.activation_checkpointing == "attention" and self.model.attention in ("flash4_padded", "te"):
+            raise ValueError(
+                f'model.attention = "{self.model.attention}": gives no log-sum-exp, which '
+                'parallel.activation_checkpointing = "attention" keeps; set it to auto, flash4, flash2 or cudnn, or '
+                "choose another level"
+            )
         if pipeline > dit.depth:
             raise ValueError(
                 f"parallel.pipeline = {pipeline}: more stages than the {dit.depth} blocks of {self.model.preset}; "
@@ -550,6 +556,9 @@ class TrainConfig(Section):
         for number, source in enumerate(sources if self.lora else ()):
             why = "with lora: the reference is the frozen base, which is measured as the run goes"
             yield from changed(f"preference.sources.{number}", source, {"reference"}, why)
+        if self.parallel.activation_checkpointing != "attention":
+            why = 'without parallel.activation_checkpointing = "attention"'
+            yield from changed("parallel", self.parallel, {"offload"}, why)
         if len(sources) == 1:
             yield from changed("preference.sources.0", sources[0], {"weight"}, "on a single source")
 

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from functools import partial
 
-import deepspeed
 import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from mugv_ds.config.deepspeed import deepspeed_config
 from mugv_ds.config.schema import OptimizerSection, TrainConfig
+from mugv_ds.engine.distributed_optimizer import make_engine
 from mugv_ds.engine.objective import Objective
 from mugv_ds.engine.process import Process
 from mugv_ds.engine.schedule import rate_factor
@@ -16,8 +16,10 @@ from mugv_ds.models.attention import Attention, MaskedAttention
 from mugv_ds.models.choose_attention import fastest_masked_attention, named_attention
 from mugv_ds.models.compile import SHAPES, compile_blocks
 from mugv_ds.models.fp8 import check_fp8, use_fp8
+from mugv_ds.models.kept_attention import KeptAttention, check_kept, statistics_of
 from mugv_ds.models.rope import patch_grid
 from mugv_ds.parallel.layout import stage_boundaries
+from mugv_ds.parallel.offload import Offload
 from mugv_ds.parallel.pipeline import DiTPipeline
 from mugv_ds.parallel.ulysses import Ulysses
 
@@ -56,13 +58,8 @@ def build_engine(
         process.host.attempt(lambda: weights(module.named_layers()) if reads else None)
     trainable = (parameter for parameter in module.parameters() if parameter.requires_grad)
     optimizer = adamw(trainable, config.optimizer, process.device)
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=optimizer,
-        lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_factor, config.schedule)),
-        config=deepspeed_config(config, process.layout.data),
-    )
-    return engine
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_factor, config.schedule))
+    return make_engine(module, optimizer, schedule, deepspeed_config(config, process.layout.data))
 
 
 def build_stage(config: TrainConfig, process: Process, shape: tuple[int, int, int]) -> DiTPipeline:
@@ -83,6 +80,10 @@ def build_stage(config: TrainConfig, process: Process, shape: tuple[int, int, in
         dtype=DTYPES[config.model.dtype],
         device=process.device,
     )
+    if config.parallel.offload != "none":
+        offload = Offload(process.device)
+        for block in module.blocks:
+            block.keep, block.keep_input = offload.keep, config.parallel.offload == "all"
     cross_attention = pick_cross_attention(config, process, shape)
     for block in module.blocks:
         block.cross_attn.attend = cross_attention
@@ -90,9 +91,19 @@ def build_stage(config: TrainConfig, process: Process, shape: tuple[int, int, in
 
 
 def pick_attention(config: TrainConfig, process: Process, shape: tuple[int, int, int]) -> Attention:
-    """Returns the attention that the config names or, with "auto", the fastest right one on rank 0, on all ranks."""
+    """Returns the attention that the config names or, with "auto", the fastest right one on rank 0, on all ranks.
+
+    Raises:
+        ConfigError: the recompute level keeps what the backend that is named does not give.
+    """
+    level, name = config.parallel.activation_checkpointing, config.model.attention
+    backends = None
+    if level == "attention":
+        check_kept(name, process.device)
+        backends = {name: KeptAttention(of) for name, of in statistics_of(process.device).items()}
     return named_attention(
-        config.model.attention,
+        name,
+        backends=backends,
         tokens=patch_grid(*shape).tokens,
         heads=config.model.dit().num_heads // process.layout.sequence,
         dtype=DTYPES[config.model.dtype],

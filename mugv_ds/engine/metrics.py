@@ -106,7 +106,8 @@ class OptimizerProbe:
     def _look(self, optimizer: torch.optim.Optimizer, *_) -> None:
         if not self.armed:
             return
-        parts = [part for group in optimizer.param_groups for part in group["params"]]
+        # An optimizer that steps over its parts one after the other has the gradients of one of them at a time.
+        parts = [part for group in optimizer.param_groups for part in group["params"] if part.grad is not None]
         # In chunks: whole, the temporaries would be the peak of the step's memory.
         weights, gradients = (
             [chunk for part in parts for chunk in tensor(part).flatten().split(_CHUNK)]
@@ -115,7 +116,8 @@ class OptimizerProbe:
         squares = sum(chunk.square().sum(dtype=torch.float64) for chunk in weights)
         zeros = sum((chunk == 0).sum() for chunk in gradients)
         held = sum(part.numel() for part in parts)
-        self._sums = torch.stack([squares, zeros.double(), squares.new_tensor(held)])
+        sums = torch.stack([squares, zeros.double(), squares.new_tensor(held)])
+        self._sums = sums if self._sums is None else self._sums + sums
 
     def read(self) -> dict[str, float]:
         """Parameter norm and share of zeros in the gradient at the last step. All ranks call it.
@@ -128,7 +130,7 @@ class OptimizerProbe:
         self._sums = None
         dist.all_reduce(sums)
         squares, zeros, held, parameters = sums.tolist()
-        padding = held - parameters  # DeepSpeed pads the partitions to equal length; the padding's gradient is zero
+        padding = held - parameters  # of the shards, whose gradient is zero
         return {"param_norm": squares**0.5, "grad_zero_share": (zeros - padding) / parameters}
 
 

@@ -118,17 +118,27 @@ def _here(function: Callable[[], str]) -> str:
 
 
 def named_attention(
-    name: str, *, tokens: int, heads: int, dtype: torch.dtype, device: torch.device, first: First = _here
+    name: str,
+    *,
+    tokens: int,
+    heads: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    first: First = _here,
+    backends: dict[str, Attention] | None = None,
 ) -> Attention:
     """Returns the backend of this name or, for "auto", the fastest right one; see `choose_attention`.
 
     Args:
         first: lets one process of all choose for them; it prints the trials.
+        backends: by name, what there is in place of `BACKENDS`; of them those are tried that are installed.
     """
+    backends = BACKENDS if backends is None else backends
     if name != "auto":
-        return BACKENDS[name]
+        return backends[name]
     shape = {"tokens": tokens, "heads": heads, "dtype": dtype, "device": device}
-    return BACKENDS[first(lambda: _chosen("self-attention", *choose_attention(installed_backends(device), **shape)))]
+    tried = {name: backends[name] for name in installed_backends(device) if name in backends}
+    return backends[first(lambda: _chosen("self-attention", *choose_attention(tried, **shape)))]
 
 
 def fastest_masked_attention(

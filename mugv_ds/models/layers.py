@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mugv_ds.config.model import HEAD_DIM, DiTConfig
 from mugv_ds.models.attention import Attention, GroupedAttention, MaskedAttention, attend_packed, masked_attention
+from mugv_ds.models.kept_attention import Keep, Kept, KeptAttention, on_device
 from mugv_ds.models.lora import adapter_of, plus_adapter
 from mugv_ds.models.modulated import modulated_linear, modulated_mlp
 from mugv_kernels.dispatch import gated_residual, head_norm, modulate, qk_norm_rope
@@ -211,11 +212,17 @@ class Block(nn.Module):
 
     The modulation is adaLN-single (Chen et al. 2023, PixArt-α, section 2.3): one for the whole model, to which each
     block adds its `scale_shift_table`.
+
+    Attributes:
+        keep: where the recompute level "attention" keeps what it does; `parallel.offload` has another place.
+        keep_input: whether the block's input is kept there too.
     """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         width = config.hidden_size
+        self.keep: Keep = on_device
+        self.keep_input = False
         self.scale_shift_table = nn.Parameter(torch.zeros(6, width))
         self.attn = SelfAttention(width)
         self.cross_attn_norm = nn.LayerNorm(width, eps=EPS)
@@ -232,6 +239,8 @@ class Block(nn.Module):
                 which computes the others again. Every level saves what the levels before it save (in units of
                 [B, N, D]; `plan.memory.KEPT` has the sums):
                 "full": the block's input (1).
+                "attention": also o of self-attention and the log-sum-exp of its softmax (1), see `keep`; the attention
+                    has to be a `KeptAttention`.
                 "selective": also what self-attention needs, that is q, k, v and o (4, and 1/3 for the space between the
                     rows of q, k and v), o as its projection takes it (1; a tensor of its own only where the sequence is
                     sharded), and the feed-forward layer's input (1).
@@ -244,6 +253,8 @@ class Block(nn.Module):
         """
         if recompute == "full":
             return _checkpoint(self.forward, x_BND, condition, attention)
+        if recompute == "attention":
+            return self._keep_attention(x_BND, condition, attention)
         around = _checkpoint if recompute == "selective" else _call
         between = _call if recompute == "off" else _checkpoint
         grouped = isinstance(attention, GroupedAttention)
@@ -254,6 +265,15 @@ class Block(nn.Module):
             o_BNHd = attend_packed(attention, qkv_GBN3Hd.squeeze(0), x_BND.shape[1])
         x_BND = between(self._after_attention, x_BND, o_BNHd, condition)
         return around(self._feed_forward, x_BND, condition)
+
+    def _keep_attention(self, x_BND: Tensor, condition: Condition, attention: KeptAttention) -> Tensor:
+        """Runs the block, of which the backward pass runs all but the attention again."""
+        if not torch.is_grad_enabled():
+            return self(x_BND, condition, attention)
+        kept = Kept(x_BND, self.keep, self.keep_input)
+        del x_BND  # `kept` may have it elsewhere until it is needed again
+        keeping = attention.keeping(kept)
+        return _checkpoint(lambda condition: self.forward(kept.input(), condition, keeping), condition)
 
     def compile_segments(self) -> None:
         """Compiles the part around cross-attention with torch.compile; the rest is fused by hand.

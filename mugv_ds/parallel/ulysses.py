@@ -8,6 +8,8 @@ Shape suffixes: R ranks of the group, B batch, n tokens held by this rank, N = R
 h = H/R heads of a rank, d = 72 head dimension.
 """
 
+import copy
+
 import torch
 import torch.distributed
 from deepspeed import comm
@@ -15,6 +17,7 @@ from einops import rearrange
 from torch import Tensor
 
 from mugv_ds.models.attention import Attention, attend_packed
+from mugv_ds.models.kept_attention import Kept
 
 
 class _AllToAll(torch.autograd.Function):
@@ -69,6 +72,12 @@ class Ulysses:
     def head_groups(self) -> int:
         """Returns the number of groups of heads, one for each rank."""
         return self.size
+
+    def keeping(self, kept: Kept) -> "Ulysses":
+        """Returns the same with an attention that keeps what it computes, see `KeptAttention.keeping`."""
+        keeping = copy.copy(self)
+        keeping.attention = self.attention.keeping(kept)
+        return keeping
 
     def total(self, x: Tensor) -> Tensor:
         """Returns the sum of a tensor over the ranks that share the sequence."""

@@ -6,7 +6,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-from deepspeed.utils import safe_get_full_fp32_param
 
 from mugv_ds.checkpoint.fragments import fragments
 from mugv_ds.config import load_config
@@ -20,7 +19,7 @@ from mugv_ds.engine.loop import Trainer
 from mugv_ds.engine.process import start_process
 from mugv_ds.models.flops import SampleCost
 from tests.helpers.dataset import write_config, write_dataset
-from tests.helpers.distributed import run_ranks
+from tests.helpers.distributed import run_ranks, whole_state
 
 SIGMAS = (0.05, 0.10)
 SHAPE = (1, 4, 4)
@@ -94,13 +93,10 @@ def train_and_compare(cases: list[Path]) -> None:
 def follow_run(config: TrainConfig, process) -> None:
     """Runs the trainer, and beside it the averages of the stage's whole weights, gathered after every step."""
     engine = build_engine(config, process, SHAPE)
-    names, parameters = zip(
-        *((prefix + name, p) for prefix, layer in engine.module.named_layers() for name, p in layer.named_parameters()),
-        strict=True,
-    )
+    first = next(engine.module.parameters())
     owned = fragments(engine)
     ema = PowerEma([fragment.tensors["weight"] for fragment in owned], config.ema.sigma_rel)
-    whole = [safe_get_full_fp32_param(p).clone() for p in parameters]
+    names, whole = zip(*whole_state(engine, "weight").items(), strict=True)
     expected = PowerEma(whole, config.ema.sigma_rel)
     poison, taken = [], []
 
@@ -119,8 +115,8 @@ def follow_run(config: TrainConfig, process) -> None:
 
     def compare(done: int) -> None:
         taken.append(engine.was_step_applied())
-        for mine, full in zip(whole, parameters, strict=True):
-            mine.copy_(safe_get_full_fp32_param(full))
+        for mine, now in zip(whole, whole_state(engine, "weight").values(), strict=True):
+            mine.copy_(now)
         if taken[-1]:
             expected.update(done)
         for kind, averages in ema.averages.items():
@@ -129,7 +125,7 @@ def follow_run(config: TrainConfig, process) -> None:
                 of_whole = named[piece.name].flatten().narrow(0, piece.start, piece.numel)
                 assert torch.equal(average, of_whole), (kind, piece.name, done)
         if done == 2:  # the third step's gradient is not finite, and DeepSpeed skips it
-            poison.append(parameters[0].register_hook(lambda gradient: gradient * torch.nan))
+            poison.append(first.register_hook(lambda gradient: gradient * torch.nan))
         elif done == 3:
             poison.pop().remove()
 
@@ -138,8 +134,8 @@ def follow_run(config: TrainConfig, process) -> None:
     trainer.run(0)
     assert taken == [True, True, False, True, True]
     held = sum(a.numel() for a in ema.averages["ema_0.050"])
-    total = sum(p.numel() for p in parameters)
-    assert abs(held - total / process.layout.replicas) < 16, "a rank holds its share, up to alignment"
+    share = sum(p.numel() for p in whole) / process.layout.replicas
+    assert abs(held - share) < 0.02 * share, "a rank holds its share, up to alignment"
     moved = [not torch.equal(a, w.tensors["weight"]) for a, w in zip(ema.averages["ema_0.050"], owned, strict=True)]
     assert any(moved), "the weights must move, or the comparison shows nothing"
 

@@ -5,8 +5,11 @@ import socket
 from collections.abc import Callable
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from mugv_ds.checkpoint.fragments import fragments
 
 TIME_OUT = timedelta(minutes=3)
 
@@ -45,3 +48,19 @@ def _start(rank: int, world_size: int, port: int, function: Callable, args: tupl
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def whole_state(engine, kind: str) -> dict[str, torch.Tensor]:
+    """Puts together what all ranks hold of "weight", "exp_avg" or "exp_avg_sq" of this stage's trained parameters."""
+    own = {fragment.name: fragment for fragment in fragments(engine)}
+    whole = {}
+    for prefix, layer in engine.module.named_layers():
+        for name, parameter in layer.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            flat = torch.zeros(parameter.numel())
+            if (fragment := own.get(prefix + name)) is not None:
+                flat[fragment.start : fragment.start + fragment.numel] = fragment.tensors[kind]
+            dist.all_reduce(flat, group=engine.optimizer.dp_process_group)
+            whole[prefix + name] = flat.view(parameter.shape)
+    return whole

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from deepspeed.utils import safe_get_full_optimizer_state
 
 from mugv_ds.checkpoint.manifest import StartWeights
 from mugv_ds.config import load_config
@@ -17,6 +16,7 @@ from mugv_ds.engine.metrics import Recorder
 from mugv_ds.engine.process import start_process
 from mugv_ds.models.flops import SampleCost
 from mugv_ds.weights.start import FrozenWeights, put_start, start_digest
+from tests.helpers.distributed import whole_state
 from tests.parallel.test_layouts import perturb
 
 
@@ -70,12 +70,7 @@ class TestTrainer(Trainer):
 
     def first_gradients(self, beta1: float) -> dict[str, torch.Tensor]:
         """This stage's gradients of the first step: its first moment is (1 − β1) times the reduced gradient."""
-        return {
-            prefix + name: safe_get_full_optimizer_state(parameter, "exp_avg") / (1 - beta1)
-            for prefix, layer in self.engine.module.named_layers()
-            for name, parameter in layer.named_parameters()
-            if parameter.requires_grad
-        }
+        return {name: moment / (1 - beta1) for name, moment in whole_state(self.engine, "exp_avg").items()}
 
 
 def run(path: Path, out: Path, steps: int) -> TestTrainer:

@@ -10,7 +10,9 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mugv_ds.models import PRESETS, DiT, DiTConfig
+from mugv_ds.models.attention import sdpa
 from mugv_ds.models.dit import init_weights
+from mugv_ds.models.kept_attention import ON_CPU, KeptAttention
 from mugv_ds.models.layers import sinusoid
 from tests.helpers.records import GOLDEN, load_record, relative, run
 
@@ -23,11 +25,12 @@ def record_loss(prediction: torch.Tensor, r: dict[str, torch.Tensor]) -> torch.T
     return (prediction[:, :24] - r["in.target"])[weight].square().mean()
 
 
-@pytest.mark.parametrize("recompute", ["off", "light", "selective", "full"])
+@pytest.mark.parametrize("recompute", ["off", "light", "selective", "attention", "full"])
 @pytest.mark.parametrize("name", RECORDS)
 def test_output_and_every_gradient_match_the_published_code(name, recompute):
     model, r = load_record(name)
-    prediction = run(model, r, recompute=recompute)
+    attention = KeptAttention(ON_CPU["sdpa"]) if recompute == "attention" else sdpa
+    prediction = run(model, r, recompute=recompute, attention=attention)
     assert prediction.dtype == torch.float32
     assert relative(prediction, r["out.pred"]) <= 2e-5
     loss = record_loss(prediction, r)

@@ -1,11 +1,11 @@
 """Every layout trains the same model: in fp32 loss, every gradient and twenty steps equal those of one process."""
 
 import hashlib
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from deepspeed.utils import safe_get_full_optimizer_state
 
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.data.readers import Batch
@@ -14,8 +14,11 @@ from mugv_ds.engine.feed import Feed
 from mugv_ds.engine.process import start_process
 from mugv_ds.models import DiT
 from mugv_ds.models.dit import init_weights
+from mugv_ds.models.kept_attention import KeptAttention
+from mugv_ds.models.rope import patch_grid
 from mugv_ds.objectives.flow import flow_loss
-from tests.helpers.distributed import run_ranks
+from mugv_ds.parallel.pipeline import DiTPipeline
+from tests.helpers.distributed import run_ranks, whole_state
 
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 2, 2), (2, 2, 1)]
 SHAPE = (3, 6, 9)  # 3 · 3 · 5 + 2 = 47 tokens: odd, and a side is padded
@@ -24,7 +27,9 @@ BF16_LAYOUTS = LAYOUTS[:5]
 BETA1 = 0.9
 
 
-def config(layout: tuple[int, int, int], recompute: str = "off", precision: str = "fp32") -> TrainConfig:
+def config(
+    layout: tuple[int, int, int], recompute: str = "off", precision: str = "fp32", offload: str = "none"
+) -> TrainConfig:
     data, sequence, pipeline = layout
     return TrainConfig.model_validate(
         {
@@ -39,6 +44,7 @@ def config(layout: tuple[int, int, int], recompute: str = "off", precision: str 
             "flow": {"caption_drop": 0.0},
             "parallel": {
                 "data": data, "sequence": sequence, "pipeline": pipeline, "activation_checkpointing": recompute,
+                "offload": offload,
             },
             "optimizer": {"lr": 1e-3, "betas": (BETA1, 0.999), "eps": 1e-6, "gradient_clipping": 0.0},
             "schedule": {"steps": STEPS, "warmup_steps": 5},
@@ -118,6 +124,7 @@ def train_layout(settings: TrainConfig, out: Path, steps: int) -> None:
     module, micro = engine.module, settings.data.micro_batch_size
     feed = Feed(module, process, settings.data, CHANNELS)
     losses, gradients, terms = [], {}, {}
+    attended = count_attention(module)
     for step in range(steps):
         whole = global_batch(step)
         begin = process.coordinates.data * (GLOBAL_BATCH // process.layout.data)
@@ -127,12 +134,28 @@ def train_layout(settings: TrainConfig, out: Path, steps: int) -> None:
         losses.append(engine.train_batch(feed.stage(parts, SHAPE, micro, len(parts))).item())
         if step == 0:
             terms = {name: value.item() for name, value in engine.get_additional_losses().items()}
-            for prefix, layer in module.named_layers():
-                for name, parameter in layer.named_parameters():
-                    # After the first step the first moment is (1 − β1) times the reduced gradient.
-                    moment = safe_get_full_optimizer_state(parameter, "exp_avg")
-                    gradients[prefix + name] = moment / (1 - BETA1)
-    torch.save({"losses": losses, "gradients": gradients, "terms": terms}, out / f"rank{process.rank}.pt")
+            # After the first step the first moment is (1 − β1) times the reduced gradient.
+            gradients = {name: moment / (1 - BETA1) for name, moment in whole_state(engine, "exp_avg").items()}
+    torch.save(
+        {"losses": losses, "gradients": gradients, "terms": terms, "attended": attended}, out / f"rank{process.rank}.pt"
+    )
+
+
+def count_attention(module: DiTPipeline) -> list[int]:
+    """Has a `KeptAttention` note the block's forward passes, each as the tokens that take part."""
+    attended: list[int] = []
+    if isinstance(kept := module.ulysses.attention, KeptAttention):
+        statistics = kept._statistics
+
+        class Counting:
+            backward = statistics.backward
+
+            def forward(self, qkv, tokens):
+                attended.append(tokens)
+                return statistics.forward(qkv, tokens)
+
+        module.ulysses.attention = KeptAttention(Counting())
+    return attended
 
 
 def train_cases(cases: list[tuple[TrainConfig, Path, int]]) -> None:
@@ -167,12 +190,32 @@ def results(tmp_path_factory) -> dict[str, list[dict]]:
     cases = {name_of(layout): (config(layout), STEPS) for layout in LAYOUTS}
     for recompute in ("light", "selective", "full"):
         cases[recompute] = (config((1, 2, 2), recompute), 2)
+    for layout, offload in KEPT:
+        cases[kept_name(layout, offload)] = (config(layout, "attention", offload=offload), 2)
     for layout in BF16_LAYOUTS:
         cases[f"bf16-{name_of(layout)}"] = (config(layout, precision="bf16"), 1)
     return start(cases, tmp_path_factory.mktemp("layouts"))
 
 
-CASES = [*map(name_of, LAYOUTS), "light", "selective", "full"]
+KEPT = list(product([(1, 1, 1), (2, 1, 1), (1, 2, 2), (2, 2, 1)], ["none", "attention_output", "all"]))
+
+
+def kept_name(layout: tuple[int, int, int], offload: str) -> str:
+    return f"{name_of(layout)}-attention-{offload}"
+
+
+CASES = [*map(name_of, LAYOUTS), "light", "selective", "full", *(kept_name(*case) for case in KEPT)]
+
+
+@pytest.mark.parametrize("case", KEPT, ids=lambda case: kept_name(*case))
+def test_attention_runs_forward_once_a_block_and_micro_batch(case, results):
+    (data, sequence, pipeline), _ = case
+    ranks = results[kept_name(*case)]
+    assert len(ranks) == data * sequence * pipeline
+    steps, micro_batches, tokens = 2, 2, patch_grid(*SHAPE).tokens
+    blocks = config((1, 1, 1)).model.dit().depth // pipeline
+    for rank in ranks:
+        assert rank["attended"] == [tokens] * (steps * micro_batches * blocks)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -16,6 +15,7 @@ from mugv_ds.config.schema import OptimizerSection, ScheduleSection
 from mugv_ds.config.vae_schema import VaeTrainConfig
 from mugv_ds.data.noise import generator
 from mugv_ds.engine.build import DTYPES, adamw
+from mugv_ds.engine.distributed_optimizer import make_engine
 from mugv_ds.engine.process import Process
 from mugv_ds.engine.schedule import rate_factor
 from mugv_ds.engine.vae.objective import DiscriminatorObjective, VaeObjective
@@ -127,20 +127,16 @@ def _engine(
     schedule: ScheduleSection = config.schedule.model_copy(update={"steps": config.schedule.steps - frozen_steps})
     module.to(process.device, DTYPES[config.model.dtype])
     optimizer = adamw(module.parameters(), section, process.device)
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=optimizer,
-        lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_factor, schedule)),
-        config=engine_config(
-            config.deepspeed,
-            dtype=config.model.dtype,
-            micro=config.data.micro_batch_size,
-            accumulation=accumulation,
-            replicas=process.layout.data,
-            clipping=config.optimizer.gradient_clipping,
-        ),
+    deepspeed_config = engine_config(
+        config.deepspeed,
+        dtype=config.model.dtype,
+        micro=config.data.micro_batch_size,
+        accumulation=accumulation,
+        replicas=process.layout.data,
+        clipping=config.optimizer.gradient_clipping,
     )
-    return engine
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_factor, schedule))
+    return make_engine(module, optimizer, rates, deepspeed_config)
 
 
 def _mean_over_ranks(ranks: int, value: Tensor) -> Tensor:
