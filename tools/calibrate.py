@@ -42,6 +42,7 @@ from mugv_ds.models.attention import (
 from mugv_ds.models.choose_attention import choose_attention, choose_masked_attention
 from mugv_ds.models.compile import compile_blocks
 from mugv_ds.models.dit import Embedders, init_weights
+from mugv_ds.models.kept_attention import KeptAttention, Statistics, statistics_of
 from mugv_ds.models.layers import Block, Condition, FinalLayer
 from mugv_ds.models.rope import patch_grid
 from mugv_ds.plan.calibration import (
@@ -207,12 +208,14 @@ class Bench:
     """What is measured on one device, each as points for a `Calibration`.
 
     Args:
-        sizes: of what is measured. clock: on the device. attention: the backend of self-attention.
+        sizes: of what is measured. clock: on the device. name: of the backend of self-attention. cross: of
+            cross-attention.
         levels: of recomputation that whole blocks are measured at.
     """
 
-    def __init__(self, sizes: Sizes, clock: Clock, attention: Attention, cross: str, levels: Sequence[str]) -> None:
-        self.sizes, self.clock, self.attention, self.levels = sizes, clock, attention, levels
+    def __init__(self, sizes: Sizes, clock: Clock, name: str, cross: str, levels: Sequence[str]) -> None:
+        self.sizes, self.clock, self.name, self.levels = sizes, clock, name, levels
+        self.attention = BACKENDS[name]
         self.cross = MASKED_BACKENDS[cross]
         self.device = clock.device
         self._blocks: dict[int, Block] = {}
@@ -307,6 +310,9 @@ class Bench:
     def block(self, width: int, batch: int, tokens: int, level: str, attention: Attention | None = None) -> BlockPoint:
         """Measures a block, forward and backward. attention: what takes the place of self-attention, or None."""
         block = self._block(width)
+        if attention is None:
+            attention = self.attention if level != "attention" else KeptAttention(self._statistics())
+        is_whole = not isinstance(attention, StandIn)
         x, modulation, time_ = (self.normal(batch, n, w) for n, w in ((tokens, width), (2, 6 * width), (2, width)))
         text = self.normal(batch, TEXT_TOKENS, width)
         text_mask = torch.ones(batch, TEXT_TOKENS, dtype=torch.bool, device=self.device)
@@ -318,7 +324,7 @@ class Bench:
         def forward() -> None:
             for leaf in leaves:
                 leaf.grad = None
-            y[:] = [block(x, condition, attention or self.attention, level)]
+            y[:] = [block(x, condition, attention, level)]
 
         def backward() -> None:
             y.pop().backward(dy)
@@ -329,8 +335,19 @@ class Bench:
             leaf.grad = None
         kept, peak = self._memory(forward, backward)
         seconds = self.clock(forward, backward)
-        sizes = {"width": width, "batch": batch, "tokens": tokens, "level": level, "attention": attention is None}
+        sizes = {"width": width, "batch": batch, "tokens": tokens, "level": level, "attention": is_whole}
         return BlockPoint(**sizes, forward_s=seconds[0], backward_s=seconds[1], kept_bytes=kept, peak_bytes=peak)
+
+    def _statistics(self) -> Statistics:
+        """The backend with its forward and backward pass apart.
+
+        Raises:
+            NotImplementedError: they are not to be had.
+        """
+        known = statistics_of(self.device)
+        if self.name not in known:
+            raise NotImplementedError(f"{self.name} gives no log-sum-exp")
+        return known[self.name]
 
     def _block(self, width: int) -> Block:
         """A block of this width, compiled where the device is a GPU."""
@@ -675,7 +692,7 @@ def calibrate(args: argparse.Namespace) -> None:
     sheet = Sheet(args.out, describe_machine(device, world, name), rank)
     if rank == 0:
         sheet.put_together()
-    bench = Bench(sizes, clock, BACKENDS[name], cross, args.levels)
+    bench = Bench(sizes, clock, name, cross, args.levels)
 
     def say(line: str) -> None:
         print(f"{time.monotonic() - begin:6.1f} s  {f'rank {rank}: ' * (world > 1)}{line}", flush=True)

@@ -24,12 +24,13 @@ from mugv_ds.models.lora import adapter_shapes
 from mugv_ds.models.rope import patch_grid
 from mugv_ds.parallel.layout import Layout, stage_boundaries
 from mugv_ds.plan.calibration import load_calibration
-from mugv_ds.plan.memory import BUCKET_ELEMENTS, ON_HOST, Memory, predict_memory
+from mugv_ds.plan.memory import ON_HOST, Memory, predict_memory
 from mugv_ds.plan.steps import Bucket
 from mugv_ds.plan.timing import Pass, Piece, Terms, Timing
 
 _BF16 = 2
 _ACCUMULATED = {"fp32": 10.0, "bf16": 6.0}  # bytes that adding a reduced gradient to those before reads and writes
+_GATHERED_PARTS = 8  # of the weights, each of which is gathered while the next is computed
 _PACKED_ROWS = 14  # of a micro-batch that a stage sends on beside tokens and text, see `parallel.pipeline.pack`
 _BALANCED_ROWS = 16_384  # tokens among which a sample's seconds are taken by `SampleSeconds`
 DIGITS = 6  # that these are rounded to, so that every machine has the same
@@ -81,7 +82,7 @@ class Setup:
         dit, trained: its sizes, and the parameters of each layer that are trained.
         text_tokens: L. layout: of the ranks. level, offload: of activations. gradients: "fp32" or "bf16".
         averages: of the weights. bucket: elements of gradients that are reduced together.
-        typical_tokens: of the sample by whose cost stages are balanced.
+        typical_tokens: of the sample by whose cost stages are balanced. reduced_bytes: of a gradient on its way.
         is_adapted: whether adapters alone are trained. reference_passes: forward passes beside, of a preference sample.
     """
 
@@ -95,6 +96,7 @@ class Setup:
     averages: int
     bucket: int
     typical_tokens: int
+    reduced_bytes: int = _BF16
     is_adapted: bool = False
     reference_passes: int = 0
 
@@ -116,7 +118,8 @@ class Setup:
             offload=config.parallel.offload,
             gradients=engine.get("data_types", {}).get("grad_accum_dtype", "fp32"),
             averages=len(config.ema.sigma_rel) + (config.reward is not None),  # the old policy is one too
-            bucket=engine["zero_optimization"].get("reduce_bucket_size", BUCKET_ELEMENTS),
+            bucket=engine["zero_optimization"]["reduce_bucket_size"],
+            reduced_bytes=4 if engine.get("communication_data_type") == "fp32" else _BF16,
             typical_tokens=patch_grid(*typical_shape).tokens,
             is_adapted=config.lora is not None,
             reference_passes=is_kto + (config.preference is not None and config.lora is not None),
@@ -259,21 +262,22 @@ def _reduction(
 ) -> dict[str, float]:
     """Adds the terms of gradients, weights and optimizer; returns what is hidden of them.
 
-    Beside the backward pass a collective costs what computing gets slower by; after it there remain what did not fit
-    in, and in any case the last bucket.
+    Gradients are copied into buckets, reduced, and added up. Beside the backward pass a collective costs what computing
+    gets slower by; after it there remain what did not fit in, and in any case the last bucket. See
+    `engine.distributed_optimizer`.
     """
     replicas, trained = setup.layout.replicas, stage.trained
     shard = trained / replicas
-    scattered = timing.collective("reduce_scatter", replicas, _BF16 * trained)
+    scattered = timing.collective("reduce_scatter", replicas, setup.reduced_bytes * trained)
     last = scattered * min(setup.bucket / max(trained, 1), 1.0)
     beside = min(scattered - last, passes.backward)
     waited = count * (timing.slowdown * beside + (scattered - last - beside)) + last
-    added = count * timing.copy("on_device", _ACCUMULATED[setup.gradients] / 2 * shard)  # a copy reads and writes
-    terms["reduction"] = waited + added
+    moved = (_BF16 + setup.reduced_bytes) * trained + _ACCUMULATED[setup.gradients] * shard
+    terms["reduction"] = waited + count * timing.copy("on_device", moved / 2)  # a copy reads and writes
     terms["optimizer"] = timing.optimizer(shard, setup.averages)
     gathered = timing.collective("all_gather", replicas, _BF16 * trained)
-    first = gathered * min(setup.bucket / max(trained, 1), 1.0)
-    terms["gather"] = first + max(gathered - first - timing.optimizer(shard, 0), 0.0)
+    last = gathered / _GATHERED_PARTS
+    terms["gather"] = last + max(gathered - last - timing.optimizer(shard, 0), 0.0)
     return {"reduction": max(count * scattered - waited, 0.0), "gather": gathered - terms["gather"]}
 
 

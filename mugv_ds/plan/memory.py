@@ -5,6 +5,7 @@ docs/performance.md compares it with measured peaks.
 
 from dataclasses import asdict, dataclass
 
+from mugv_ds.config.deepspeed import BUCKET_ELEMENTS
 from mugv_ds.config.model import LATENT_STRIDE, DiTConfig
 from mugv_ds.config.videovae import VideoVAEConfig
 
@@ -34,8 +35,7 @@ SAMPLING = 16.4
 # are live, and as much as cuDNN works in. The latter was measured on an H200 (PyTorch 2.11) at 720p: 9.5 GiB in all
 # with four frames at once, and 3.2 without the weights with one.
 DECODING, DECODING_WORKSPACE = 3, 1.5
-BUCKET_ELEMENTS = 130_000_000  # of `deepspeed.zero_optimization.reduce_bucket_size`, unless the config says
-BUCKETS = 3  # of bf16 gradients at once in the backward pass: filled, reduced, and taken in by the shard
+BUCKETS = 3  # of gradients at once in the backward pass: one that is made, and the optimizer's two buffers
 HOST_BASE = 6 * GIB  # of a process of a run beside what is offloaded: CUDA, PyTorch, the libraries
 
 

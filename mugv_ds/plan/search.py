@@ -26,6 +26,7 @@ LEVELS = (
     ("attention", "all"),
     ("full", "none"),
 )
+_WITHOUT_STATISTICS = ("flash4_padded", "te")  # backends of self-attention that give no log-sum-exp
 MARGIN = 0.03  # that a prediction of memory may be too low by
 _MOST_MICRO = 64  # samples (or pairs) of a micro-batch
 _MULTIPLES = (1, 2, 3, 4, 6, 8)  # of the longest sample's tokens on a device, that `device_tokens` may be
@@ -192,7 +193,7 @@ class Planner:
         own = self._base.averages, self._base.gradients
         for layout in layouts(self._base.dit.num_heads, self._base.dit.depth, gpus):
             options = list(self._options(layout, refused))
-            for level, offload in LEVELS:
+            for level, offload in self._levels():
                 setup = replace(self._base, layout=layout, level=level, offload=offload)
                 for data, buckets in options:
                     ways.append(self._way(setup, data, buckets))
@@ -225,6 +226,12 @@ class Planner:
     def _way(self, setup: Setup, data: DataSection, buckets: tuple[Bucket, ...]) -> Way:
         memory = setup.largest_memory(buckets)
         return Way(setup, data, buckets, memory, self.limits.hold(memory), self.timing)
+
+    def _levels(self) -> Iterator[tuple[str, str]]:
+        """Those that the config's attention can run."""
+        for level, offload in LEVELS:
+            if level != "attention" or self.config.model.attention not in _WITHOUT_STATISTICS:
+                yield level, offload
 
     def _variants(self) -> Iterator[tuple[int, str]]:
         """(averages, gradients) that take less than what the config has."""

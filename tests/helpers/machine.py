@@ -101,7 +101,9 @@ def ideal_machine(devices: int = 4, memory_gib: float = 140.0, **changes) -> Cal
         "collectives": tuple(
             CollectivePoint(kind=kind, ranks=ranks, bytes=count, seconds=count * (ranks - 1) / ranks * times / LINK)
             for (kind, times), ranks, count in product(
-                (("all_to_all", 1), ("reduce_scatter", 1), ("all_gather", 1), ("all_reduce", 2)), (2, 4), (1 << 12, 1 << 30)
+                (("all_to_all", 1), ("reduce_scatter", 1), ("all_gather", 1), ("all_reduce", 2)),
+                (2, 4),
+                (1 << 12, 1 << 30),
             )
         )
         + tuple(CollectivePoint(kind="send", ranks=2, bytes=n, seconds=n / LINK) for n in (1 << 12, 1 << 30)),
