@@ -65,7 +65,7 @@ def test_names(tmp_path):
     assert calibration_of("Unheard-of 1") is None
     with pytest.raises(InputError, match="not shipped"):
         load_calibration("unheard-of")
-    with pytest.raises(InputError, match="absent.json"):
+    with pytest.raises(InputError, match=r"absent\.json"):
         load_calibration(tmp_path / "absent.json")
 
 
