@@ -27,7 +27,7 @@ LEVELS = (
     ("full", "none"),
 )
 _WITHOUT_STATISTICS = ("flash4_padded", "te")  # backends of self-attention that give no log-sum-exp
-MARGIN = 0.03  # that a prediction of memory may be too low by
+MARGIN = 0.01  # share of the predicted memory that is left free, beside what PyTorch does not allocate
 _MOST_MICRO = 64  # samples (or pairs) of a micro-batch
 _MULTIPLES = (1, 2, 3, 4, 6, 8)  # of the longest sample's tokens on a device, that `device_tokens` may be
 _MORE_GPUS = 1 << 16  # at which the search for what would fit ends

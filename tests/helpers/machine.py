@@ -18,13 +18,13 @@ from mugv_ds.plan.calibration import (
 GIB = 2**30
 FLOPS = 5e14  # of products a second
 ATTENTION = 4e14  # of attention
-KERNELS = 1e-9  # seconds of a token of a block's other kernels, forward, for each channel; backward twice
+KERNELS = 3e-11  # seconds of a token of a block's other kernels, forward, for each channel; backward twice
 ENDS = 1e-7  # seconds of a token, forward and backward each
 LINK = 1e11  # bytes a second
 HOST = 5e10
 MEMORY = 2e12  # bytes a second that are copied
 UPDATE = {"adamw_s": 7e-12, "norm_s": 2e-12, "cast_s": 1e-12, "average_s": 3e-12}  # seconds of an element
-WIDTHS, LENGTHS = (144, 288), (256, 4096, 65536)
+WIDTHS, LENGTHS = (288, 3456), (256, 4096, 65536)
 
 
 def products(width: int, rows: int, in_widths: float = 14) -> float:
