@@ -69,6 +69,7 @@ LEVELS = ("off", "light", "selective", "attention", "full")
 _PARTS = ("groups", "copies", "optimizer", "ends", "attention", "rest", "blocks", "cross_attention", "products")
 _MIB = 1 << 20
 _REPEATS = 20  # most passes that a median is taken of
+_CYCLES = 2e9  # of a GPU's clock, a second, or somewhat more
 
 
 @dataclass(frozen=True)
@@ -162,37 +163,54 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
     def __call__(self, *calls: Callable[[], object], warm: bool = True) -> list[float]:
+        """Returns the median seconds that the device takes for each of some calls; see `both`."""
+        return self.both(*calls, warm=warm)[0]
+
+    def both(self, *calls: Callable[[], object], warm: bool = True) -> tuple[list[float], list[float]]:
         """Returns the median seconds of each of some calls, which are made one after the other, all of them again.
+
+        The device is kept busy until the host has launched all calls, so that it does not have to wait for the host
+        between them.
 
         Args:
             warm: whether a first pass, which may compile, is left out.
+
+        Returns:
+            Those of the device, and those in which the host launched them; 0 where the two are the same.
         """
         if warm:
-            self._pass(calls)()
-        first = self._pass(calls)()
-        repeats = min(int(self._enough / max(sum(first), 1e-9)), _REPEATS)
-        read = [self._pass(calls) for _ in range(repeats)]  # the device need not wait for the host between passes
-        return [statistics.median(times) for times in zip(first, *(times() for times in read), strict=True)]
+            self.once(calls)
+        first = self.once(calls)
+        ahead = 1.5 * sum(first[1])
+        repeats = int(self._enough / max(sum(first[0]) + ahead, 1e-9))
+        passes = [self.once(calls, ahead) for _ in range(min(repeats, _REPEATS))] or [first]
+        device, host = zip(*passes, strict=True)
+        return tuple([statistics.median(times) for times in zip(*of, strict=True)] for of in (device, host))
 
-    def _pass(self, calls: Sequence[Callable[[], object]]) -> Callable[[], list[float]]:
-        """Makes the calls; returns what waits for them and returns their seconds."""
+    def once(self, calls: Sequence[Callable[[], object]], ahead: float = 0.0) -> tuple[list[float], list[float]]:
+        """Makes the calls; returns their seconds on the device and on the host. ahead: seconds that the host gets."""
+        marks = []
         if self.device.type != "cuda":
-            marks = [time.perf_counter()]
             for call in calls:
-                call()
                 marks.append(time.perf_counter())
-            return lambda: [after - before for before, after in pairwise(marks)]
+                call()
+            marks.append(time.perf_counter())
+            return [after - before for before, after in pairwise(marks)], [0.0] * len(calls)
         events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
+        self.wait()
+        if ahead:
+            torch.cuda._sleep(int(ahead * _CYCLES))
         events[0].record()
         for event, call in zip(events[1:], calls, strict=True):
+            marks.append(time.perf_counter())
             call()
             event.record()
-
-        def read() -> list[float]:
-            events[-1].synchronize()
-            return [a.elapsed_time(b) / 1000 for a, b in pairwise(events)]
-
-        return read
+        marks.append(time.perf_counter())
+        self.wait()
+        return (
+            [a.elapsed_time(b) / 1000 for a, b in pairwise(events)],
+            [after - before for before, after in pairwise(marks)],
+        )
 
 
 class Work(NamedTuple):
@@ -334,9 +352,9 @@ class Bench:
         for leaf in leaves:
             leaf.grad = None
         kept, peak = self._memory(forward, backward)
-        seconds = self.clock(forward, backward)
+        seconds, host = self.clock.both(forward, backward)
         sizes = {"width": width, "batch": batch, "tokens": tokens, "level": level, "attention": is_whole}
-        return BlockPoint(**sizes, forward_s=seconds[0], backward_s=seconds[1], kept_bytes=kept, peak_bytes=peak)
+        return BlockPoint(**sizes, **_passes(seconds, host), kept_bytes=kept, peak_bytes=peak)
 
     def _statistics(self) -> Statistics:
         """The backend with its forward and backward pass apart.
@@ -396,9 +414,8 @@ class Bench:
             velocity = final(*embedders.embed(*given, *where)).unflatten(-1, (4, 2 * LATENT_CHANNELS))
             loss[:] = [(velocity[..., :LATENT_CHANNELS] - target).square().mean()]
 
-        seconds = self.clock(forward, lambda: loss.pop().backward())
-        sizes = {"width": width, "batch": batch, "tokens": grid.tokens}
-        return EndsPoint(**sizes, forward_s=seconds[0], backward_s=seconds[1])
+        seconds, host = self.clock.both(forward, lambda: loss.pop().backward())
+        return EndsPoint(width=width, batch=batch, tokens=grid.tokens, **_passes(seconds, host))
 
     def optimizer(self, elements: int) -> OptimizerPoint:
         """Measures what a rank does with its shard of the optimizer."""
@@ -450,6 +467,12 @@ class Bench:
         return Allocator(allocated_bytes=allocated, reserved_bytes=reserved), beside
 
 
+def _passes(device: list[float], host: list[float]) -> dict[str, float]:
+    """The fields of a forward and a backward pass."""
+    names = ("forward_s", "backward_s", "host_forward_s", "host_backward_s")
+    return dict(zip(names, (*device, *host), strict=True))
+
+
 class Groups:
     """What the devices of a host exchange. All ranks call every method together, in the same order."""
 
@@ -493,7 +516,7 @@ class Groups:
 
     def _fixed(self, *calls: Callable[[], object], repeats: int = 10) -> list[float]:
         """Median seconds of the calls, over as many passes on all ranks."""
-        times = [self.clock._pass(calls)() for _ in range(repeats + 2)]
+        times = [self.clock.once(calls)[0] for _ in range(repeats + 2)]
         return [statistics.median(of) for of in zip(*times[2:], strict=True)]
 
     def send(self, count: int) -> CollectivePoint:

@@ -213,8 +213,9 @@ def step_time(setup: Setup, bucket: Bucket, timing: Timing) -> StepTime:
 
     Returns:
         By name: products, attention forward and backward, kernels (all others of blocks, embedders and loss), exchange
-        (all-to-alls, and what goes between stages), pipeline bubble, reference (forward passes of a preference run),
-        reduction (what the backward pass does not hide, and adding up), gather, optimizer, offload, data.
+        (all-to-alls, and what goes between stages), host (waiting for it to launch a block), pipeline bubble, reference
+        (forward passes of a preference run), reduction (what the backward pass does not hide, and adding up), gather,
+        optimizer, offload, data.
 
     Raises:
         InputError: the calibration has no group of devices, and the layout has.
@@ -232,6 +233,7 @@ def step_time(setup: Setup, bucket: Bucket, timing: Timing) -> StepTime:
         "attention backward": count * stage.blocks * whole.attention_backward,
         "kernels": count * (stage.blocks * whole.kernels + _share_of_ends(stage) * ends.both),
         "exchange": count * stage.blocks * whole.exchange,
+        "host": count * stage.blocks * whole.host,
     }
     if layout.pipeline > 1:
         terms["pipeline bubble"] = (layout.pipeline - 1) * passes.both
