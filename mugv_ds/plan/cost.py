@@ -183,6 +183,7 @@ class Setup:
             offload=self.offload,
             fp32_accumulation=self.gradients == "fp32",
             averages=self.averages,
+            is_sharded=self.layout.sequence > 1,
             bucket=self.bucket,
         )
 
