@@ -101,7 +101,7 @@ FULL = Sizes(
     widths=(3456, 1728),
     lengths=(1024, 4096, 16384, 32768, 65536, 131072),
     checked=(4096, 16384, 65536),
-    batched=((4, 4096), (16, 1024), (32, 1024)),
+    batched=((4, 4098), (16, 1018), (32, 1018)),
     attention=(
         *((1, tokens, heads) for heads, tokens in product((48, 24, 12, 6), (1024, 2048, 4096, 8192, 16384, 32768))),
         *((16, tokens, 48) for tokens in (512, 1024, 2048)),
@@ -727,8 +727,9 @@ def calibrate(args: argparse.Namespace) -> None:
             return
         try:
             point = work.measure()
-        except (RuntimeError, NotImplementedError, ValueError) as error:
-            say(f"{work.section} {work.title}: {str(error).splitlines()[0][:200]}")
+        except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:  # what a library cannot run
+            why = str(error).splitlines() or [type(error).__name__]
+            say(f"{work.section} {work.title}: not measured: {why[0][:200]}")
             return
         shown = {key: f"{value:.3g}" for key, value in point.model_dump().items() if isinstance(value, float)}
         if rank == (work.share or 0) % world:
