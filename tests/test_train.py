@@ -76,9 +76,10 @@ def test_dry_run_predicts_the_memory_of_bf16_runs(config):
     assert "GiB" not in fp32 and "parameters, memory not predicted in fp32" in fp32
 
 
-def test_a_missing_manifest_is_named(config):
+def test_a_dry_run_names_a_missing_manifest_and_goes_on_without_it(config):
     done = run("--dry-run", "--config", config, "--set", "data.manifest=nowhere.csv")
-    assert done.returncode == 2 and "error: nowhere.csv: no such file" in done.stderr
+    assert done.returncode == 0
+    assert "  missing: nowhere.csv; what follows is for the shape of the published model" in done.stdout
 
 
 def test_the_world_must_fit_the_layout(config):

@@ -42,7 +42,7 @@ from mugv_ds.models.attention import (
 from mugv_ds.models.choose_attention import choose_attention, choose_masked_attention
 from mugv_ds.models.compile import compile_blocks
 from mugv_ds.models.dit import Embedders, init_weights
-from mugv_ds.models.kept_attention import KeptAttention, statistics_of
+from mugv_ds.models.kept_attention import KeptAttention, Statistics, statistics_of
 from mugv_ds.models.layers import Block, Condition, FinalLayer
 from mugv_ds.models.rope import patch_grid
 from mugv_ds.plan.calibration import (
@@ -69,6 +69,7 @@ LEVELS = ("off", "light", "selective", "attention", "full")
 _PARTS = ("groups", "copies", "optimizer", "ends", "attention", "rest", "blocks", "cross_attention", "products")
 _MIB = 1 << 20
 _REPEATS = 20  # most passes that a median is taken of
+_CYCLES = 2e9  # of a GPU's clock, a second, or somewhat more
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ FULL = Sizes(
     widths=(3456, 1728),
     lengths=(1024, 4096, 16384, 32768, 65536, 131072),
     checked=(4096, 16384, 65536),
-    batched=((4, 4096), (16, 1024), (32, 1024)),
+    batched=((4, 4098), (16, 1018), (32, 1018)),
     attention=(
         *((1, tokens, heads) for heads, tokens in product((48, 24, 12, 6), (1024, 2048, 4096, 8192, 16384, 32768))),
         *((16, tokens, 48) for tokens in (512, 1024, 2048)),
@@ -162,37 +163,54 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
     def __call__(self, *calls: Callable[[], object], warm: bool = True) -> list[float]:
+        """Returns the median seconds that the device takes for each of some calls; see `both`."""
+        return self.both(*calls, warm=warm)[0]
+
+    def both(self, *calls: Callable[[], object], warm: bool = True) -> tuple[list[float], list[float]]:
         """Returns the median seconds of each of some calls, which are made one after the other, all of them again.
+
+        The device is kept busy until the host has launched all calls, so that it does not have to wait for the host
+        between them.
 
         Args:
             warm: whether a first pass, which may compile, is left out.
+
+        Returns:
+            Those of the device, and those in which the host launched them; 0 where the two are the same.
         """
         if warm:
-            self._pass(calls)()
-        first = self._pass(calls)()
-        repeats = min(int(self._enough / max(sum(first), 1e-9)), _REPEATS)
-        read = [self._pass(calls) for _ in range(repeats)]  # the device need not wait for the host between passes
-        return [statistics.median(times) for times in zip(first, *(times() for times in read), strict=True)]
+            self.once(calls)
+        first = self.once(calls)
+        ahead = 1.5 * sum(first[1])
+        repeats = int(self._enough / max(sum(first[0]) + ahead, 1e-9))
+        passes = [self.once(calls, ahead) for _ in range(min(repeats, _REPEATS))] or [first]
+        device, host = zip(*passes, strict=True)
+        return tuple([statistics.median(times) for times in zip(*of, strict=True)] for of in (device, host))
 
-    def _pass(self, calls: Sequence[Callable[[], object]]) -> Callable[[], list[float]]:
-        """Makes the calls; returns what waits for them and returns their seconds."""
+    def once(self, calls: Sequence[Callable[[], object]], ahead: float = 0.0) -> tuple[list[float], list[float]]:
+        """Makes the calls; returns their seconds on the device and on the host. ahead: seconds that the host gets."""
+        marks = []
         if self.device.type != "cuda":
-            marks = [time.perf_counter()]
             for call in calls:
-                call()
                 marks.append(time.perf_counter())
-            return lambda: [after - before for before, after in pairwise(marks)]
+                call()
+            marks.append(time.perf_counter())
+            return [after - before for before, after in pairwise(marks)], [0.0] * len(calls)
         events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
+        self.wait()
+        if ahead:
+            torch.cuda._sleep(int(ahead * _CYCLES))
         events[0].record()
         for event, call in zip(events[1:], calls, strict=True):
+            marks.append(time.perf_counter())
             call()
             event.record()
-
-        def read() -> list[float]:
-            events[-1].synchronize()
-            return [a.elapsed_time(b) / 1000 for a, b in pairwise(events)]
-
-        return read
+        marks.append(time.perf_counter())
+        self.wait()
+        return (
+            [a.elapsed_time(b) / 1000 for a, b in pairwise(events)],
+            [after - before for before, after in pairwise(marks)],
+        )
 
 
 class Work(NamedTuple):
@@ -208,15 +226,14 @@ class Bench:
     """What is measured on one device, each as points for a `Calibration`.
 
     Args:
-        sizes: of what is measured. clock: on the device. attention: the backend of self-attention.
+        sizes: of what is measured. clock: on the device. name: of the backend of self-attention. cross: of
+            cross-attention.
         levels: of recomputation that whole blocks are measured at.
     """
 
-    def __init__(self, sizes: Sizes, clock: Clock, attention: str, cross: str, levels: Sequence[str]) -> None:
-        self.sizes, self.clock, self.attention, self.levels = sizes, clock, BACKENDS[attention], levels
-        self.statistics = statistics_of(clock.device).get(attention)
-        if self.statistics is None:
-            self.levels = [level for level in levels if level != "attention"]
+    def __init__(self, sizes: Sizes, clock: Clock, name: str, cross: str, levels: Sequence[str]) -> None:
+        self.sizes, self.clock, self.name, self.levels = sizes, clock, name, levels
+        self.attention = BACKENDS[name]
         self.cross = MASKED_BACKENDS[cross]
         self.device = clock.device
         self._blocks: dict[int, Block] = {}
@@ -310,9 +327,10 @@ class Bench:
 
     def block(self, width: int, batch: int, tokens: int, level: str, attention: Attention | None = None) -> BlockPoint:
         """Measures a block, forward and backward. attention: what takes the place of self-attention, or None."""
-        block, attend = self._block(width), attention or self.attention
-        if level == "attention":
-            attend = KeptAttention(self.statistics)
+        block = self._block(width)
+        if attention is None:
+            attention = self.attention if level != "attention" else KeptAttention(self._statistics())
+        is_whole = not isinstance(attention, StandIn)
         x, modulation, time_ = (self.normal(batch, n, w) for n, w in ((tokens, width), (2, 6 * width), (2, width)))
         text = self.normal(batch, TEXT_TOKENS, width)
         text_mask = torch.ones(batch, TEXT_TOKENS, dtype=torch.bool, device=self.device)
@@ -324,7 +342,7 @@ class Bench:
         def forward() -> None:
             for leaf in leaves:
                 leaf.grad = None
-            y[:] = [block(x, condition, attend, level)]
+            y[:] = [block(x, condition, attention, level)]
 
         def backward() -> None:
             y.pop().backward(dy)
@@ -334,9 +352,20 @@ class Bench:
         for leaf in leaves:
             leaf.grad = None
         kept, peak = self._memory(forward, backward)
-        seconds = self.clock(forward, backward)
-        sizes = {"width": width, "batch": batch, "tokens": tokens, "level": level, "attention": attention is None}
-        return BlockPoint(**sizes, forward_s=seconds[0], backward_s=seconds[1], kept_bytes=kept, peak_bytes=peak)
+        seconds, host = self.clock.both(forward, backward)
+        sizes = {"width": width, "batch": batch, "tokens": tokens, "level": level, "attention": is_whole}
+        return BlockPoint(**sizes, **_passes(seconds, host), kept_bytes=kept, peak_bytes=peak)
+
+    def _statistics(self) -> Statistics:
+        """The backend with its forward and backward pass apart.
+
+        Raises:
+            NotImplementedError: they are not to be had.
+        """
+        known = statistics_of(self.device)
+        if self.name not in known:
+            raise NotImplementedError(f"{self.name} gives no log-sum-exp")
+        return known[self.name]
 
     def _block(self, width: int) -> Block:
         """A block of this width, compiled where the device is a GPU."""
@@ -385,9 +414,8 @@ class Bench:
             velocity = final(*embedders.embed(*given, *where)).unflatten(-1, (4, 2 * LATENT_CHANNELS))
             loss[:] = [(velocity[..., :LATENT_CHANNELS] - target).square().mean()]
 
-        seconds = self.clock(forward, lambda: loss.pop().backward())
-        sizes = {"width": width, "batch": batch, "tokens": grid.tokens}
-        return EndsPoint(**sizes, forward_s=seconds[0], backward_s=seconds[1])
+        seconds, host = self.clock.both(forward, lambda: loss.pop().backward())
+        return EndsPoint(width=width, batch=batch, tokens=grid.tokens, **_passes(seconds, host))
 
     def optimizer(self, elements: int) -> OptimizerPoint:
         """Measures what a rank does with its shard of the optimizer."""
@@ -439,6 +467,12 @@ class Bench:
         return Allocator(allocated_bytes=allocated, reserved_bytes=reserved), beside
 
 
+def _passes(device: list[float], host: list[float]) -> dict[str, float]:
+    """The fields of a forward and a backward pass."""
+    names = ("forward_s", "backward_s", "host_forward_s", "host_backward_s")
+    return dict(zip(names, (*device, *host), strict=True))
+
+
 class Groups:
     """What the devices of a host exchange. All ranks call every method together, in the same order."""
 
@@ -482,7 +516,7 @@ class Groups:
 
     def _fixed(self, *calls: Callable[[], object], repeats: int = 10) -> list[float]:
         """Median seconds of the calls, over as many passes on all ranks."""
-        times = [self.clock._pass(calls)() for _ in range(repeats + 2)]
+        times = [self.clock.once(calls)[0] for _ in range(repeats + 2)]
         return [statistics.median(of) for of in zip(*times[2:], strict=True)]
 
     def send(self, count: int) -> CollectivePoint:
@@ -693,8 +727,9 @@ def calibrate(args: argparse.Namespace) -> None:
             return
         try:
             point = work.measure()
-        except (RuntimeError, NotImplementedError, ValueError) as error:
-            say(f"{work.section} {work.title}: {str(error).splitlines()[0][:200]}")
+        except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:  # what a library cannot run
+            why = str(error).splitlines() or [type(error).__name__]
+            say(f"{work.section} {work.title}: not measured: {why[0][:200]}")
             return
         shown = {key: f"{value:.3g}" for key, value in point.model_dump().items() if isinstance(value, float)}
         if rank == (work.share or 0) % world:

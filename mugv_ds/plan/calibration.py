@@ -23,7 +23,19 @@ _MAX_FILE_BYTES = 1 << 22
 _MAX_POINTS = 4096
 _LEAST_SECONDS = 1e-9  # that a measurement counts as
 _MEASURED = {
-    *("seconds", "forward_s", "backward_s", "kept_bytes", "peak_bytes", "adamw_s", "norm_s", "cast_s", "average_s"),
+    *(
+        "seconds",
+        "forward_s",
+        "backward_s",
+        "host_forward_s",
+        "host_backward_s",
+        "kept_bytes",
+        "peak_bytes",
+        "adamw_s",
+        "norm_s",
+        "cast_s",
+        "average_s",
+    ),
     *("products_s", "collective_s", "both_s", "allocated_bytes", "reserved_bytes"),
 }
 
@@ -52,6 +64,8 @@ class BlockPoint(Section):
 
     Attributes:
         attention: whether self-attention ran; without it something that costs next to nothing took its place.
+        forward_s, backward_s: of the device, which had not to wait for the host.
+        host_forward_s, host_backward_s: in which the host launched them; 0 where device and host are the same.
         kept_bytes: what the forward pass leaves allocated, its output included. peak_bytes: the most that was allocated
             in both passes, gradients of weights and inputs included. Both are beyond what there was before.
     """
@@ -63,6 +77,8 @@ class BlockPoint(Section):
     attention: bool
     forward_s: Seconds
     backward_s: Seconds
+    host_forward_s: Seconds = 0.0
+    host_backward_s: Seconds = 0.0
     kept_bytes: Annotated[int, Field(ge=0)]
     peak_bytes: Annotated[int, Field(ge=0)]
 
@@ -99,13 +115,15 @@ class ProductPoint(Section):
 
 
 class EndsPoint(Section):
-    """Embedders, final layer and flow loss, without a block between them."""
+    """Embedders, final layer and flow loss, without a block between them. The seconds are those of `BlockPoint`."""
 
     width: Extent
     batch: Extent
     tokens: Extent
     forward_s: Seconds
     backward_s: Seconds
+    host_forward_s: Seconds = 0.0
+    host_backward_s: Seconds = 0.0
 
 
 class CollectivePoint(Section):

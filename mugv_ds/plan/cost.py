@@ -5,6 +5,7 @@ m + p − 1 of them take on the slowest stage. Each micro-batch's bf16 gradients
 pass runs, and after the step the weights are gathered while AdamW runs.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -23,12 +24,13 @@ from mugv_ds.models.lora import adapter_shapes
 from mugv_ds.models.rope import patch_grid
 from mugv_ds.parallel.layout import Layout, stage_boundaries
 from mugv_ds.plan.calibration import load_calibration
-from mugv_ds.plan.memory import BUCKET_ELEMENTS, ON_HOST, Memory, predict_memory
+from mugv_ds.plan.memory import ON_HOST, Memory, predict_memory
 from mugv_ds.plan.steps import Bucket
 from mugv_ds.plan.timing import Pass, Piece, Terms, Timing
 
 _BF16 = 2
 _ACCUMULATED = {"fp32": 10.0, "bf16": 6.0}  # bytes that adding a reduced gradient to those before reads and writes
+_GATHERED_PARTS = 8  # of the weights, each of which is gathered while the next is computed
 _PACKED_ROWS = 14  # of a micro-batch that a stage sends on beside tokens and text, see `parallel.pipeline.pack`
 _BALANCED_ROWS = 16_384  # tokens among which a sample's seconds are taken by `SampleSeconds`
 DIGITS = 6  # that these are rounded to, so that every machine has the same
@@ -80,7 +82,7 @@ class Setup:
         dit, trained: its sizes, and the parameters of each layer that are trained.
         text_tokens: L. layout: of the ranks. level, offload: of activations. gradients: "fp32" or "bf16".
         averages: of the weights. bucket: elements of gradients that are reduced together.
-        typical_tokens: of the sample by whose cost stages are balanced.
+        typical_tokens: of the sample by whose cost stages are balanced. reduced_bytes: of a gradient on its way.
         is_adapted: whether adapters alone are trained. reference_passes: forward passes beside, of a preference sample.
     """
 
@@ -94,6 +96,7 @@ class Setup:
     averages: int
     bucket: int
     typical_tokens: int
+    reduced_bytes: int = _BF16
     is_adapted: bool = False
     reference_passes: int = 0
 
@@ -115,7 +118,8 @@ class Setup:
             offload=config.parallel.offload,
             gradients=engine.get("data_types", {}).get("grad_accum_dtype", "fp32"),
             averages=len(config.ema.sigma_rel) + (config.reward is not None),  # the old policy is one too
-            bucket=engine["zero_optimization"].get("reduce_bucket_size", BUCKET_ELEMENTS),
+            bucket=engine["zero_optimization"]["reduce_bucket_size"],
+            reduced_bytes=4 if engine.get("communication_data_type") == "fp32" else _BF16,
             typical_tokens=patch_grid(*typical_shape).tokens,
             is_adapted=config.lora is not None,
             reference_passes=is_kto + (config.preference is not None and config.lora is not None),
@@ -144,30 +148,48 @@ class Setup:
             for number, (first, last) in enumerate(pairwise(boundaries))
         ]
 
-    def memory(self, stage: Stage, bucket: Bucket | None) -> Memory:
-        """Predicts the memory of a device of a stage. bucket: of the steps; None: nothing is trained meanwhile."""
-        layout = self.layout
-        held = {"blocks": 0, "tokens_held": 0, "in_flight": 0}
-        if bucket is not None:
-            held["blocks"] = stage.blocks
-            held["tokens_held"] = bucket.micro * -(-bucket.tokens // layout.sequence)
-            held["in_flight"] = min(layout.pipeline - stage.number, bucket.accumulation)
+    @cached_property
+    def unlike_stages(self) -> list[Stage]:
+        """Returns the stages that differ in what they compute, one of each."""
+        return list({(s.blocks, s.has_embedders, s.has_final): s for s in reversed(self.stages)}.values())
+
+    def memory(self, stage: Stage, buckets: Iterable[Bucket]) -> Memory:
+        """Predicts the memory of a device of a stage, in those steps in which it is the most.
+
+        Args:
+            buckets: kinds of steps; where there are none nothing is trained meanwhile.
+        """
+        return max((self._memory(stage, *held) for held in self._held(stage, buckets)), key=lambda memory: memory.peak)
+
+    def _held(self, stage: Stage, buckets: Iterable[Bucket]) -> Iterable[tuple[int, int]]:
+        """(tokens of a micro-batch on a rank, micro-batches in flight): of each number of these the most tokens."""
+        most: dict[int, int] = {}
+        for bucket in buckets:
+            in_flight = min(self.layout.pipeline - stage.number, bucket.accumulation)
+            tokens = bucket.micro * -(-bucket.tokens // self.layout.sequence)
+            most[in_flight] = max(most.get(in_flight, 0), tokens)
+        return [(tokens, in_flight) for in_flight, tokens in most.items()] or [(0, 0)]
+
+    def _memory(self, stage: Stage, tokens_held: int, in_flight: int) -> Memory:
         return predict_memory(
             self.dit,
             parameters=stage.trained,
             frozen=stage.parameters if self.is_adapted else 0,
-            replicas=layout.replicas,
+            blocks=stage.blocks,
+            replicas=self.layout.replicas,
+            tokens_held=tokens_held,
+            in_flight=in_flight,
             recompute=self.level,
             offload=self.offload,
             fp32_accumulation=self.gradients == "fp32",
             averages=self.averages,
+            is_sharded=self.layout.sequence > 1,
             bucket=self.bucket,
-            **held,
         )
 
-    def largest_memory(self, buckets: list[Bucket]) -> Memory:
+    def largest_memory(self, buckets: Sequence[Bucket]) -> Memory:
         """Returns the memory of the device that holds the most, over all stages and kinds of steps."""
-        return max((self.memory(stage, b) for stage in self.stages for b in buckets), key=lambda memory: memory.peak)
+        return max((self.memory(stage, buckets) for stage in self.stages), key=lambda memory: memory.peak)
 
 
 @dataclass(frozen=True)
@@ -192,8 +214,9 @@ def step_time(setup: Setup, bucket: Bucket, timing: Timing) -> StepTime:
 
     Returns:
         By name: products, attention forward and backward, kernels (all others of blocks, embedders and loss), exchange
-        (all-to-alls, and what goes between stages), pipeline bubble, reference (forward passes of a preference run),
-        reduction (what the backward pass does not hide, and adding up), gather, optimizer, offload, data.
+        (all-to-alls, and what goes between stages), host (waiting for it to launch a block), pipeline bubble, reference
+        (forward passes of a preference run), reduction (what the backward pass does not hide, and adding up), gather,
+        optimizer, offload, data.
 
     Raises:
         InputError: the calibration has no group of devices, and the layout has.
@@ -202,9 +225,8 @@ def step_time(setup: Setup, bucket: Bucket, timing: Timing) -> StepTime:
     piece = Piece(dit.hidden_size, dit.num_heads, bucket.micro, bucket.tokens, layout.sequence, setup.text_tokens)
     forward, backward = timing.block(piece, setup.level, setup.is_adapted)
     ends = timing.ends(dit.hidden_size, piece.rows, bucket.micro)
-    times = [_stage_pass(stage, forward, backward, ends) for stage in setup.stages]
-    slowest = max(range(len(times)), key=lambda number: times[number].both)
-    stage, passes = setup.stages[slowest], times[slowest]
+    stage = max(setup.unlike_stages, key=lambda stage: _stage_pass(stage, forward, backward, ends).both)
+    passes = _stage_pass(stage, forward, backward, ends)
     whole = forward.plus(backward)
     terms = {
         "products": count * stage.blocks * whole.products,
@@ -212,6 +234,7 @@ def step_time(setup: Setup, bucket: Bucket, timing: Timing) -> StepTime:
         "attention backward": count * stage.blocks * whole.attention_backward,
         "kernels": count * (stage.blocks * whole.kernels + _share_of_ends(stage) * ends.both),
         "exchange": count * stage.blocks * whole.exchange,
+        "host": count * stage.blocks * whole.host,
     }
     if layout.pipeline > 1:
         terms["pipeline bubble"] = (layout.pipeline - 1) * passes.both
@@ -242,21 +265,22 @@ def _reduction(
 ) -> dict[str, float]:
     """Adds the terms of gradients, weights and optimizer; returns what is hidden of them.
 
-    Beside the backward pass a collective costs what computing gets slower by; after it there remain what did not fit
-    in, and in any case the last bucket.
+    Gradients are copied into buckets, reduced, and added up. Beside the backward pass a collective costs what computing
+    gets slower by; after it there remain what did not fit in, and in any case the last bucket. See
+    `engine.distributed_optimizer`.
     """
     replicas, trained = setup.layout.replicas, stage.trained
     shard = trained / replicas
-    scattered = timing.collective("reduce_scatter", replicas, _BF16 * trained)
+    scattered = timing.collective("reduce_scatter", replicas, setup.reduced_bytes * trained)
     last = scattered * min(setup.bucket / max(trained, 1), 1.0)
     beside = min(scattered - last, passes.backward)
     waited = count * (timing.slowdown * beside + (scattered - last - beside)) + last
-    added = count * timing.copy("on_device", _ACCUMULATED[setup.gradients] / 2 * shard)  # a copy reads and writes
-    terms["reduction"] = waited + added
+    moved = (_BF16 + setup.reduced_bytes) * trained + _ACCUMULATED[setup.gradients] * shard
+    terms["reduction"] = waited + count * timing.copy("on_device", moved / 2)  # a copy reads and writes
     terms["optimizer"] = timing.optimizer(shard, setup.averages)
     gathered = timing.collective("all_gather", replicas, _BF16 * trained)
-    first = gathered * min(setup.bucket / max(trained, 1), 1.0)
-    terms["gather"] = first + max(gathered - first - timing.optimizer(shard, 0), 0.0)
+    last = gathered / _GATHERED_PARTS
+    terms["gather"] = last + max(gathered - last - timing.optimizer(shard, 0), 0.0)
     return {"reduction": max(count * scattered - waited, 0.0), "gather": gathered - terms["gather"]}
 
 

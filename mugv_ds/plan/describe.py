@@ -94,7 +94,7 @@ def _stage_lines(config: TrainConfig, setup: Setup, buckets: list[Bucket]) -> It
     for stage in setup.stages:
         line = f"  stage {stage.number}: layers {stage.first}–{stage.last - 1}, {stage.parameters:,} parameters"
         if config.model.precision == "bf16":
-            memory = max((setup.memory(stage, bucket) for bucket in buckets), key=lambda memory: memory.peak)
+            memory = setup.memory(stage, buckets)
             line += f", about {memory.peak / GIB:.1f} GiB a device at the largest shape ({_parts(memory)})"
             if setup.offload != "none":
                 line += f", and {memory.host / GIB:.1f} GiB of host memory"
@@ -170,7 +170,7 @@ def _sampled_line(
     if config.model.precision != "bf16":
         yield f"{line}; memory not predicted in {config.model.precision}"
         return
-    resident = max(setup.memory(stage, None).resident for stage in setup.stages)
+    resident = max(setup.memory(stage, ()).resident for stage in setup.stages)
     held = what.batch * -(-tokens // setup.layout.sequence)
     sampling = resident + predict_sampling(setup.dit, tokens_held=held)
     line += f", about {sampling / GIB:.1f} GiB a device while they are sampled"

@@ -5,6 +5,7 @@ docs/performance.md compares it with measured peaks.
 
 from dataclasses import asdict, dataclass
 
+from mugv_ds.config.deepspeed import BUCKET_ELEMENTS
 from mugv_ds.config.model import LATENT_STRIDE, DiTConfig
 from mugv_ds.config.videovae import VideoVAEConfig
 
@@ -20,6 +21,7 @@ GIB = 2**30
 # - off: also the projection of o, the residual after it, q of cross-attention before and after its norm, and its o.
 # Cross-attention through PyTorch keeps q and o padded to 80 channels beside: 1.2 more with "off".
 KEPT = {"full": 1, "attention": 2 + 1 / 36, "selective": 7 + 1 / 3, "light": 15 + 1 / 3, "off": 20 + 1 / 3}
+_O_TWICE = ("selective", "light", "off")  # levels that keep o of self-attention in two layouts
 # Of those, what `parallel.offload` leaves on the device with "attention", and what waits in host memory.
 ON_DEVICE = {"none": KEPT["attention"], "attention_output": 1.0, "all": 0.0}
 ON_HOST = {how: KEPT["attention"] - left for how, left in ON_DEVICE.items()}
@@ -34,8 +36,7 @@ SAMPLING = 16.4
 # are live, and as much as cuDNN works in. The latter was measured on an H200 (PyTorch 2.11) at 720p: 9.5 GiB in all
 # with four frames at once, and 3.2 without the weights with one.
 DECODING, DECODING_WORKSPACE = 3, 1.5
-BUCKET_ELEMENTS = 130_000_000  # of `deepspeed.zero_optimization.reduce_bucket_size`, unless the config says
-BUCKETS = 3  # of bf16 gradients at once in the backward pass: filled, reduced, and taken in by the shard
+BUCKETS = 3  # of gradients at once in the backward pass: one that is made, and the optimizer's two buffers
 HOST_BASE = 6 * GIB  # of a process of a run beside what is offloaded: CUDA, PyTorch, the libraries
 
 
@@ -87,6 +88,7 @@ def predict_memory(
     offload: str = "none",
     fp32_accumulation: bool,
     averages: int,
+    is_sharded: bool = True,
     frozen: int = 0,
     bucket: int = BUCKET_ELEMENTS,
 ) -> Memory:
@@ -100,12 +102,13 @@ def predict_memory(
         recompute, offload: `parallel.activation_checkpointing` and `parallel.offload`.
         fp32_accumulation: whether gradients are accumulated in fp32, in place of bf16.
         averages: fp32 averages of the weights that are kept, sharded as the optimizer is.
+        is_sharded: whether ranks share a sequence; where they do not, o of self-attention is kept once.
         frozen: parameters of the stage that are not trained, the base of adapters. They have neither gradients nor
             anything in the optimizer. What adapters keep beside, [tokens, rank] each, is not counted.
         bucket: elements of gradients that are reduced together.
     """
     tensor = 2.0 * tokens_held * config.hidden_size
-    kept, moved = KEPT[recompute], 0.0
+    kept, moved = KEPT[recompute] - (recompute in _O_TWICE and not is_sharded), 0.0
     if offload != "none":
         kept, moved = ON_DEVICE[offload], ON_HOST[offload]
     return Memory(

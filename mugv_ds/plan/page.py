@@ -25,8 +25,8 @@ MEMORY = {
 }  # fmt: skip
 TIME = {
     "products": "#2f6fd6", "attention forward": "#2a9d73", "attention backward": "#1d6f5c", "kernels": "#8a9a2b",
-    "exchange": "#d9562b", "pipeline bubble": "#b3261e", "reference": "#a0522d", "reduction": "#c04fb0",
-    "gather": "#e08bcb", "optimizer": "#7c5cd6", "offload": "#e0a030", "data": "#7a828e",
+    "exchange": "#d9562b", "host": "#5b6472", "pipeline bubble": "#b3261e", "reference": "#a0522d",
+    "reduction": "#c04fb0", "gather": "#e08bcb", "optimizer": "#7c5cd6", "offload": "#e0a030", "data": "#7a828e",
 }  # fmt: skip
 _MOST_OF_LIMIT = 1.6  # that an axis reaches to
 _LEAST_SHARE = 1e-3  # of a bar, below which a part is not drawn

@@ -26,7 +26,8 @@ LEVELS = (
     ("attention", "all"),
     ("full", "none"),
 )
-MARGIN = 0.03  # that a prediction of memory may be too low by
+_WITHOUT_STATISTICS = ("flash4_padded", "te")  # backends of self-attention that give no log-sum-exp
+MARGIN = 0.01  # share of the predicted memory that is left free, beside what PyTorch does not allocate
 _MOST_MICRO = 64  # samples (or pairs) of a micro-batch
 _MULTIPLES = (1, 2, 3, 4, 6, 8)  # of the longest sample's tokens on a device, that `device_tokens` may be
 _MORE_GPUS = 1 << 16  # at which the search for what would fit ends
@@ -65,16 +66,21 @@ class Way:
     """One way to train: a setup and its micro-batches, and what is predicted of it.
 
     Attributes:
-        data: the config's section, with what the micro-batches take. buckets: kinds of steps, and times: of each.
-        memory: of the device that holds the most. does_fit: whether there is as much.
+        data: the config's section, with what the micro-batches take. buckets: kinds of steps.
+        memory: of the device that holds the most. does_fit: whether there is as much. timing: of the machine.
     """
 
     setup: Setup
     data: DataSection = field(repr=False)
     buckets: tuple[Bucket, ...]
-    times: tuple[StepTime, ...]
     memory: Memory
     does_fit: bool
+    timing: Timing = field(repr=False)
+
+    @cached_property
+    def times(self) -> tuple[StepTime, ...]:
+        """Returns the seconds of each kind of step."""
+        return tuple(step_time(self.setup, bucket, self.timing) for bucket in self.buckets)
 
     @cached_property
     def seconds(self) -> float:
@@ -139,7 +145,7 @@ class Search:
 
     Attributes:
         ways: all that are legal, the fastest first: with the averages and gradients that the config asks for.
-        others: the fastest that fits with fewer averages or bf16 gradients, by what is different.
+        others: the fastest that fits only with fewer averages or with bf16 gradients, by what is different.
         refused: how many layouts are not legal, by why.
     """
 
@@ -187,26 +193,15 @@ class Planner:
         own = self._base.averages, self._base.gradients
         for layout in layouts(self._base.dit.num_heads, self._base.dit.depth, gpus):
             options = list(self._options(layout, refused))
-            for level, offload in LEVELS:
+            for level, offload in self._levels():
                 setup = replace(self._base, layout=layout, level=level, offload=offload)
                 for data, buckets in options:
-                    times = None
-                    for averages, gradients in self._variants():
-                        varied = replace(setup, averages=averages, gradients=gradients)
-                        memory = varied.largest_memory(buckets)
-                        does_fit = self.limits.hold(memory)
-                        is_own = (averages, gradients) == own
-                        if not (is_own or does_fit):
-                            continue
-                        if times is None or averages != own[0]:
-                            times = tuple(step_time(varied, bucket, self.timing) for bucket in buckets)
-                        way = Way(varied, data, buckets, times, memory, does_fit)
-                        if is_own:
-                            ways.append(way)
-                            continue
+                    ways.append(self._way(setup, data, buckets))
+                    for averages, gradients in self._variants() if not ways[-1].does_fit else ():
+                        less = self._way(replace(setup, averages=averages, gradients=gradients), data, buckets)
                         name = _difference(averages, gradients, own)
-                        if name not in others or way.seconds < others[name].seconds:
-                            others[name] = way
+                        if less.does_fit and (name not in others or less.seconds < others[name].seconds):
+                            others[name] = less
         ways.sort(key=lambda way: (way.seconds, way.memory.peak, way.name))
         return Search(gpus, tuple(_one_of_each(ways)), others, refused)
 
@@ -226,14 +221,21 @@ class Planner:
         )
         costs = replace(self._cost, sequence=layout.sequence)
         buckets = tuple(kind.bucket(config, config.data, costs, layout.data) for kind in self.kinds)
-        times = tuple(step_time(setup, bucket, self.timing) for bucket in buckets)
+        return self._way(setup, config.data, buckets)
+
+    def _way(self, setup: Setup, data: DataSection, buckets: tuple[Bucket, ...]) -> Way:
         memory = setup.largest_memory(buckets)
-        return Way(setup, config.data, buckets, times, memory, self.limits.hold(memory))
+        return Way(setup, data, buckets, memory, self.limits.hold(memory), self.timing)
+
+    def _levels(self) -> Iterator[tuple[str, str]]:
+        """Those that the config's attention can run."""
+        for level, offload in LEVELS:
+            if level != "attention" or self.config.model.attention not in _WITHOUT_STATISTICS:
+                yield level, offload
 
     def _variants(self) -> Iterator[tuple[int, str]]:
-        """(averages, gradients): as the config has them, and with less."""
+        """(averages, gradients) that take less than what the config has."""
         averages = self._base.averages
-        yield averages, self._base.gradients
         if self._base.gradients == "fp32":
             yield averages, "bf16"
         if averages:

@@ -1,6 +1,7 @@
 """How long the pieces of a training step take on a machine that was calibrated: blocks, exchanges, the optimizer."""
 
 import math
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -42,10 +43,13 @@ class Terms:
     attention_backward: float = 0.0
     kernels: float = 0.0
     exchange: float = 0.0
+    host: float = 0.0  # that the device waits for the host to launch all this
 
     @property
     def total(self) -> float:
-        return self.products + self.attention_forward + self.attention_backward + self.kernels + self.exchange
+        return (
+            self.products + self.attention_forward + self.attention_backward + self.kernels + self.exchange + self.host
+        )
 
     def plus(self, other: "Terms", times: float = 1.0) -> "Terms":
         """Returns this and so many times the other."""
@@ -152,6 +156,7 @@ class Timing:
             name: Curve((p.elements, getattr(p, name)) for p in self.calibration.optimizer)
             for name in ("adamw_s", "norm_s", "cast_s", "average_s")
         }
+        self._host = {level: self._launched(level) for level in _REPEATS}
         self._per_sample = {level: self._sample_extra(level) for level in self._widths}
         self._ratios = {
             level: [
@@ -161,7 +166,10 @@ class Timing:
             ]
             for level in _REPEATS
         }
-        self.block = lru_cache(1 << 16)(self._block)
+        # A search asks for the same pieces again and again.
+        self.block, self.ends = lru_cache(1 << 16)(self._block), lru_cache(1 << 14)(self._ends_pass)
+        self.collective, self.optimizer = lru_cache(1 << 14)(self._collective), lru_cache(1 << 12)(self._update)
+        self.slowdown = self._slowdown()
 
     # What blocks are made of.
 
@@ -221,6 +229,16 @@ class Timing:
         times = (piece.batch - 1) * piece.text_tokens / 300  # the calibration's text is 300 tokens long
         return Pass(bare.forward + times * extra.forward, bare.backward + times * extra.backward)
 
+    def _launched(self, level: str) -> Pass:
+        """What the host takes to launch a block, whatever its size: the median, with self-attention if measured so."""
+        for at in (level, _REPEATS[level]):
+            for is_whole in (True, False):
+                points = [p for p in self.calibration.blocks if p.level == at and p.attention == is_whole]
+                if points:
+                    passes = zip(*((p.host_forward_s, p.host_backward_s) for p in points), strict=True)
+                    return Pass(*map(statistics.median, passes))
+        return Pass(0.0, 0.0)
+
     def _measured_ratio(self, point: BlockPoint) -> float:
         """How many times longer a whole block took than what it is made of."""
         piece = Piece(point.width, point.width // HEAD_DIM, point.batch, point.tokens, 1, 300)
@@ -278,10 +296,12 @@ class Timing:
             whole = Terms().plus(terms, ratio)
             whole.exchange = terms.exchange
             scaled.append(whole)
+        for whole, launched in zip(scaled, self._host[level], strict=True):
+            whole.host = max(launched - whole.total, 0.0)
         return tuple(scaled)
 
-    def ends(self, width: int, rows: int, batch: int) -> Pass:
-        """Returns the seconds of embedders, final layer and loss."""
+    def _ends_pass(self, width: int, rows: int, batch: int) -> Pass:
+        """Returns the seconds of embedders, final layer and loss, launched by the host if that takes longer."""
         near = min(self._ends, key=lambda w: (abs(math.log(w / width)), w))
         scale = width / near
         base = Pass(*(scale * curve(rows) for curve in self._ends[near]))
@@ -295,7 +315,13 @@ class Timing:
         ]
         samples = sum(p.batch - 1 for p in more)
         times = (batch - 1) / samples * scale**2 if samples else 0.0
-        return Pass(*(seconds + times * max(of, 0.0) for seconds, of in zip(base, extra, strict=True)))
+        device = [seconds + times * max(of, 0.0) for seconds, of in zip(base, extra, strict=True)]
+        points = [p for p in self.calibration.ends if p.width == near]
+        launched = [
+            statistics.median(p.host_forward_s for p in points),
+            statistics.median(p.host_backward_s for p in points),
+        ]
+        return Pass(*map(max, device, launched))
 
     # What goes between devices.
 
@@ -307,7 +333,7 @@ class Timing:
         sent = self.collective("all_to_all", piece.sequence, 3 * _SPACED * tensor)
         return sent + self.collective("all_to_all", piece.sequence, tensor) + self.copy("on_device", tensor)
 
-    def collective(self, kind: str, ranks: int, count: float) -> float:
+    def _collective(self, kind: str, ranks: int, count: float) -> float:
         """Returns the seconds of a collective of so many bytes among neighbouring ranks; see `CollectivePoint`.
 
         Beyond a host, the slower of two: the whole traffic over the links inside, and what leaves a host over its
@@ -342,8 +368,7 @@ class Timing:
             return count / self.cluster.network
         return self.collective("send", 2, count)
 
-    @property
-    def slowdown(self) -> float:
+    def _slowdown(self) -> float:
         """Returns how many seconds computing takes longer for each second of a collective beside it."""
         points = self.calibration.overlap
         if not points:
@@ -358,7 +383,7 @@ class Timing:
         """Returns the seconds of a copy; see `CopyPoint`."""
         return self._copies[kind](count) if count > 0 else 0.0
 
-    def optimizer(self, elements: float, averages: int) -> float:
+    def _update(self, elements: float, averages: int) -> float:
         """Returns the seconds in which a rank updates a shard of so many elements, without the averages' `averages`."""
         if elements <= 0:
             return 0.0

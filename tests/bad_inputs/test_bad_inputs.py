@@ -89,7 +89,6 @@ SETTINGS = {
     ),
     "offloading": ('deepspeed.zero_optimization={"offload_optimizer": {"device": "cpu"}}', "offload_optimizer"),
     "DeepSpeed's monitor": ('deepspeed.tensorboard={"enabled": true}', "tensorboard"),
-    "a manifest that is not there": ("data.manifest=nowhere.csv", "nowhere.csv"),
     "a manifest that is a folder": ("data.manifest=/tmp", "/tmp"),
     "no key": ("=5", "section.key=value"),
     "no value": ("data.seed", "section.key=value"),

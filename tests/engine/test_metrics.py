@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mugv_ds.config.schema import LoggingSection
 from mugv_ds.engine import metrics
-from mugv_ds.engine.metrics import OptimizerProbe, Recorder, peak_tflops
+from mugv_ds.engine.metrics import Expected, OptimizerProbe, Recorder, peak_tflops
 from mugv_ds.objectives.flow import loss_by_quartile
 from tests.helpers.distributed import run_ranks
 
@@ -29,6 +29,7 @@ def record_two_steps(folder: Path) -> None:
         recorder.step(
             torch.tensor(loss), terms, stream="train", samples=4, tokens=40, model_flops=1e9, hardware_flops=1.25e9
         )
+        recorder.expect(Expected(loss * 2 if loss == loss else 2.0, 10 * t))
         with recorder.excluded():
             time.sleep(1)
     probe.armed = True
@@ -63,6 +64,12 @@ def test_speed_does_not_count_what_is_excluded(scalars):
     assert scalars["speed/model_tflops_per_device"] == pytest.approx(1e-3 / seconds, rel=1e-4)
     assert scalars["speed/mfu"] == pytest.approx(1e-3 / seconds, rel=1e-4)  # of a peak of 1 TFLOP/s
     assert scalars["speed/hfu"] == pytest.approx(1.25e-3 / seconds, rel=1e-4)
+
+
+def test_what_was_predicted_stands_beside_what_was_measured(scalars):
+    assert scalars["plan/step_seconds"] == pytest.approx((2 + 2 + 6) / 3)
+    assert scalars["plan/peak_gib"] == 9000
+    assert 0.05 < scalars["memory/host_gib"] < 1000, "of this process"
 
 
 def test_the_rest_is_passed_on(scalars):

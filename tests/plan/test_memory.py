@@ -108,6 +108,17 @@ def test_bytes_of_a_parameter(changes, expected):
     assert {name: size / 1000 for name, size in parts.items() if size} == expected
 
 
+@pytest.mark.parametrize(
+    ("recompute", "less"), [("off", 1), ("light", 1), ("selective", 1), ("attention", 0), ("full", 0)]
+)
+def test_o_is_kept_once_where_the_sequence_is_not_sharded(recompute, less):
+    sharded, whole = (
+        memory(blocks=1, recompute=recompute, tokens_held=10, is_sharded=is_sharded)["activations"]
+        for is_sharded in (True, False)
+    )
+    assert sharded - whole == pytest.approx(less * 10 * 144 * 2)
+
+
 def test_buckets_are_no_larger_than_what_there_is_to_reduce():
     assert memory(parameters=1000)["buckets"] == 2 * 2 * 1000
 
