@@ -92,6 +92,9 @@ def flash4_masked(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
     from mugv_kernels.flash4 import flash4_prefix
 
     batch, tokens = q.shape[:2]
+    if batch > _MAX_SAMPLES:
+        parts = zip(*(x.split(_MAX_SAMPLES) for x in (q, k, v, key_mask)), strict=True)
+        return torch.cat([flash4_masked(*part) for part in parts])
     lengths = key_mask.sum(dim=1, dtype=torch.int32)
     order = key_mask.int().argsort(dim=1, descending=True, stable=True)[:, :, None, None]
     spare = (torch.arange(k.shape[1], device=k.device) >= lengths[:, None])[:, :, None, None]

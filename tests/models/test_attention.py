@@ -175,6 +175,22 @@ def test_flash4_works_compiled(formula):
     torch.testing.assert_close(torch.autograd.grad(compiled(q, k, v, mask), (q, k, v), gradient), expected)
 
 
+@pytest.mark.regression
+@pytest.mark.parametrize("batch", [3, 16, 40, 300])
+def test_many_samples_are_cut_into_parts_that_the_library_takes(formula, batch):
+    """Beyond 256 of them its backward pass, given a prefix of the keys alone, fails an assertion of its own."""
+    q, gradient = torch.randn(2, batch, 32, 1, 72).unbind()
+    k, v = torch.randn(2, batch, 4, 1, 72).unbind()
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    mask = torch.ones(batch, 4, dtype=torch.bool)
+    got, expected = (
+        torch.autograd.grad(attention(*inputs), inputs, gradient)
+        for attention in (lambda q, k, v: flash4_masked(q, k, v, mask), sdpa)
+    )
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_the_flash4_operator_is_registered_soundly(formula):
     q, k, v, _ = random_qkv(5, 2, torch.float32, CPU, keys=4)
     torch.library.opcheck(torch.ops.mugv.flash4_prefix.default, (q, k, v, torch.tensor([4], dtype=torch.int32)))
