@@ -8,6 +8,7 @@ Parameters lie in buckets, whole and one after the other in the order in which t
 owns an equal piece of every bucket: fp32 weights, their gradients, and what AdamW keeps for them.
 """
 
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -165,9 +166,10 @@ class DistributedOptimizer:
         self._on_their_way: deque[_Reduction] = deque()
         self._in_backward = False
         self._launched = 0  # buckets of the current micro-batch
-        for bucket in self._buckets:
+        this = weakref.ref(self)  # the parameters' hooks are held where the garbage collector does not look
+        for number, bucket in enumerate(self._buckets):
             for slot in bucket.slots:
-                slot.parameter.register_post_accumulate_grad_hook(_arrival(self, bucket))
+                slot.parameter.register_post_accumulate_grad_hook(lambda _, number=number: this().arrived(number))
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -179,7 +181,7 @@ class DistributedOptimizer:
     def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
         """Does nothing: they are reduced when the last micro-batch's backward pass ends."""
 
-    def arrived(self, bucket: Bucket) -> None:
+    def arrived(self, number: int) -> None:
         """Notes that a parameter of a bucket has its gradient of the micro-batch, and sends off what is complete.
 
         Buckets leave in one order, so that all ranks reduce the same ones together, whatever reaches them. One with a
@@ -188,7 +190,7 @@ class DistributedOptimizer:
         if not self._in_backward:
             self._in_backward = True
             torch.autograd.Variable._execution_engine.queue_callback(self._end_micro_batch)
-        bucket.missing -= 1
+        self._buckets[number].missing -= 1
         while self._launched < len(self._buckets) and not self._buckets[self._launched].missing:
             self._launch()
 
@@ -325,10 +327,6 @@ class ShardedEngine(_Sharding, DeepSpeedEngine):
 
 class ShardedPipelineEngine(_Sharding, PipelineEngine):
     """DeepSpeed's pipeline engine with our optimizer."""
-
-
-def _arrival(optimizer: DistributedOptimizer, bucket: Bucket):
-    return lambda _: optimizer.arrived(bucket)
 
 
 def _wait(works: Iterable[Any]) -> None:
