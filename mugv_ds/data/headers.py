@@ -1,6 +1,6 @@
-"""The shapes of latents that have files of their own, from the headers: few in threads, many in processes and by parts.
+"""The shapes of latents that have files of their own, from the headers: many in processes and by parts.
 
-Reading a header is half Python and half waiting, so many are read by a process for each CPU with a few threads each. A
+Many are read by a process for each CPU, in a few threads each where reading is waiting, as on a network file system. A
 part, the rows between two multiples of 50,000, is kept in a file as soon as it is known: a build that is killed goes on
 where it was.
 """
@@ -9,15 +9,16 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context, parent_process
+from multiprocessing import forkserver, get_context, parent_process
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -35,13 +36,15 @@ from mugv_ds.files.tensor_file import SampleError, UnsafeFileError, check_latent
 
 SIZES = ("num_frames", "height", "width")
 
-_FEW = 20_000  # headers, 12 s of one core; starting a process takes 3 s of one
+_FEW = 20_000  # headers, 12 s of one core; what processes are forked from takes 3 s of one to start
 _PART_ROWS = 50_000
 _TASK_ROWS = 100
-THREADS_ALONE, THREADS_OF_MANY = 16, 4  # opening files is waiting, on a network file system most of all
+THREADS_ALONE, THREADS_OF_MANY = 16, 4  # where opening files is waiting
 
 _NO_PART = "%s: not a part of this manifest; its latents' headers are read again"
 TOO_LARGE = f"(T, H, W) = {{}}; the model has positions for sides of at most {MAX_LATENT_SIDE}"
+
+T, R = TypeVar("T"), TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
@@ -111,9 +114,8 @@ def read_shapes(latents: Latents, shapes: np.ndarray, parts: Path) -> list[str]:
         _fill_from_part(parts, start, shapes[start : start + _PART_ROWS])
     unknown = np.flatnonzero(~shapes.any(axis=1) & latents.single)
     if len(unknown) <= _FEW:
-        with ThreadPoolExecutor(THREADS_ALONE) as threads:
-            tasks = latents.take(unknown) if len(unknown) else []
-            return _put(shapes, unknown, threads.map(partial(stored_shape, latents.files, latents.csv_path), tasks))
+        read = partial(stored_shape, latents.files, latents.csv_path)
+        return _put(shapes, unknown, read_all(read, latents.take(unknown), THREADS_ALONE)) if len(unknown) else []
     return _read_many(latents, shapes, unknown, parts)
 
 
@@ -167,11 +169,17 @@ def _read_many(latents: Latents, shapes: np.ndarray, unknown: np.ndarray, parts:
                 continue
             tasks = [unknown[i : min(i + _TASK_ROWS, last)] for i in range(first, last, _TASK_ROWS)]
             for rows, answer in zip(tasks, pool.map(read, map(latents.take, tasks)), strict=True):
-                bad += _put(shapes, rows, iter(answer))
+                bad += _put(shapes, rows, answer)
                 done += len(rows)
                 progress.tell(f"headers of {done:,} of {len(unknown):,} latents read")
             _keep_part(parts, start, shapes[start : start + _PART_ROWS])
     return bad
+
+
+def prepare_processes() -> None:
+    """Begins to import, in a process of its own, what `processes` and the workers of the loader are forked from."""
+    forkserver.set_forkserver_preload(["mugv_ds.data.places", "mugv_ds.data.loader"])
+    forkserver.ensure_running()
 
 
 @contextmanager
@@ -184,8 +192,9 @@ def processes(csv_path: Path, parts: Path, done: Callable[[], str]) -> Iterator[
     Raises:
         TrainingError: one of them was killed.
     """
+    prepare_processes()
     pool = ProcessPoolExecutor(
-        len(os.sched_getaffinity(0)), mp_context=get_context("spawn"), initializer=_begin_process
+        len(os.sched_getaffinity(0)), mp_context=get_context("forkserver"), initializer=_begin_process
     )
     try:
         with pool:
@@ -197,7 +206,7 @@ def processes(csv_path: Path, parts: Path, done: Callable[[], str]) -> Iterator[
         ) from error
 
 
-def _put(shapes: np.ndarray, rows: np.ndarray, found: Iterator[Shape | str]) -> list[str]:
+def _put(shapes: np.ndarray, rows: np.ndarray, found: list[Shape | str]) -> list[str]:
     """Puts the shapes found into their rows, and returns what else was found."""
     bad = []
     for row, shape in zip(rows.tolist(), found, strict=True):
@@ -210,8 +219,21 @@ def _put(shapes: np.ndarray, rows: np.ndarray, found: Iterator[Shape | str]) -> 
 
 def _read_task(files: Files, csv_path: Path, task: list[Latent]) -> list[Shape | str]:
     """What a process does at a time."""
-    with ThreadPoolExecutor(THREADS_OF_MANY) as threads:
-        return list(threads.map(partial(stored_shape, files, csv_path), task))
+    return read_all(partial(stored_shape, files, csv_path), task, THREADS_OF_MANY)
+
+
+def read_all(read: Callable[[T], R], wanted: Sequence[T], threads: int) -> list[R]:
+    """`read` of each, at least one: in threads if the first shows that it is mostly waiting, else one after the other.
+
+    Threads that do not wait for files wait for each other, at every call of the system: on a local disk four of them
+    take a third longer than one.
+    """
+    begin, worked = time.monotonic(), time.thread_time()
+    first = read(wanted[0])
+    if time.monotonic() - begin < 2 * (time.thread_time() - worked):
+        return [first, *map(read, wanted[1:])]
+    with ThreadPoolExecutor(threads) as pool:
+        return [first, *pool.map(read, wanted[1:])]
 
 
 def _begin_process() -> None:

@@ -6,6 +6,7 @@ once for each content of the CSV and shared by all processes of a host.
 
 import csv
 import hashlib
+import io
 import itertools
 import logging
 import math
@@ -28,7 +29,7 @@ from mugv_ds.config.model import LATENT_STRIDE as STRIDE
 from mugv_ds.config.model import MAX_LATENT_SIDE
 from mugv_ds.config.regular_file import open_regular
 from mugv_ds.data.buckets import Shape as Shape  # what others take from here
-from mugv_ds.data.headers import SIZES, Latents, declared_shapes, read_shapes
+from mugv_ds.data.headers import SIZES, Latents, declared_shapes, prepare_processes, read_shapes
 from mugv_ds.data.index import (
     PLACES,
     SCHEMA,
@@ -62,6 +63,8 @@ _FEW_VALUES = (*CHOICES, *_NUMBERS, *_INTEGER_COLUMNS)  # columns that have few 
 
 _MAX_LINE_BYTES = 1 << 20
 _MAX_COLUMNS = 1000
+_BLOCK_BYTES = 1 << 18
+_LARGE_BYTES = 1 << 25  # some 150,000 rows
 _CHUNK_ROWS = 10_000
 _HASH_BYTES = 1 << 20
 _DIGITS = re.compile("[0-9]{1,6}")
@@ -154,9 +157,12 @@ def build_index(csv_path: str | Path, index_dir: str | Path | None = None, root:
 def _build(csv_path: Path, path: Path, files: Files) -> None:
     """Writes an index, its facts last, and removes the parts that it was made of."""
     csv_bytes, root = csv_path.stat().st_size, _root(files)
+    if csv_bytes > _LARGE_BYTES:
+        prepare_processes()
     with write_atomically(path) as stream:
-        lines, sizes = _write_columns(csv_path, stream)
+        lines, sizes, hashes = _write_columns(csv_path, stream)
     columns, parts = open_columns(path), path.with_suffix(".parts")
+    _check_unique(csv_path, columns["sample_id"], hashes, lines)
     shards = {side: shard_numbers(columns, side) for side in ("latent", "text")}
     single = shards["latent"] < 0
     shapes = declared_shapes(sizes)
@@ -224,24 +230,23 @@ def _take_over(csv_path: Path, csv_bytes: int, older: Path, root: str, shapes: n
             return
 
 
-def _write_columns(csv_path: Path, stream: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
+def _write_columns(csv_path: Path, stream: BinaryIO) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Writes the columns of a CSV as one Arrow stream, a chunk of rows at a time, and checks all of them.
 
-    Ids are compared by their 128-bit hashes: 16 bytes a row whatever their length.
-
     Returns:
-        int64 [rows], the line of each row; int32 [rows, 3], its num_frames, height and width, 0 where it does not say.
+        int64 [rows], the line of each row; int32 [rows, 3], its num_frames, height and width, 0 where it does not say;
+        int64 [rows], a hash of its id.
 
     Raises:
         ManifestError, PathError: see `build_index`.
     """
-    hashes, lines, sizes, progress = bytearray(), array("q"), [], Progress(str(csv_path))
+    hashes, lines, sizes, progress = array("q"), array("q"), [], Progress(str(csv_path))
     opened = _open_table(csv_path, REQUIRED_COLUMNS, _OPTIONAL_COLUMNS)
     with pa.ipc.new_stream(stream, SCHEMA) as writer, opened as (positions, rows):
-        while chunk := list(itertools.islice(rows, _CHUNK_ROWS)):
-            columns = _converted(csv_path, chunk, positions)
-            lines.extend([line for line, _ in chunk])
-            hashes += b"".join([hashlib.blake2b(i.encode(), digest_size=16).digest() for i in columns["sample_id"]])
+        for of_rows, cells in _chunks(rows):
+            columns = _converted(csv_path, of_rows, cells, positions)
+            lines.extend(of_rows)
+            hashes.extend(map(hash, columns["sample_id"]))
             sizes.append(np.array([[size or 0 for size in columns[name]] for name in SIZES], np.int32).T)
             for name in _PATHS:
                 columns[name] = list(map(kept_path, columns[name], columns["sample_id"]))
@@ -251,21 +256,43 @@ def _write_columns(csv_path: Path, stream: BinaryIO) -> tuple[np.ndarray, np.nda
             progress.tell(f"{len(lines):,} rows read")
         if not lines:
             raise ManifestError(f"{csv_path}:1: only a header, no samples")
-        _check_unique(csv_path, np.frombuffer(hashes, np.uint64).reshape(-1, 2), lines)
-    return np.frombuffer(lines, np.int64), np.concatenate(sizes)
+    return np.frombuffer(lines, np.int64), np.concatenate(sizes), np.frombuffer(hashes, np.int64)
 
 
-def _check_unique(csv_path: Path, keys: np.ndarray, lines: array) -> None:
-    """Refuses ids that are used twice. keys: uint64 [rows, 2], their hashes. lines: of the rows.
+def _chunks(rows: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[list[int], list[list[str]]]]:
+    """The lines and the columns of a chunk of rows at a time.
+
+    Rows are not kept as lists: to look at each of them again and again would take the garbage collector as long as all
+    else takes.
+    """
+    while True:
+        lines, cells = [], []
+        for line, values in itertools.islice(rows, _CHUNK_ROWS):
+            lines.append(line)
+            cells += values
+        if not lines:
+            return
+        width = len(cells) // len(lines)
+        yield lines, [cells[at::width] for at in range(width)]
+
+
+def _check_unique(csv_path: Path, ids: pa.ChunkedArray, hashes: np.ndarray, lines: np.ndarray) -> None:
+    """Refuses ids that are used twice; only those of the same hash are compared.
+
+    Args:
+        ids: of the rows. hashes, lines: int64 [rows], a hash of each id, and where its row starts.
 
     Raises:
         ManifestError: an id is used twice.
     """
-    order = np.lexsort(keys.T)  # stable: rows with the same id stay in the order of their lines
-    again = np.flatnonzero((keys[order[1:]] == keys[order[:-1]]).all(axis=1))
-    if len(again):
-        first, second = min(((order[i], order[i + 1]) for i in again), key=lambda pair: pair[1])
-        raise ManifestError(f"{csv_path}:{lines[second]}: duplicate sample_id, first used in line {lines[first]}")
+    order = np.argsort(hashes)
+    same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+    first: dict[str, int] = {}
+    for row in np.unique(order[[*same, *(same + 1)]]).tolist():
+        if (sample_id := ids[row].as_py()) in first:
+            where = f"{csv_path}:{lines[row]}"
+            raise ManifestError(f"{where}: duplicate sample_id, first used in line {lines[first[sample_id]]}")
+        first[sample_id] = row
 
 
 def hash_csv(csv_path: Path) -> str:
@@ -393,9 +420,24 @@ def _rows(csv_path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
 
 
 def _lines(csv_path: Path, file: BinaryIO) -> Iterator[str]:
-    """The lines of a CSV opened in binary, decoded; a byte-order mark is dropped."""
-    for number, raw in enumerate(iter(lambda: file.readline(_MAX_LINE_BYTES), b""), 1):
-        if len(raw) == _MAX_LINE_BYTES:
+    """The lines of a CSV opened in binary, decoded many at once; a byte-order mark is dropped."""
+    done = 0
+    while block := file.read(_BLOCK_BYTES) + file.readline(_MAX_LINE_BYTES):
+        lines = io.BytesIO(block).readlines()
+        try:
+            text = block.decode("utf-8" if done else "utf-8-sig")
+        except UnicodeDecodeError:
+            text = "\0"
+        if "\0" in text or max(map(len, lines)) >= _MAX_LINE_BYTES:
+            yield from _checked(csv_path, lines, done + 1)
+        yield from io.StringIO(text, newline="\n")
+        done += len(lines)
+
+
+def _checked(csv_path: Path, lines: list[bytes], first: int) -> Iterator[str]:
+    """Lines, numbered from `first` on, up to the one that is wrong, at which it raises."""
+    for number, raw in enumerate(lines, first):
+        if len(raw) >= _MAX_LINE_BYTES:
             raise ManifestError(f"{csv_path}:{number}: longer than {_MAX_LINE_BYTES} bytes")
         if b"\0" in raw:
             raise ManifestError(f"{csv_path}:{number}: contains a NUL byte")
@@ -421,21 +463,23 @@ def _convert(record: Record) -> None:
 
 
 def _converted(
-    csv_path: Path, rows: Sequence[tuple[int, list[str]]], positions: dict[str, int]
+    csv_path: Path, lines: list[int], cells: list[list[str]], positions: dict[str, int]
 ) -> dict[str, Sequence[Any]]:
     """The columns of rows, as `_convert` leaves them; a column's different values are checked once a call.
 
     Raises:
         ManifestError, PathError: see `build_index`.
     """
-    cells = list(zip(*(values for _, values in rows), strict=True))
     names = (*REQUIRED_COLUMNS, *_OPTIONAL_COLUMNS)
     columns: dict[str, Sequence[Any]] = {}
     try:
         for name in names:
-            texts = cells[positions[name]] if name in positions else ("",) * len(rows)
-            if name in _FEW_VALUES:
-                values = {text: _value(name, text or None) for text in set(texts)}
+            texts = cells[positions[name]] if name in positions else ("",) * len(lines)
+            different = set(texts) if name in _FEW_VALUES else ()
+            values = {text: _value(name, text or None) for text in different}
+            if len(values) == 1:
+                columns[name] = [*values.values()] * len(lines)
+            elif values:
                 columns[name] = [values[text] for text in texts]
             else:
                 columns[name] = [text or None for text in texts]
@@ -445,7 +489,7 @@ def _converted(
             for file in distinct_files(cells[positions[name]]):
                 _check_file(file, name)
     except (ManifestError, PathError):
-        for line, values in rows:  # which of them it is
+        for line, *values in zip(lines, *cells, strict=True):  # which of them it is
             try:
                 _convert(dict.fromkeys(names) | {name: values[at] or None for name, at in positions.items()})
             except (ManifestError, PathError) as error:

@@ -4,7 +4,7 @@ import errno
 import posixpath
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from mugv_ds.config.errors import InputError
@@ -87,14 +87,25 @@ def distinct_files(paths: Sequence[str]) -> set[str]:
     Raises:
         PathError: a shard is followed by what cannot be a key.
     """
-    parts = [path.partition(_IN_A_SHARD) for path in paths]
-    keys = [key for _, mark, key in parts if mark]
+    files, shards, keys = set(), set(), []
+    for path in paths:
+        file, mark, key = path.partition(_IN_A_SHARD)
+        if mark:
+            shards.add(file)
+            keys.append(key)
+        else:
+            files.add(path)
+    check_keys(keys)
+    return files | {file + SHARD_SUFFIX for file in shards}
+
+
+def check_keys(keys: Collection[str]) -> None:
+    """`check_key` of each, all at once."""
     text = "".join(keys)
     good = all(keys) and text.isprintable() and "#" not in text and _METADATA not in keys
     if not good or max(map(len, keys), default=0) > _MAX_KEY:
         for key in keys:
             check_key(key)
-    return {file + SHARD_SUFFIX if mark else file for file, mark in {part[:2] for part in parts}}
 
 
 def check_key(key: str) -> None:

@@ -5,7 +5,6 @@ processes, and what they say of some 50,000 rows is kept in a part as soon as it
 on where it was.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, groupby, pairwise
@@ -124,12 +123,12 @@ class Reader:
         keys = [key or sample for (_, _, key), sample in zip(paths, ids, strict=True)]
         members = zip((file for file, _, _ in paths), task.rows.tolist(), task.lines.tolist(), keys, strict=True)
         shards = [(file, list(group)) for file, group in groupby(members, key=itemgetter(0))]
-        with ThreadPoolExecutor(threads) as pool:
-            answers = list(pool.map(self._of_shard, *zip(*shards, strict=True)))
+        answers = headers.read_all(self._of_shard, shards, threads)
         return np.concatenate([found for found, _ in answers]), [one for _, wrong in answers for one in wrong]
 
-    def _of_shard(self, path: str, members: list[tuple[str, int, int, str]]) -> tuple[np.ndarray, list[Wrong]]:
-        """As `read`, of one shard; members: its path, and of its rows number, line and key."""
+    def _of_shard(self, shard: tuple[str, list[tuple[str, int, int, str]]]) -> tuple[np.ndarray, list[Wrong]]:
+        """As `read`, of one shard: its path, and of its rows path, number, line and key."""
+        path, members = shard
 
         def read() -> tuple[str, dict[str, Entry]]:
             with self.files.open(path) as blob:

@@ -13,6 +13,7 @@ import json
 import re
 import zlib
 from collections.abc import Mapping
+from functools import lru_cache
 from math import prod
 from operator import itemgetter
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from mugv_ds.data.paths import PathError, check_key
+from mugv_ds.data.paths import PathError, check_key, check_keys
 from mugv_ds.data.storage import Blob
 from mugv_ds.files.atomic import write_atomically
 from mugv_ds.files.tensor_file import SampleError
@@ -37,6 +38,9 @@ _MAX_HEADER_BYTES = 1 << 22  # some 20,000 tensors; JSON of this size takes seco
 _FIRST_READ = 1 << 16  # holds the headers of most shards
 _MAX_DIMENSIONS = 8
 _CRC = re.compile("[0-9a-f]{8}")
+_HEXADECIMAL = re.compile("[0-9a-f]+")
+_PLAIN_BEGIN = f'{{"__metadata__":{{"{_CHECKSUMS}":"'
+_PLAIN_TYPE = re.compile(r'"dtype":"(BF16|F16|F32)","shape":\[([1-9][0-9]{0,15}(?:,[1-9][0-9]{0,15}){0,7})\]')
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
@@ -91,8 +95,9 @@ def read_header(blob: Blob) -> dict[str, Entry]:
         )
     if len(head) < 8 + length:
         head = np.concatenate([head, blob.read(len(head), 8 + length - len(head))])
+    header = head[8 : 8 + length].tobytes()
     try:
-        return _parse(head[8 : 8 + length].tobytes(), 8 + length, size)
+        return _parse_plain(header, 8 + length, size) or _parse(header, 8 + length, size)
     except (ValueError, PathError, RecursionError) as error:
         reason = " ".join(str(error).split())[:300]
         raise SampleError(f"{blob.name}: its header is damaged, or not of a shard: {reason}") from error
@@ -138,6 +143,55 @@ def _storable(tensor: Tensor, key: str, path: Path) -> Tensor:
     return tensor.detach().contiguous()
 
 
+def _parse_plain(header: bytes, start: int, file_bytes: int) -> dict[str, Entry] | None:
+    """As `_parse`, in half the time, of a header as `write_shard` writes it; None for any other, wrong ones too.
+
+    In such a header every tensor follows the one before it, so that its text is known but for key, dtype and shape; and
+    nothing is escaped but the quotes of the CRC-32s.
+    """
+    entries, end = {}, start
+    try:
+        text = header.decode().rstrip(" ")
+        crcs, _, rest = text.removeprefix(_PLAIN_BEGIN).partition('}"},"')
+        tensors = rest.removesuffix("}}").split('},"')
+        checksums = _json_object(crcs.replace('\\"', '"') + "}")
+        for tensor in tensors:
+            key, _, value = tensor.partition('":{')
+            type_, _, offsets = value.partition(',"data_offsets":')
+            dtype, shape, size = _plain_type(type_)
+            if offsets != f"[{end - start},{end - start + size}]":
+                return None
+            entries[key] = Entry(dtype, shape, end, size, int(checksums[key], 16))
+            end += size
+        check_keys(entries)
+        digits = "".join(checksums.values())
+    except (ValueError, KeyError, TypeError, PathError, RecursionError):
+        return None
+    plain = (
+        text.startswith(_PLAIN_BEGIN)
+        and text.endswith("}}")
+        and crcs.isprintable()
+        and crcs.count("\\") == crcs.count('"') == crcs.count('\\"')
+        and {*map(len, checksums.values())} == {8}
+        and _HEXADECIMAL.fullmatch(digits)
+    )
+    return entries if plain and len(tensors) == len(entries) == len(checksums) and end == file_bytes else None
+
+
+@lru_cache
+def _plain_type(text: str) -> tuple[str, tuple[int, ...], int]:
+    """dtype, shape and bytes of a tensor whose header is plain.
+
+    Raises:
+        ValueError: it is not.
+    """
+    match = _PLAIN_TYPE.fullmatch(text)
+    if not match:
+        raise ValueError("not as it is written")
+    shape = tuple(map(int, match[2].split(",")))
+    return match[1], shape, prod(shape) * _ITEM_BYTES[match[1]]
+
+
 def _parse(header: bytes, start: int, file_bytes: int) -> dict[str, Entry]:
     """The entries of a header, whose data begin at byte `start` of the file.
 
@@ -156,9 +210,9 @@ def _parse(header: bytes, start: int, file_bytes: int) -> dict[str, Entry]:
     checksums = _json_object(metadata[_CHECKSUMS])
     if checksums.keys() != described.keys() or not described:
         raise ValueError(f"it has {len(described)} tensors, and CRC-32s of {len(checksums)}")
+    check_keys(described)
     entries = []
     for key, value in described.items():
-        check_key(key)
         if type(value) is not dict or value.keys() != _FIELDS:
             raise ValueError(f"{key!r} is not described by dtype, shape and data_offsets")
         dtype, shape, offsets, crc = value["dtype"], value["shape"], value["data_offsets"], checksums[key]

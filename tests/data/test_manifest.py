@@ -8,6 +8,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -86,6 +87,35 @@ def test_bad_manifest(tmp_path, content, line, message):
         open_index(path)
     assert str(error.value).startswith(f"{path}:{line}: ")
     assert list(tmp_path.glob(".index/*")) == []
+
+
+@pytest.mark.parametrize("block", [1, 40, 64])
+def test_a_csv_is_read_by_blocks(tmp_path, monkeypatch, block):
+    """Whatever the bytes that are read at once, the rows are the same, and so are the lines of what is wrong."""
+    path, rows = tmp_path / "train.csv", ["", ROW, f'"b\nü"{ROW[1:]}', "", "", f"c{ROW[1:]}"]
+    text = "\n".join([f"\ufeff{SIZED}", *rows]).encode()
+    monkeypatch.setattr(manifest_module, "_BLOCK_BYTES", block)
+    path.write_bytes(text)
+    assert open_index(path).column("sample_id").to_pylist() == ["a", "b\nü", "c"]
+    for more, line, message in [
+        (b"\n\nd,real", 10, "2 values"),
+        (b"\nd\0", 9, "NUL"),
+        (b"\n\n\xff,", 10, "not UTF-8"),
+        (b"\n\n\n" + b"x" * (1 << 20), 11, "longer than"),
+        (b"\n\xef\xbb\xbfd,", 9, "2 values"),
+    ]:
+        path.write_bytes(text + more)
+        with pytest.raises(ManifestError, match=message) as error:
+            open_index(path)
+        assert str(error.value).startswith(f"{path}:{line}: ")
+
+
+def test_ids_of_the_same_hash_are_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest_module, "hash", lambda sample_id: -1, raising=False)
+    rows = [f"{name}{ROW[1:]}" for name in "abcdbc"]
+    assert len(open_index(manifest(tmp_path, *rows[:4]))) == 4
+    with pytest.raises(ManifestError, match=r"train\.csv:6: duplicate sample_id, first used in line 3$"):
+        open_index(manifest(tmp_path, *rows))
 
 
 def test_no_manifest(tmp_path):
@@ -468,6 +498,20 @@ def headers_only(folder, rows, name="a"):
 ALTERNATING = [[2, 4, 6], [3, 4, 6]]
 
 
+@pytest.mark.parametrize(("waited", "threads"), [(0.9, 1), (1.1, 4)])
+def test_headers_are_read_in_threads_where_that_is_waiting(monkeypatch, waited, threads):
+    clock, together = iter([0.0, 1.0 + waited]), threading.Barrier(threads)
+    monkeypatch.setattr(headers.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(headers.time, "thread_time", iter([0.0, 1.0]).__next__)
+
+    def read(i):
+        if i:
+            together.wait(timeout=60)
+        return i * i
+
+    assert headers.read_all(read, range(9), 4) == [i * i for i in range(9)]
+
+
 def test_headers_read_in_processes(tmp_path, small_parts, caplog):
     csv = headers_only(tmp_path, 31)
     csv.write_text(csv.read_text() + "bad,real,latents/none.pt,t\n")
@@ -529,8 +573,9 @@ def test_a_damaged_part_is_told_and_read_again(tmp_path, monkeypatch, caplog):
     assert "not a part of this manifest" in caplog.text
 
 
-def children(pid):
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def descendants(pid):
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [*children, *(pid for child in children for pid in descendants(child))]
 
 
 def running(pid):
@@ -547,7 +592,7 @@ def test_processes_end_with_a_builder_that_is_killed(tmp_path):
     while not list(tmp_path.glob(".index/*.parts/*.npy")):
         assert builder.poll() is None
         time.sleep(0.01)
-    workers = children(builder.pid)
+    workers = descendants(builder.pid)
     builder.send_signal(signal.SIGKILL)
     builder.wait()
     assert workers

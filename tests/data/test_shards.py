@@ -4,6 +4,7 @@ import json
 import os
 import re
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mugv_ds.data import shards
+from mugv_ds.data.paths import PathError
 from mugv_ds.data.shards import Entry, find, read_header, read_tensor, write_shard
 from mugv_ds.data.storage import open_file
 from mugv_ds.files.tensor_file import SampleError
@@ -320,6 +323,53 @@ def test_random_damage_to_a_header_is_named_or_harmless(tmp_path, seed):
             assert str(error).startswith(str(path))
             named += 1
     assert named > 100
+
+
+def parsed(parse, header: bytes, start: int, size: int) -> list | None:
+    """The entries in their order, None for a header that is refused."""
+    try:
+        return list(parse(header, start, size).items())
+    except (ValueError, PathError, RecursionError):
+        return None
+
+
+def test_a_header_as_it_is_written_is_read_the_short_way(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    write_shard(path, {f"clip {i}}},": drawn((24, 1 + i % 2, 2, 2), DTYPES[i % 3], i) for i in range(7)})
+    long = entries_of(path)
+    write_shard(path, {f"clip {i}": drawn((24, 1 + i % 2, 2, 2), DTYPES[i % 3], i) for i in range(7)})
+    whole = entries_of(path)
+    monkeypatch.setattr(shards, "_parse", None)
+    assert entries_of(path) == whole and {key.removesuffix("},") for key in long} == whole.keys()
+
+
+def test_the_short_way_never_says_anything_else(tmp_path):
+    """Whatever is changed in a header: it is read as the whole parser of JSON reads it, or left to that."""
+    path, random = tmp_path / "x.safetensors", np.random.default_rng(0)
+    write_shard(path, {f"clip-{i}": drawn((24, 1, 2, 2), seed=i) for i in range(3)})
+    content = path.read_bytes()
+    start = min(entry.offset for entry in entries_of(path).values())
+    signs = [b"", *(bytes([sign]) for sign in b'"\\{}[]:, \n\t0127aAtu\xc3')]
+
+    def changed(header: bytes, at: int) -> Iterator[bytes]:
+        for sign in random.choice(signs, 6, replace=False):
+            yield from (header[:at] + sign + header[at + more :] for more in (0, 1))
+
+    once = [other for at in range(8, start) for other in changed(content[8:start], at - 8)]
+    twice = [next(changed(once[i], random.integers(start - 8))) for i in random.choice(len(once), 2000)]
+    whole = content[8:start]
+    wrong = [whole[whole.index(b"{", 30) :], whole.strip()[:-2], whole.replace(b"clip-1", b"clip-\xff")]
+    cases, taken = [(header, start, len(content)) for header in (whole, *wrong, *once, *twice)], 0
+    for text, _ in HOSTILE.values():
+        end = 8 + int.from_bytes(text[:8], "little")
+        header = text[8:end].replace(b": ", b":").replace(b", ", b",")
+        cases.append((header, 8 + len(header), 8 + len(header) + len(text[end:])))
+    for header, end, size in cases:
+        short = shards._parse_plain(header, end, size)
+        if short is not None:
+            assert list(short.items()) == parsed(shards._parse, header, end, size), header
+            taken += 1
+    assert taken > 100, "as where a CRC-32 is another"
 
 
 @pytest.mark.parametrize(
