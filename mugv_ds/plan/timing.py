@@ -326,12 +326,17 @@ class Timing:
     # What goes between devices.
 
     def exchange(self, piece: Piece) -> float:
-        """Returns the seconds of one pass's all-to-alls, of q, k, v and of o, and of the copy that puts o in order."""
+        """Returns the seconds of one pass's all-to-alls, of q, k, v and of o, and of the copies around them.
+
+        One puts o in order; where there are several samples, q, k, v and o are also copied between ranks' and samples'.
+        """
         if piece.sequence == 1:
             return 0.0
         tensor = _BF16 * piece.rows * piece.width
-        sent = self.collective("all_to_all", piece.sequence, 3 * _SPACED * tensor)
-        return sent + self.collective("all_to_all", piece.sequence, tensor) + self.copy("on_device", tensor)
+        packed = 3 * _SPACED * tensor
+        sent = self.collective("all_to_all", piece.sequence, packed)
+        copied = tensor if piece.batch == 1 else 2 * tensor + packed
+        return sent + self.collective("all_to_all", piece.sequence, tensor) + self.copy("on_device", copied)
 
     def _collective(self, kind: str, ranks: int, count: float) -> float:
         """Returns the seconds of a collective of so many bytes among neighbouring ranks; see `CollectivePoint`.
