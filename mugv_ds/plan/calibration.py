@@ -230,6 +230,8 @@ def machine_name(device: str, torch_version: str) -> str:
 def shipped() -> list[str]:
     """Returns the names of the calibrations that come with the package, in order."""
     folder = files("mugv_ds.plan") / MACHINES
+    if not folder.is_dir():
+        return []
     return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
 
 
