@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -300,7 +301,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     cases = [case for case in (TOY if args.toy else CASES) if args.only is None or case.name in args.only]
     if "RANK" in os.environ:
-        work_as_rank(args, cases)
+        try:
+            work_as_rank(args, cases)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)  # without waiting for ranks that wait for this one
         return 0
     end = time.monotonic() + args.seconds
     cases = [case for case in cases if case.gpus in args.gpus]

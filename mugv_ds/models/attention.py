@@ -26,6 +26,7 @@ MaskedAttention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 _MASKED = -30_000.0  # added to q·k before the scale; −3,500 after it
 _MAX_PARTS = 32  # most parts that `flash4_masked` cuts the queries into
+_MAX_SAMPLES = 256  # most samples, or parts, that FlashAttention-4's backward pass takes with a prefix of the keys
 
 
 @runtime_checkable
@@ -96,7 +97,8 @@ def flash4_masked(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
     spare = (torch.arange(k.shape[1], device=k.device) >= lengths[:, None])[:, :, None, None]
     # Filling what takes no part also clears its gradient, which the kernel leaves undefined.
     k, v = (x.take_along_dim(order, dim=1).masked_fill(spare, 0) for x in (k, v))
-    parts = next(n for n in range(_MAX_PARTS, 0, -1) if tokens % n == 0)
+    most = min(_MAX_PARTS, max(_MAX_SAMPLES // batch, 1))
+    parts = next(n for n in range(most, 0, -1) if tokens % n == 0)
     k, v, lengths = (x.repeat_interleave(parts, dim=0) for x in (k, v, lengths))
     o = flash4_prefix(q.reshape(batch * parts, tokens // parts, *q.shape[2:]), k, v, lengths)
     return o.reshape(q.shape)
