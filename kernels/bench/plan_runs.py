@@ -91,6 +91,12 @@ CASES = (
     Case("2-720p5s-sequence", (1, 2, 1), HD_5S, 6, "light"),
     Case("2-360p5s-data", (2, 1, 1), CLIP_5S, 8, "selective", accumulation=2),
     Case("2-360p5s-pipeline", (1, 1, 2), CLIP_5S, 8, "off", accumulation=4),
+    # The same work in several ways, of which the planner has to pick the fastest.
+    Case("2-choice-data", (2, 1, 1), HD_2S, 6, "light", steps=5, is_profiled=False),
+    Case("2-choice-off", (2, 1, 1), HD_2S, 6, "off", steps=5, is_profiled=False),
+    Case("2-choice-attention", (2, 1, 1), HD_2S, 6, "attention", steps=5, is_profiled=False),
+    Case("2-choice-sequence", (1, 2, 1), HD_2S, 6, "light", accumulation=2, steps=5, is_profiled=False),
+    Case("2-choice-pipeline", (1, 1, 2), HD_2S, 6, "light", accumulation=2, steps=5, is_profiled=False),
     Case("2-162k-attention", (1, 2, 1), (45, 90, 160), 4, "attention", steps=4, is_profiled=False),
     Case("2-162k-all", (1, 2, 1), (45, 90, 160), 4, "attention", "all", steps=4, is_profiled=False),
     Case("2-580k-offload", (1, 2, 1), (161, 90, 160), 1, "attention", "all", steps=3, is_profiled=False),

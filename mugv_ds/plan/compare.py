@@ -16,6 +16,7 @@ from mugv_ds.plan.timing import Timing
 
 # Bounds of relative errors: of step times the median and the worst; of memory how far it may be too high and too low.
 TIME_MEDIAN, TIME_WORST, MEMORY_WORST, MEMORY_UNDER = 0.05, 0.10, 0.05, 0.03
+CHOICE_WORST = 0.03  # that what would be chosen may be slower than the fastest of all that ran
 
 
 def compare_run(way: Way, folder: Path) -> Iterator[tuple[str, ...]]:
@@ -117,7 +118,28 @@ def broken(held: Sequence[Held]) -> list[str]:
                 f"{one.record.name}: memory off by {one.memory_error:+.1%}, not within −{MEMORY_UNDER:.0%} and "
                 f"+{MEMORY_WORST:.0%}"
             )
+    for taken, best in choices(held):
+        slower = taken.record.measured.step_seconds / best.record.measured.step_seconds - 1
+        if slower > CHOICE_WORST:
+            found.append(f"{taken.record.name} would be chosen, and is {slower:.1%} slower than {best.record.name}")
     return found
+
+
+def choices(held: Sequence[Held]) -> list[tuple[Held, Held]]:
+    """Returns, of runs of the same work in several ways, the one that the planner would choose and the fastest.
+
+    The same work is the same model, samples and GPUs; there have to be three ways at least.
+    """
+    groups: dict[str, list[Held]] = {}
+    for one in held:
+        config = one.record.train_config()
+        work = config.model, config.data.global_batch_size, one.record.shape, one.record.world_size, config.ema
+        groups.setdefault(repr(work), []).append(one)
+    return [
+        (min(group, key=lambda one: one.seconds), min(group, key=lambda one: one.record.measured.step_seconds))
+        for group in groups.values()
+        if len(group) > 2
+    ]
 
 
 def markdown(held: Sequence[Held]) -> Iterator[str]:
@@ -159,6 +181,9 @@ def markdown(held: Sequence[Held]) -> Iterator[str]:
         f"Step time: off by {statistics.median(times):.1%} in the median and {max(times):.1%} at worst; memory: from "
         f"{min(memory):+.1%} to {max(memory):+.1%}."
     )
+    for taken, best in choices(held):
+        slower = taken.record.measured.step_seconds / best.record.measured.step_seconds - 1
+        yield f"Of the ways to do the work of {best.record.name} {taken.record.name} is chosen: {slower:+.1%}."
 
 
 def _tokens(record: RunRecord) -> int:
