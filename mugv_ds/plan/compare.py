@@ -83,9 +83,10 @@ class Held:
         return self.seconds / self.record.measured.step_seconds - 1
 
     @property
-    def memory_error(self) -> float:
-        """Returns the relative error of the device's memory."""
-        return self.gib / self.record.measured.peak_gib - 1
+    def memory_error(self) -> float | None:
+        """Returns the relative error of the device's memory; None where it was not measured."""
+        peak = self.record.measured.peak_gib
+        return None if peak is None else self.gib / peak - 1
 
 
 def hold(records: Sequence[RunRecord], calibrations: Sequence[Calibration]) -> list[Held]:
@@ -113,7 +114,7 @@ def broken(held: Sequence[Held]) -> list[str]:
     for one in held:
         if abs(one.time_error) > TIME_WORST:
             found.append(f"{one.record.name}: step time off by {one.time_error:+.1%}, more than {TIME_WORST:.0%}")
-        if not -MEMORY_UNDER <= one.memory_error <= MEMORY_WORST:
+        if one.memory_error is not None and not -MEMORY_UNDER <= one.memory_error <= MEMORY_WORST:
             found.append(
                 f"{one.record.name}: memory off by {one.memory_error:+.1%}, not within −{MEMORY_UNDER:.0%} and "
                 f"+{MEMORY_WORST:.0%}"
@@ -167,15 +168,15 @@ def markdown(held: Sequence[Held]) -> Iterator[str]:
             f"{measured.step_seconds:.3f}",
             f"{one.seconds:.3f}",
             f"{one.time_error:+.1%}",
-            f"{measured.peak_gib:.1f}",
+            "–" if measured.peak_gib is None else f"{measured.peak_gib:.1f}",
             f"{one.gib:.1f}",
-            f"{one.memory_error:+.1%}",
-            f"{measured.host_gib:.1f}",
+            "–" if one.memory_error is None else f"{one.memory_error:+.1%}",
+            "–" if measured.host_gib is None else f"{measured.host_gib:.1f}",
             f"{one.host_gib:.1f}",
         )
         yield f"| {' | '.join(cells)} |"
     times = [abs(one.time_error) for one in held]
-    memory = [one.memory_error for one in held]
+    memory = [one.memory_error for one in held if one.memory_error is not None]
     yield ""
     yield (
         f"Step time: off by {statistics.median(times):.1%} in the median and {max(times):.1%} at worst; memory: from "

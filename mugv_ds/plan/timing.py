@@ -130,6 +130,9 @@ class Timing:
             units: _curves((p.tokens**2, p) for p in attention if p.batch * p.heads == units)
             for units in sorted({p.batch * p.heads for p in attention})
         }
+        self._longest = {
+            units: max(p.tokens for p in attention if p.batch * p.heads == units) for units in self._attention
+        }
         linears = self.calibration.products
         self._products = {
             sizes: _curves((p.rows, p) for p in linears if (p.width_in, p.width_out) == sizes)
@@ -140,8 +143,6 @@ class Timing:
             width: _curves((p.tokens, p) for p in ends if (p.width, p.batch) == (width, 1))
             for width in sorted({p.width for p in ends if p.batch == 1})
         }
-        cross = self.calibration.cross_attention
-        self._cross = _curves((p.tokens * p.heads, p) for p in cross if p.batch == 1) if cross else None
         self._collectives = {
             (kind, ranks): Curve(
                 (p.bytes, p.seconds) for p in self.calibration.collectives if (p.kind, p.ranks) == (kind, ranks)
@@ -195,11 +196,21 @@ class Timing:
         known = list(self._attention)
         above = next((u for u in known if u >= units), known[-1])
         below = next((u for u in reversed(known) if u <= units), known[0])
-        high, low = (self._attention[u][which](tokens**2) / u for u in (above, below))
+        high, low = (self._of_one_head(tokens, u, which) for u in (above, below))
         if above == below:
             return high
         share = math.log(units / below) / math.log(above / below)
         return math.exp((1 - share) * math.log(low) + share * math.log(high))
+
+    def _of_one_head(self, tokens: int, units: int, which: int) -> float:
+        """Of a head where so many were measured: beyond its longest sequence as the nearest that was measured there."""
+        longest = self._longest[units]
+        if tokens <= longest or max(self._longest.values()) == longest:
+            return self._attention[units][which](tokens**2) / units
+        further = [u for u, tokens_ in self._longest.items() if tokens_ > longest]
+        like = min(further, key=lambda u: (abs(math.log(u / units)), u))
+        growth = self._of_one_head(tokens, like, which) / self._of_one_head(longest, like, which)
+        return self._attention[units][which](longest**2) / units * growth
 
     def _bare(self, level: str, width: int, rows: int) -> Pass:
         """Of a block without self-attention, given one sample of so many tokens."""
