@@ -17,6 +17,7 @@ from mugv_ds.config.deepspeed import deepspeed_config
 from mugv_ds.config.model import LATENT_CHANNELS, DiTConfig
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.data.manifest import Shape
+from mugv_ds.models.attention import query_parts
 from mugv_ds.models.dit import Embedders
 from mugv_ds.models.flops import SampleCost
 from mugv_ds.models.layers import Block, FinalLayer
@@ -159,18 +160,17 @@ class Setup:
         Args:
             buckets: kinds of steps; where there are none nothing is trained meanwhile.
         """
-        return max((self._memory(stage, *held) for held in self._held(stage, buckets)), key=lambda memory: memory.peak)
+        held = {self._held(bucket, stage) for bucket in buckets} or {(0, 0, 0)}
+        return max((self._memory(stage, *of) for of in held), key=lambda memory: memory.peak)
 
-    def _held(self, stage: Stage, buckets: Iterable[Bucket]) -> Iterable[tuple[int, int]]:
-        """(tokens of a micro-batch on a rank, micro-batches in flight): of each number of these the most tokens."""
-        most: dict[int, int] = {}
-        for bucket in buckets:
-            in_flight = min(self.layout.pipeline - stage.number, bucket.accumulation)
-            tokens = bucket.micro * -(-bucket.tokens // self.layout.sequence)
-            most[in_flight] = max(most.get(in_flight, 0), tokens)
-        return [(tokens, in_flight) for in_flight, tokens in most.items()] or [(0, 0)]
+    def _held(self, bucket: Bucket, stage: Stage) -> tuple[int, int, int]:
+        """(tokens of a micro-batch on a rank, rows of its text's keys and values, micro-batches in flight)."""
+        tokens = -(-bucket.tokens // self.layout.sequence)
+        # Cross-attention has the keys and values, and a copy of both for each part of the queries.
+        rows = bucket.micro * self.text_tokens * (2 + 2 * query_parts(bucket.micro, tokens))
+        return bucket.micro * tokens, rows, min(self.layout.pipeline - stage.number, bucket.accumulation)
 
-    def _memory(self, stage: Stage, tokens_held: int, in_flight: int) -> Memory:
+    def _memory(self, stage: Stage, tokens_held: int, text_held: int, in_flight: int) -> Memory:
         return predict_memory(
             self.dit,
             parameters=stage.trained,
@@ -178,6 +178,7 @@ class Setup:
             blocks=stage.blocks,
             replicas=self.layout.replicas,
             tokens_held=tokens_held,
+            text_held=text_held,
             in_flight=in_flight,
             recompute=self.level,
             offload=self.offload,
