@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mugv_ds.config.errors import InputError
-from mugv_ds.models.rope import patch_grid
 from mugv_ds.plan.calibration import Calibration
 from mugv_ds.plan.memory import GIB
 from mugv_ds.plan.predict import predict_record
@@ -163,7 +162,7 @@ def markdown(held: Sequence[Held]) -> Iterator[str]:
             f"{data} × {parallel.sequence} × {parallel.pipeline}",
             parallel.activation_checkpointing + offload,
             str(dit.depth),
-            f"{_tokens(record):,}",
+            f"{record.tokens:,}",
             f"{micro} × {config.data.global_batch_size // micro // data}",
             f"{measured.step_seconds:.3f}",
             f"{one.seconds:.3f}",
@@ -185,7 +184,3 @@ def markdown(held: Sequence[Held]) -> Iterator[str]:
     for taken, best in choices(held):
         slower = taken.record.measured.step_seconds / best.record.measured.step_seconds - 1
         yield f"Of the ways to do the work of {best.record.name} {taken.record.name} is chosen: {slower:+.1%}."
-
-
-def _tokens(record: RunRecord) -> int:
-    return patch_grid(*record.shape).tokens

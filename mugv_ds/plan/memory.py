@@ -31,6 +31,7 @@ OFFLOAD_BUFFERS = 2  # blocks whose offloaded tensors are on the device: the one
 # first. Where ranks share a sequence there are also q, k and v on their way, fitted to two runs.
 WORKING = {"full": 29, "attention": 28.5, "selective": 15.5, "light": 10.5, "off": 10.5}
 EXCHANGED = 2.5
+READ_AHEAD = 3  # steps' batches that a reading rank holds in pinned memory: the step's own, and those that wait
 # The same without gradients, and nothing is kept: measured through the whole 10B model of 2 and of 4 blocks, in bf16 on
 # an H200 (PyTorch 2.11), with 13,802 to 54,002 tokens.
 SAMPLING = 16.4
@@ -94,6 +95,7 @@ def predict_memory(
     averages: int,
     is_sharded: bool = True,
     text_held: int = 0,
+    batch_bytes: float = 0.0,
     frozen: int = 0,
     bucket: int = BUCKET_ELEMENTS,
 ) -> Memory:
@@ -112,14 +114,14 @@ def predict_memory(
             together: with "off" until its backward pass, else while it runs again.
         frozen: parameters of the stage that are not trained, the base of adapters. They have neither gradients nor
             anything in the optimizer. What adapters keep beside, [tokens, rank] each, is not counted.
-        bucket: elements of gradients that are reduced together.
+        batch_bytes: of a step's samples of a data rank. bucket: elements of gradients that are reduced together.
     """
     tensor = 2.0 * tokens_held * config.hidden_size
     kept, moved = KEPT[recompute] - (recompute in _O_TWICE and not is_sharded), 0.0
     if offload != "none":
         kept, moved = ON_DEVICE[offload], ON_HOST[offload]
     text = 2.0 * text_held * config.hidden_size
-    working = WORKING[recompute] + EXCHANGED * is_sharded + OFFLOAD_BUFFERS * moved
+    working = WORKING[recompute] + EXCHANGED * is_sharded + min(OFFLOAD_BUFFERS, blocks * in_flight) * moved
     is_text_kept = recompute == "off"
     return Memory(
         weights=2.0 * (parameters + frozen),
@@ -129,7 +131,7 @@ def predict_memory(
         buckets=2.0 * min(BUCKETS * bucket, 2 * parameters),
         activations=(kept * tensor + text * is_text_kept) * blocks * in_flight,
         working=working * tensor + text * (not is_text_kept),
-        host=HOST_BASE + moved * blocks * in_flight * tensor,
+        host=HOST_BASE + READ_AHEAD * batch_bytes + moved * blocks * in_flight * tensor,
     )
 
 

@@ -17,6 +17,7 @@ from mugv_ds.config.errors import InputError
 from mugv_ds.config.regular_file import open_regular, read_text_file
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.config.section import Section, Size
+from mugv_ds.models.rope import patch_grid
 
 _MAX_RECORD_BYTES = 1 << 20
 _MAX_TRACE_BYTES = 1 << 30  # of a profile, unpacked
@@ -89,6 +90,11 @@ class RunRecord(Section):
     shape: tuple[Size, Size, Size]
     machine: RunMachine
     measured: Measured
+
+    @property
+    def tokens(self) -> int:
+        """Returns those of a sample."""
+        return patch_grid(*self.shape).tokens
 
     def train_config(self) -> TrainConfig:
         """Returns the config of the run.

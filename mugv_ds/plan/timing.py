@@ -203,14 +203,18 @@ class Timing:
         return math.exp((1 - share) * math.log(low) + share * math.log(high))
 
     def _of_one_head(self, tokens: int, units: int, which: int) -> float:
-        """Of a head where so many were measured: beyond its longest sequence as the nearest that was measured there."""
-        longest = self._longest[units]
-        if tokens <= longest or max(self._longest.values()) == longest:
-            return self._attention[units][which](tokens**2) / units
-        further = [u for u, tokens_ in self._longest.items() if tokens_ > longest]
-        like = min(further, key=lambda u: (abs(math.log(u / units)), u))
-        growth = self._of_one_head(tokens, like, which) / self._of_one_head(longest, like, which)
-        return self._attention[units][which](longest**2) / units * growth
+        """Seconds of a head where so many were measured.
+
+        Beyond its longest sequence time goes on as where there were fewer heads and the rows of all heads together are
+        as many: the rows of one head's keys lie between those of the others, and the more memory they are spread over
+        the more often they are missing from the second-level cache.
+        """
+        curve, longest = self._attention[units][which], self._longest[units]
+        like = max(self._longest, key=lambda u: (u * self._longest[u], u))
+        if tokens <= longest or like * self._longest[like] <= units * longest:
+            return curve(tokens**2) / units
+        rates = [self._attention[like][which](n**2) / n**2 for n in (tokens * units / like, longest * units / like)]
+        return curve(longest**2) / units * (tokens / longest) ** 2 * rates[0] / rates[1]
 
     def _bare(self, level: str, width: int, rows: int) -> Pass:
         """Of a block without self-attention, given one sample of so many tokens."""
