@@ -9,7 +9,6 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from mugv_ds.config.deepspeed import deepspeed_config
 from mugv_ds.config.schema import OptimizerSection, TrainConfig
 from mugv_ds.engine.distributed_optimizer import make_engine
-from mugv_ds.engine.muon import chunks_of
 from mugv_ds.engine.objective import Objective
 from mugv_ds.engine.process import Process
 from mugv_ds.engine.schedule import rate_factor
@@ -18,6 +17,7 @@ from mugv_ds.models.choose_attention import fastest_masked_attention, named_atte
 from mugv_ds.models.compile import SHAPES, compile_blocks
 from mugv_ds.models.fp8 import check_fp8, use_fp8
 from mugv_ds.models.kept_attention import KeptAttention, check_kept, statistics_of
+from mugv_ds.models.matrices import chunks_of
 from mugv_ds.models.rope import patch_grid
 from mugv_ds.parallel.layout import stage_boundaries
 from mugv_ds.parallel.offload import Offload
@@ -125,7 +125,7 @@ def pick_cross_attention(config: TrainConfig, process: Process, shape: tuple[int
 
 
 def make_optimizer(module: DiTPipeline, section: OptimizerSection, device: torch.device) -> torch.optim.AdamW:
-    """Makes the optimizer of a stage: AdamW or, with a group of its own, Muon for the matrices of `muon.CHUNKS`."""
+    """Makes the optimizer of a stage: AdamW or, with a group of its own, Muon for those of `models.matrices`."""
     named = {
         prefix + name: parameter
         for prefix, layer in module.named_layers()

@@ -21,28 +21,9 @@ import torch.distributed
 from deepspeed import comm
 from torch import Tensor
 
-# Into how many chunks of rows a matrix is cut, by what its published name ends in. Every other parameter is AdamW's:
-# embedders, tables, norms, biases, the final layer.
-CHUNKS = {
-    "attn.qkv.weight": 3,
-    "attn.proj.weight": 1,
-    "cross_attn.q_linear.weight": 1,
-    "cross_attn.kv_linear.weight": 2,
-    "cross_attn.proj.weight": 1,
-    "mlp.fc1.weight": 1,
-    "mlp.fc2.weight": 1,
-    "t_block.1.weight": 6,
-}
-_BLOCK = "blocks."  # before the names of a block's parameters; `t_block` is the model's
 # Coefficients of the quintic iteration and its number of steps (Jordan et al. 2024).
 _QUINTIC, _ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 _EPS = 1e-7
-
-
-def chunks_of(name: str) -> int | None:
-    """Returns into how many chunks Muon cuts a parameter, by its published name; None where it is AdamW's."""
-    ending = name.split(".", 2)[-1] if name.startswith(_BLOCK) else name
-    return CHUNKS.get(ending)
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:

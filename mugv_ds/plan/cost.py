@@ -22,6 +22,7 @@ from mugv_ds.models.dit import Embedders
 from mugv_ds.models.flops import SampleCost
 from mugv_ds.models.layers import Block, FinalLayer
 from mugv_ds.models.lora import adapter_shapes
+from mugv_ds.models.matrices import chunks_of
 from mugv_ds.models.rope import patch_grid
 from mugv_ds.parallel.layout import Layout, stage_boundaries
 from mugv_ds.plan.calibration import load_calibration
@@ -47,6 +48,17 @@ def layer_parameters(config: DiTConfig) -> tuple[int, ...]:
     return (embed, *[block] * config.depth, final)
 
 
+@lru_cache(256)
+def matrix_parameters(config: DiTConfig) -> tuple[int, ...]:
+    """Those of each layer that Muon moves, see `models.matrices`."""
+    with torch.device("meta"):
+        parts = (("", Embedders(config)), ("blocks.0.", Block(config)))
+    embed, block = (
+        sum(p.numel() for name, p in part.named_parameters() if chunks_of(prefix + name)) for prefix, part in parts
+    )
+    return (embed, *[block] * config.depth, 0)
+
+
 def trained_parameters(config: TrainConfig) -> tuple[int, ...]:
     """Those that are trained: adapters alone, or all."""
     dit = config.model.dit()
@@ -58,7 +70,11 @@ def trained_parameters(config: TrainConfig) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Stage:
-    """What a pipeline stage holds. first, last: layers [first, last). parameters: all. trained: of them."""
+    """What a pipeline stage holds.
+
+    Attributes:
+        first, last: layers [first, last). parameters: all. trained: of them. matrices: of these, those that Muon moves.
+    """
 
     number: int
     first: int
@@ -66,6 +82,7 @@ class Stage:
     blocks: int
     parameters: int
     trained: int
+    matrices: int
     has_embedders: bool
     has_final: bool
 
@@ -80,7 +97,7 @@ class Setup:
     """A model and how it is trained.
 
     Attributes:
-        dit, trained: its sizes, and the parameters of each layer that are trained.
+        dit, trained: its sizes, and the parameters of each layer that are trained. has_muon: whether Muon moves some.
         text_tokens: L. layout: of the ranks. level, offload: of activations. gradients: "fp32" or "bf16".
         averages: of the weights. bucket: elements of gradients that are reduced together.
         typical_tokens: of the sample by whose cost stages are balanced. reduced_bytes: of a gradient on its way.
@@ -99,6 +116,7 @@ class Setup:
     typical_tokens: int
     reduced_bytes: int = _BF16
     is_adapted: bool = False
+    has_muon: bool = False
     reference_passes: int = 0
 
     @classmethod
@@ -123,6 +141,7 @@ class Setup:
             reduced_bytes=4 if engine.get("communication_data_type") == "fp32" else _BF16,
             typical_tokens=patch_grid(*typical_shape).tokens,
             is_adapted=config.lora is not None,
+            has_muon=config.optimizer.kind == "muon",
             reference_passes=is_kto + (config.preference is not None and config.lora is not None),
         )
 
@@ -143,6 +162,7 @@ class Setup:
                 blocks=last - first - (first == 0) - (last == len(parameters)),
                 parameters=sum(parameters[first:last]),
                 trained=sum(self.trained[first:last]),
+                matrices=sum(matrix_parameters(self.dit)[first:last]) if self.has_muon else 0,
                 has_embedders=first == 0,
                 has_final=last == len(parameters),
             )
@@ -168,6 +188,7 @@ class Setup:
         return predict_memory(
             self.dit,
             parameters=stage.trained,
+            matrices=stage.matrices,
             frozen=stage.parameters if self.is_adapted else 0,
             blocks=stage.blocks,
             replicas=self.layout.replicas,

@@ -97,9 +97,10 @@ def predict_memory(
     text_held: int = 0,
     batch_bytes: float = 0.0,
     frozen: int = 0,
+    matrices: int = 0,
     bucket: int = BUCKET_ELEMENTS,
 ) -> Memory:
-    """Memory of a bf16 run with ZeRO-1 and AdamW.
+    """Memory of a bf16 run with ZeRO-1, AdamW and Muon.
 
     Args:
         parameters, blocks: of the device's pipeline stage; of the parameters those that are trained.
@@ -114,6 +115,7 @@ def predict_memory(
             together: with "off" until its backward pass, else while it runs again.
         frozen: parameters of the stage that are not trained, the base of adapters. They have neither gradients nor
             anything in the optimizer. What adapters keep beside, [tokens, rank] each, is not counted.
+        matrices: parameters, of those that are trained, that Muon moves: it keeps one moment of them, not two.
         batch_bytes: of a step's samples of a data rank. bucket: elements of gradients that are reduced together.
     """
     tensor = 2.0 * tokens_held * config.hidden_size
@@ -125,7 +127,7 @@ def predict_memory(
     is_text_kept = recompute == "off"
     return Memory(
         weights=2.0 * (parameters + frozen),
-        optimizer=12.0 * parameters / replicas,
+        optimizer=(12.0 * parameters - 4.0 * matrices) / replicas,
         averages=4.0 * averages * parameters / replicas,
         gradients=(4.0 if fp32_accumulation else 2.0) * parameters / replicas,
         buckets=2.0 * min(BUCKETS * bucket, 2 * parameters),

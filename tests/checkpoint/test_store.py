@@ -13,8 +13,8 @@ from mugv_ds.data.readers import Batch
 from mugv_ds.engine.build import build_engine
 from mugv_ds.engine.ema import PowerEma
 from mugv_ds.engine.feed import Feed
-from mugv_ds.engine.muon import chunks_of
 from mugv_ds.engine.process import Process, start_process
+from mugv_ds.models.matrices import chunks_of
 from mugv_ds.weights.published import export
 from tests.helpers.distributed import run_ranks
 from tests.parallel.test_layouts import CHANNELS, GLOBAL_BATCH, SHAPE, global_batch, perturb

@@ -10,8 +10,9 @@ from mugv_ds.config.schema import TrainConfig
 from mugv_ds.data.readers import Batch
 from mugv_ds.engine.build import build_engine
 from mugv_ds.engine.feed import Feed
-from mugv_ds.engine.muon import assign, chunks_of, cost_of, orthogonalise
+from mugv_ds.engine.muon import assign, cost_of, orthogonalise
 from mugv_ds.engine.process import start_process
+from mugv_ds.models.matrices import chunks_of
 from mugv_ds.objectives.flow import flow_loss
 from tests.helpers.distributed import run_ranks, whole_state
 from tests.parallel.test_layouts import CHANNELS, GLOBAL_BATCH, SHAPE, global_batch, initial_model, perturb

@@ -16,7 +16,7 @@ from mugv_ds.models.layers import Block, Condition
 from mugv_ds.models.lora import add_adapters
 from mugv_ds.models.videovae import VideoVAE, VideoVAEConfig, vae
 from mugv_ds.models.videovae.vae import Unit
-from mugv_ds.plan.cost import layer_parameters
+from mugv_ds.plan.cost import layer_parameters, matrix_parameters
 from mugv_ds.plan.memory import (
     BUCKETS,
     DECODING_WORKSPACE,
@@ -256,3 +256,16 @@ def test_decoding_takes_what_was_measured():
     assert predict_decoding(VideoVAEConfig(), parameters=0, **shape) / GIB == pytest.approx(3.23, rel=0.05)
     four = predict_decoding(VideoVAEConfig(), parameters=411_752_900, frames_at_once=4, **shape)
     assert four / GIB == pytest.approx(9.5, rel=0.05)
+
+
+def test_muon_keeps_one_moment_of_its_matrices():
+    dit = PRESETS["mugdit_10b"]
+    matrices = matrix_parameters(dit)
+    width = dit.hidden_size
+    assert matrices == (6 * width**2, *[16 * width**2] * dit.depth, 0)
+    common = {
+        "parameters": sum(layer_parameters(dit)), "blocks": dit.depth, "replicas": 8, "tokens_held": 100,
+        "in_flight": 1, "recompute": "full", "fp32_accumulation": True, "averages": 0,
+    }  # fmt: skip
+    adamw, muon = (predict_memory(dit, matrices=count, **common).peak for count in (0, sum(matrices)))
+    assert adamw - muon == pytest.approx(4 * sum(matrices) / 8)
