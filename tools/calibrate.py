@@ -52,7 +52,6 @@ from mugv_ds.plan.calibration import (
     Calibration,
     CollectivePoint,
     CopyPoint,
-    CrossPoint,
     EndsPoint,
     Machine,
     OptimizerPoint,
@@ -66,7 +65,7 @@ from mugv_kernels.qk_norm_rope import ROW
 TEXT_TOKENS = 300
 LEVELS = ("off", "light", "selective", "attention", "full")
 # In the order in which they are measured: what takes seconds first.
-_PARTS = ("groups", "copies", "optimizer", "ends", "attention", "rest", "blocks", "cross_attention", "products")
+_PARTS = ("groups", "copies", "optimizer", "ends", "attention", "rest", "blocks", "products")
 _MIB = 1 << 20
 _REPEATS = 20  # most passes that a median is taken of
 _CYCLES = 2e9  # of a GPU's clock, a second, or somewhat more
@@ -109,7 +108,7 @@ FULL = Sizes(
         *((1, 65536, heads) for heads in (48, 24, 12, 6)),
         *((1, 131072, heads) for heads in (12, 6)),
     ),
-    once=((1, 262144, 12), (1, 524288, 12), (1, 524288, 6)),
+    once=((1, 131072, 24), (1, 131072, 48), (1, 262144, 12), (1, 262144, 24), (1, 524288, 12), (1, 524288, 6)),
     ends=((1, (4, 90, 160)), (1, (15, 90, 160)), (16, (1, 45, 80))),
     elements=(50_000_000, 300_000_000),
     bytes=(_MIB, 16 * _MIB, 128 * _MIB, 512 * _MIB),
@@ -263,9 +262,6 @@ class Bench:
             for share, (width, batch, tokens, level) in self._blocks_of(part):
                 title = f"{width} {batch} {tokens} {level}"
                 yield Work("blocks", title, partial(self.block, width, batch, tokens, level, attention), share)
-        if part == "cross_attention":
-            for share, (batch, tokens) in enumerate([*((1, n) for n in sizes.lengths), *sizes.batched]):
-                yield Work(part, f"{batch} {tokens}", partial(self.attend_text, batch, tokens), share)
         if part == "products":
             widths = product(sizes.widths, ((1, 1), (1, 3), (1, 4), (4, 1)))
             for share, ((width, (i, o)), rows) in enumerate(product(widths, sizes.lengths)):
@@ -298,20 +294,6 @@ class Bench:
 
         seconds = self.clock(forward, lambda: torch.autograd.grad(o.pop(), qkv, do), warm=warm)
         return AttentionPoint(batch=batch, tokens=tokens, heads=heads, forward_s=seconds[0], backward_s=seconds[1])
-
-    def attend_text(self, batch: int, tokens: int) -> CrossPoint:
-        """Measures cross-attention alone."""
-        heads = self.sizes.widths[0] // HEAD_DIM
-        q, k, v = (self.normal(batch, n, heads, HEAD_DIM) for n in (tokens, TEXT_TOKENS, TEXT_TOKENS))
-        mask = torch.ones(batch, TEXT_TOKENS, dtype=torch.bool, device=self.device)
-        do, o = torch.randn_like(q), []
-
-        def forward() -> None:
-            o[:] = [self.cross(q, k, v, mask)]
-
-        seconds = self.clock(forward, lambda: torch.autograd.grad(o.pop(), (q, k, v), do))
-        sizes = {"batch": batch, "tokens": tokens, "text_tokens": TEXT_TOKENS, "heads": heads}
-        return CrossPoint(**sizes, forward_s=seconds[0], backward_s=seconds[1])
 
     def linear(self, rows: int, width_in: int, width_out: int) -> ProductPoint:
         """Measures a linear."""

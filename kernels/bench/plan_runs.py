@@ -91,6 +91,12 @@ CASES = (
     Case("2-720p5s-sequence", (1, 2, 1), HD_5S, 6, "light"),
     Case("2-360p5s-data", (2, 1, 1), CLIP_5S, 8, "selective", accumulation=2),
     Case("2-360p5s-pipeline", (1, 1, 2), CLIP_5S, 8, "off", accumulation=4),
+    # The same work in several ways, of which the planner has to pick the fastest.
+    Case("2-choice-data", (2, 1, 1), HD_2S, 6, "light", steps=5, is_profiled=False),
+    Case("2-choice-off", (2, 1, 1), HD_2S, 6, "off", steps=5, is_profiled=False),
+    Case("2-choice-attention", (2, 1, 1), HD_2S, 6, "attention", steps=5, is_profiled=False),
+    Case("2-choice-sequence", (1, 2, 1), HD_2S, 6, "light", accumulation=2, steps=5, is_profiled=False),
+    Case("2-choice-pipeline", (1, 1, 2), HD_2S, 6, "light", accumulation=2, steps=5, is_profiled=False),
     Case("2-162k-attention", (1, 2, 1), (45, 90, 160), 4, "attention", steps=4, is_profiled=False),
     Case("2-162k-all", (1, 2, 1), (45, 90, 160), 4, "attention", "all", steps=4, is_profiled=False),
     Case("2-580k-offload", (1, 2, 1), (161, 90, 160), 1, "attention", "all", steps=3, is_profiled=False),
@@ -164,15 +170,21 @@ class Watch:
             self.look()
 
 
-def run_case(case: Case, config, watch: Watch) -> tuple[float, float, float]:
-    """Trains as one rank of a launch; returns the GiB of host memory, of it pinned, and reserved on the device."""
+def run_case(case: Case, config, watch: Watch) -> tuple[float, ...]:
+    """Trains as one rank of a launch.
+
+    Returns:
+        GiB of host memory, of it pinned, reserved on the device, and on the device before.
+    """
     import torch
     import torch.distributed as dist
     from deepspeed.utils import groups
 
     from mugv_ds.train import train
 
+    left = 0
     if torch.cuda.is_available():
+        left = torch.cuda.memory_allocated()  # of earlier cases, which DeepSpeed's hooks keep alive
         torch.cuda.reset_peak_memory_stats()
         if hasattr(torch.cuda, "reset_peak_host_memory_stats"):
             torch.cuda.reset_peak_host_memory_stats()
@@ -184,13 +196,18 @@ def run_case(case: Case, config, watch: Watch) -> tuple[float, float, float]:
             dist.destroy_process_group()
         groups._release_process_group_references(group=None)  # DeepSpeed's, which `train` leaves behind
         gc.collect()
+        torch._dynamo.reset()  # else the cases together meet more shapes than each of them is compiled for
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return tuple(count / GIB for count in (watch.resident, watch.pinned, watch.reserved))
+    return tuple(count / GIB for count in (watch.resident, watch.pinned, watch.reserved - left, left))
 
 
-def make_record(case: Case, config, memory: Sequence[float]):
-    """Makes the record of a run of what it logged. memory: see `run_case`."""
+def make_record(case: Case, config, memory: Sequence[float], is_first: bool):
+    """Makes the record of a run of what it logged.
+
+    Args:
+        memory: see `run_case`. is_first: whether nothing ran in the process before, whose host memory counts too.
+    """
     import deepspeed
     import torch
 
@@ -223,8 +240,8 @@ def make_record(case: Case, config, memory: Sequence[float]):
         measured=Measured(
             step_seconds=steady(counted),
             steps=tuple(steps),
-            peak_gib=max(scalars.get("memory/peak_gib", [0.0])[2 : len(counted)] or [0.0]),
-            host_gib=memory[0],
+            peak_gib=max(scalars["memory/peak_gib"][2 : len(counted)]) - memory[3] if is_gpu else None,
+            host_gib=memory[0] if is_first else None,
             pinned_gib=memory[1],
             reserved_gib=memory[2],
             data_wait_seconds=max(scalars["speed/data_wait_seconds"][2:]),
@@ -246,13 +263,13 @@ def work_as_rank(args: argparse.Namespace, cases: Sequence[Case]) -> None:
         memory = run_case(case, config, watch)
         if rank != 0:
             continue
-        record = make_record(case, config, memory)
+        record = make_record(case, config, memory, is_first=number == 0)
         with write_atomically(args.out / f"{case.name}.json") as file:
             file.write(record.to_json().encode())
         m = record.measured
         print(
-            f"{time.monotonic() - begin:6.1f} s  {case.name}: {m.step_seconds:.4f} s a step, {m.peak_gib:.2f} GiB "
-            f"({m.reserved_gib:.2f} reserved), host {m.host_gib:.1f} GiB ({m.pinned_gib:.1f} pinned), losses "
+            f"{time.monotonic() - begin:6.1f} s  {case.name}: {m.step_seconds:.4f} s a step, {m.peak_gib or 0:.2f} GiB "
+            f"({m.reserved_gib:.2f} reserved), host {memory[0]:.1f} GiB ({m.pinned_gib:.1f} pinned), losses "
             f"{m.losses[0]:.4f} … {m.losses[-1]:.4f}; the case took {time.monotonic() - before:.0f} s",
             flush=True,
         )

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from mugv_ds.checkpoint.manifest import WEIGHT, Counters
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")  # of torch.optim.AdamW
-
 
 @dataclass(frozen=True)
 class Fragment:
@@ -23,7 +21,8 @@ class Fragment:
     Attributes:
         name: of the parameter, as published.
         start: first element. numel: their number.
-        tensors: kind ("weight", "exp_avg", "exp_avg_sq") → fp32 [numel], views into what the optimizer works on.
+        tensors: kind ("weight", "exp_avg" and, of AdamW, "exp_avg_sq") → fp32 [numel], views into what the optimizer
+            works on.
     """
 
     name: str
@@ -58,25 +57,14 @@ def fragments(engine: Engine, prefix: str = "") -> list[Fragment]:
 
 
 def _fragments(engine: Engine, of_engine: str) -> Iterator[Fragment]:
-    optimizer = engine.basic_optimizer
     for prefix, layer in engine.module.named_layers():
         for name, parameter in layer.named_parameters():
             shard = engine.optimizer.shards.get(parameter)
             if shard is None:  # this rank owns nothing of it, or it is no parameter of the optimizer
                 continue
-            whole = {WEIGHT: shard.master} | _moments(optimizer, shard.master)
+            whole = {WEIGHT: shard.master} | engine.optimizer.moments(shard.master)
             tensors = {kind: t.detach().narrow(0, shard.offset, shard.numel) for kind, t in whole.items()}
             yield Fragment(of_engine + prefix + name, shard.start, shard.numel, tensors)
-
-
-def _moments(optimizer: torch.optim.AdamW, parameter: Tensor) -> dict[str, Tensor]:
-    state = optimizer.state[parameter]
-    if not state:  # as AdamW makes it in its first step
-        (group,) = optimizer.param_groups
-        on_device = group["fused"] or group["capturable"]
-        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
-        state.update({kind: torch.zeros_like(parameter, requires_grad=False) for kind in _MOMENTS})
-    return {kind: state[kind] for kind in _MOMENTS}
 
 
 def read_counters(engine: Engine) -> Counters:

@@ -373,7 +373,8 @@ class Store:
         }
         if missing:
             self._say(f"{folder}: holds no {', '.join(missing)}; taken from the weights, as later checkpoints will say")
-        unused = sorted(set(manifest.kinds) - self._kinds(0).keys()) if self.fragments else []
+        kept = {kind for i in range(len(self.fragments)) for kind in self._kinds(i)}
+        unused = sorted(set(manifest.kinds) - kept) if self.fragments else []
         if unused:
             self._say(f"{folder}: holds {', '.join(unused)}, which this run does not keep; left out")
         with CheckpointReader(folder, manifest) as saved:
@@ -414,6 +415,13 @@ class Store:
             raise CheckpointError(
                 f"{folder}: has taken {manifest.step} steps, and schedule.steps = {steps}; raise it, or use another "
                 "checkpoint.dir for a new run"
+            )
+        kinds = [config.get("optimizer.kind", "adamw") for config in (then, now)]
+        if kinds[0] != kinds[1]:
+            raise CheckpointError(
+                f"{folder}: is of a run with optimizer.kind = {kinds[0]}, this one has {kinds[1]}, which keeps other "
+                "moments; use another checkpoint.dir, and name this one as checkpoint.init_from, to start from its "
+                "weights"
             )
         objectives = [config.get("preference.objective") for config in (then, now)]
         if objectives[0] != objectives[1]:

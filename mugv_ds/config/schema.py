@@ -209,8 +209,14 @@ class ParallelSection(Section):
 
 
 class OptimizerSection(Section):
-    """AdamW and gradient clipping."""
+    """The optimizer, and gradient clipping."""
 
+    kind: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="muon: the large matrices of the blocks and of adaLN are moved by Muon (momentum, orthogonalised "
+        "chunk by chunk, CMuon, arXiv 2608.02502), all else by AdamW. It keeps 4 bytes a parameter of these instead of "
+        "8. Gradients are clipped before.",
+    )
     lr: float = Field(
         1e-5,
         gt=0,
@@ -218,6 +224,17 @@ class OptimizerSection(Section):
         description="Peak learning rate of AdamW; 1e-5 is the published trainer's default, that of stage 3 "
         "and SFT. The source gives none by stage: 1e-4 in stages 1 and 2 is that of DiT (Peebles & Xie 2023), 1e-7 for "
         "DPO is that of Seaweed-7B (2025), which KTO takes over.",
+    )
+    adamw_lr: float | None = Field(
+        None, gt=0, le=1, description='Peak rate of what AdamW moves with optimizer.kind = "muon"; by default lr.'
+    )
+    muon_momentum: float = Field(
+        0.95, ge=0, lt=1, description="Decay of Muon's Nesterov momentum (Jordan et al. 2024)."
+    )
+    muon_scale: Literal["rms", "spectral"] = Field(
+        "rms",
+        description="Size of Muon's update of a matrix [m, n]: rms, 0.2·√max(m, n), that of AdamW's, so that its rates "
+        "carry over (Moonlight, Liu et al. 2025); spectral, √max(1, m/n) (Jordan et al. 2024).",
     )
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW moment decay.")
     eps: float = Field(1e-10, ge=1e-15, le=1, description="AdamW epsilon (published default 1e-10).")
@@ -464,6 +481,8 @@ class TrainConfig(Section):
                 'parallel.activation_checkpointing = "attention" keeps; set it to auto, flash4, flash2 or cudnn, or '
                 "choose another level"
             )
+        if self.lora is not None and self.optimizer.kind == "muon":
+            raise ValueError('optimizer.kind = "muon": moves none of the adapters of lora; set it to adamw')
         if pipeline > dit.depth:
             raise ValueError(
                 f"parallel.pipeline = {pipeline}: more stages than the {dit.depth} blocks of {self.model.preset}; "
@@ -559,6 +578,9 @@ class TrainConfig(Section):
         if self.parallel.activation_checkpointing != "attention":
             why = 'without parallel.activation_checkpointing = "attention"'
             yield from changed("parallel", self.parallel, {"offload"}, why)
+        if self.optimizer.kind != "muon":
+            muon = {"adamw_lr", "muon_momentum", "muon_scale"}
+            yield from changed("optimizer", self.optimizer, muon, 'without optimizer.kind = "muon"')
         if len(sources) == 1:
             yield from changed("preference.sources.0", sources[0], {"weight"}, "on a single source")
 

@@ -17,6 +17,7 @@ from mugv_ds.models.choose_attention import fastest_masked_attention, named_atte
 from mugv_ds.models.compile import SHAPES, compile_blocks
 from mugv_ds.models.fp8 import check_fp8, use_fp8
 from mugv_ds.models.kept_attention import KeptAttention, check_kept, statistics_of
+from mugv_ds.models.matrices import chunks_of
 from mugv_ds.models.rope import patch_grid
 from mugv_ds.parallel.layout import stage_boundaries
 from mugv_ds.parallel.offload import Offload
@@ -56,8 +57,7 @@ def build_engine(
         # One replica of each stage reads them; DeepSpeed sends them to the others.
         reads = process.coordinates.data == process.coordinates.sequence == 0
         process.host.attempt(lambda: weights(module.named_layers()) if reads else None)
-    trainable = (parameter for parameter in module.parameters() if parameter.requires_grad)
-    optimizer = adamw(trainable, config.optimizer, process.device)
+    optimizer = make_optimizer(module, config.optimizer, process.device)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_factor, config.schedule))
     return make_engine(module, optimizer, schedule, deepspeed_config(config, process.layout.data))
 
@@ -122,6 +122,22 @@ def pick_cross_attention(config: TrainConfig, process: Process, shape: tuple[int
         device=process.device,
         first=process.host.first,
     )
+
+
+def make_optimizer(module: DiTPipeline, section: OptimizerSection, device: torch.device) -> torch.optim.AdamW:
+    """Makes the optimizer of a stage: AdamW or, with a group of its own, Muon for those of `models.matrices`."""
+    named = {
+        prefix + name: parameter
+        for prefix, layer in module.named_layers()
+        for name, parameter in layer.named_parameters()
+        if parameter.requires_grad
+    }
+    if section.kind == "adamw":
+        return adamw(named.values(), section, device)
+    chunks = {parameter: count for name, parameter in named.items() if (count := chunks_of(name)) is not None}
+    muon = {"params": list(chunks), "chunks": chunks, "momentum": section.muon_momentum, "scale": section.muon_scale}
+    others = [parameter for parameter in named.values() if parameter not in chunks]
+    return adamw([muon, {"params": others, "lr": section.adamw_lr or section.lr}], section, device)
 
 
 def adamw(parameters, section: OptimizerSection, device: torch.device) -> torch.optim.AdamW:

@@ -10,7 +10,8 @@ owns an equal piece of every bucket: fp32 weights, their gradients, and what Ada
 
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -23,6 +24,8 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor, nn
+
+from mugv_ds.engine.muon import Matrix, Muon
 
 _ALIGNMENT = 64  # elements; parameters begin at multiples of 128 bytes at least, as an allocation's would
 _IN_FLIGHT = 2  # buckets that are filled or on their way at once
@@ -128,8 +131,10 @@ class DistributedOptimizer:
     are those that it calls.
 
     Args:
-        optimizer: over the module's parameters, in the order of the model; it steps over the shards in their place.
-        group: the ranks that hold the same parameters. mean_over: of how many ranks' gradients the mean is taken.
+        optimizer: over the module's parameters, in the order of the model; it steps over the shards in their place. A
+            group of parameters with "chunks" (into how many each is cut), "momentum" and "scale" is stepped over by
+            `Muon` instead.
+        group: the ranks that hold the same parameters.
         bucket_size: elements of a bucket, which is larger where one parameter is.
         gradient_dtype: of the accumulated gradients. communication_dtype: in which they are reduced.
         clipping: largest norm of all gradients; 0: none.
@@ -153,14 +158,26 @@ class DistributedOptimizer:
         self.overflow = False
         self._global_grad_norm = 0.0
         self._replicas, rank = comm.get_world_size(group), comm.get_rank(group)
-        (parameters,) = (group["params"] for group in optimizer.param_groups)
-        self._buckets = [
-            Bucket(part, self._replicas, rank, gradient_dtype)
-            for part in _in_buckets(reversed(parameters), bucket_size)
-        ]
-        optimizer.param_groups[0]["params"] = [bucket.master for bucket in self._buckets]
+        self._buckets: list[Bucket] = []
+        self._parts: list[Sequence[Bucket]] = []
+        self._muon: Muon | None = None
+        for of in optimizer.param_groups:
+            buckets = [
+                Bucket(part, self._replicas, rank, gradient_dtype)
+                for part in _in_buckets(reversed(of["params"]), bucket_size)
+            ]
+            parts = list(_in_parts(buckets, _PARTS))
+            if "chunks" in of:
+                how = {"momentum": of["momentum"], "scale": of["scale"]}
+                matrices = [(_matrices(part, of["chunks"]), [bucket.size for bucket in part]) for part in parts]
+                self._muon = Muon(matrices, **how, rank=rank, replicas=self._replicas, group=group)
+                self._muon_group, self._muon_parts = of, parts
+            else:
+                self._parts += parts
+            of["params"] = [bucket.master for bucket in buckets]
+            self._buckets += buckets
         self.shards = {parameter: shard for bucket in self._buckets for parameter, shard in bucket.shards()}
-        self._parts = list(_in_parts(self._buckets, _PARTS))
+        self._pre_hooks: list[Callable[[DistributedOptimizer], None]] = []
         self._communication_dtype = communication_dtype
         self._buffers: list[Tensor] = []
         self._on_their_way: deque[_Reduction] = deque()
@@ -170,6 +187,10 @@ class DistributedOptimizer:
         for number, bucket in enumerate(self._buckets):
             for slot in bucket.slots:
                 slot.parameter.register_post_accumulate_grad_hook(lambda _, number=number: this().arrived(number))
+
+    def register_step_pre_hook(self, hook: "Callable[[DistributedOptimizer], None]") -> None:
+        """Has a function called before each part of a step, while the weights of that part have their gradients."""
+        self._pre_hooks.append(hook)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -247,15 +268,40 @@ class DistributedOptimizer:
         gradients = [bucket.gradient for bucket in self._buckets]
         if 0 < self.clip_grad < self._global_grad_norm:
             torch._foreach_mul_(gradients, self.clip_grad / (self._global_grad_norm + 1e-6))
-        gathers = []
+        gathers = self._muon_step()
         for part in self._parts:
-            for bucket in part:
-                bucket.master.grad = bucket.gradient.float()
-            self.optimizer.step()  # it passes over those without a gradient
-            for bucket in part:
-                bucket.master.grad = None
-                gathers.append(self._gather(bucket))
+            with self._gradients(part):
+                self.optimizer.step()  # it passes over those without a gradient
+            gathers += map(self._gather, part)
         _wait(gathers)
+
+    def _muon_step(self) -> list[Any]:
+        """Steps over the matrices that Muon has; returns what to wait for."""
+        if self._muon is None:
+            return []
+        group, gathers = self._muon_group, []
+        gradients = ([bucket.gradient.float() for bucket in part] for part in self._muon_parts)
+        momenta = ([self.moments(bucket.master)["exp_avg"] for bucket in part] for part in self._muon_parts)
+        for part, updates in zip(self._muon_parts, self._muon.updates(gradients, momenta), strict=True):
+            with self._gradients(part):
+                masters = [bucket.master for bucket in part]
+                torch._foreach_mul_(masters, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(masters, updates, alpha=-group["lr"])
+            for master in masters:
+                self.optimizer.state[master]["step"] += 1
+            gathers += map(self._gather, part)
+        return gathers
+
+    @contextmanager
+    def _gradients(self, part: Sequence[Bucket]) -> Iterator[None]:
+        """Gives the weights of a part their gradients for the while of the context, and calls the hooks."""
+        for bucket in part:
+            bucket.master.grad = bucket.gradient.float()
+        for hook in self._pre_hooks:
+            hook(self)
+        yield
+        for bucket in part:
+            bucket.master.grad = None
 
     def _norm(self) -> Tensor:
         """Returns the norm of the gradients of all stages, in fp64."""
@@ -263,6 +309,20 @@ class DistributedOptimizer:
         squares = torch.stack(norms).double().square().sum()
         torch.distributed.all_reduce(squares)
         return squares.sqrt()
+
+    def moments(self, master: nn.Parameter) -> dict[str, Tensor]:
+        """Returns what the optimizer keeps of a shard, fp32, by kind: AdamW's two moments, or Muon's, "exp_avg".
+
+        Where it has not made them yet, they are made as it makes them.
+        """
+        group = next(of for of in self.param_groups if any(master is other for other in of["params"]))
+        kinds = ("exp_avg",) if "chunks" in group else ("exp_avg", "exp_avg_sq")
+        state = self.optimizer.state[master]
+        if not state:
+            on_device = group["fused"] or group["capturable"]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device if on_device else "cpu")
+            state.update({kind: torch.zeros_like(master, requires_grad=False) for kind in kinds})
+        return {kind: state[kind] for kind in kinds}
 
     def update_lp_params(self) -> None:
         """Rounds the fp32 weights to those that the model computes with, on all ranks, which call it together."""
@@ -349,6 +409,17 @@ def _in_buckets(parameters: Iterable[nn.Parameter], size: int) -> Iterator[list[
         bucket.append(parameter)
         elements += parameter.numel()
     yield bucket
+
+
+def _matrices(part: Sequence[Bucket], chunks: Mapping[nn.Parameter, int]) -> list[Matrix]:
+    """Returns the matrices of some buckets. chunks: into how many each parameter is cut, by rows."""
+    return [
+        Matrix(number, slot.start + chunk * rows * columns, rows, columns)
+        for number, bucket in enumerate(part)
+        for slot in bucket.slots
+        for rows, columns in [(slot.parameter.shape[0] // chunks[slot.parameter], slot.parameter.shape[1])]
+        for chunk in range(chunks[slot.parameter])
+    ]
 
 
 def _in_parts(buckets: Sequence[Bucket], count: int) -> Iterator[Sequence[Bucket]]:

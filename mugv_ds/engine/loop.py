@@ -69,7 +69,7 @@ class Trainer(StepLoop):
         held_out = reference.held_out() if reference else self._base_held_out()
         self.validation = Validation(config.preference, data, held_out, self.evaluator)
         parameters = sum(p.numel() for p in engine.module.parameters() if p.requires_grad)
-        self.probe = OptimizerProbe(engine.basic_optimizer, parameters, process.layout.replicas)
+        self.probe = OptimizerProbe(engine.optimizer, parameters, process.layout.replicas)
         self.guard = Guard(
             config, process, engine.module.blocks[0].mlp, engine.module.parameters, self._explain, self._items
         )

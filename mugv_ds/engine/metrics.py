@@ -93,17 +93,17 @@ class OptimizerProbe:
     Each rank holds a distinct part of the parameters and of their gradients, so sums over all ranks are global.
 
     Args:
-        optimizer: the AdamW inside DeepSpeed's. parameters: number of parameters on this rank's stage.
-        replicas: ranks that hold the same stage.
+        optimizer: the `DistributedOptimizer`, or one of PyTorch's.
+        parameters: number of parameters on this rank's stage. replicas: ranks that hold the same stage.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, parameters: int, replicas: int) -> None:
+    def __init__(self, optimizer, parameters: int, replicas: int) -> None:
         self.armed = False
         self._stage_parameters, self._replicas = parameters, replicas
         self._sums: Tensor | None = None
         optimizer.register_step_pre_hook(self._look)
 
-    def _look(self, optimizer: torch.optim.Optimizer, *_) -> None:
+    def _look(self, optimizer, *_) -> None:
         if not self.armed:
             return
         # An optimizer that steps over its parts one after the other has the gradients of one of them at a time.

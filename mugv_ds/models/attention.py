@@ -80,6 +80,12 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tenso
     return F.scaled_dot_product_attention(q, k, v, scale=head_dim**-0.5).transpose(1, 2)[..., :head_dim]
 
 
+def query_parts(batch: int, tokens: int) -> int:
+    """Returns into how many equal parts `flash4_masked` cuts the queries of so many samples and tokens."""
+    most = min(_MAX_PARTS, max(_MAX_SAMPLES // batch, 1))
+    return next(n for n in range(most, 0, -1) if tokens % n == 0)
+
+
 def flash4_masked(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
     """Runs a `MaskedAttention` through FlashAttention-4, which takes a prefix of a sample's keys in place of a mask.
 
@@ -100,8 +106,7 @@ def flash4_masked(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
     spare = (torch.arange(k.shape[1], device=k.device) >= lengths[:, None])[:, :, None, None]
     # Filling what takes no part also clears its gradient, which the kernel leaves undefined.
     k, v = (x.take_along_dim(order, dim=1).masked_fill(spare, 0) for x in (k, v))
-    most = min(_MAX_PARTS, max(_MAX_SAMPLES // batch, 1))
-    parts = next(n for n in range(most, 0, -1) if tokens % n == 0)
+    parts = query_parts(batch, tokens)
     k, v, lengths = (x.repeat_interleave(parts, dim=0) for x in (k, v, lengths))
     o = flash4_prefix(q.reshape(batch * parts, tokens // parts, *q.shape[2:]), k, v, lengths)
     return o.reshape(q.shape)

@@ -93,17 +93,6 @@ class AttentionPoint(Section):
     backward_s: Seconds
 
 
-class CrossPoint(Section):
-    """Cross-attention alone, of `tokens` queries with `text_tokens` keys, for each of `batch` sequences."""
-
-    batch: Extent
-    tokens: Extent
-    text_tokens: Extent
-    heads: Extent
-    forward_s: Seconds
-    backward_s: Seconds
-
-
 class ProductPoint(Section):
     """A linear over `rows` tokens: its forward pass, and its backward pass, which is two products."""
 
@@ -190,7 +179,6 @@ class Calibration(Section):
     machine: Machine
     blocks: tuple[BlockPoint, ...] = Field((), max_length=_MAX_POINTS)
     attention: tuple[AttentionPoint, ...] = Field((), max_length=_MAX_POINTS)
-    cross_attention: tuple[CrossPoint, ...] = Field((), max_length=_MAX_POINTS)
     products: tuple[ProductPoint, ...] = Field((), max_length=_MAX_POINTS)
     ends: tuple[EndsPoint, ...] = Field((), max_length=_MAX_POINTS)
     collectives: tuple[CollectivePoint, ...] = Field((), max_length=_MAX_POINTS)
@@ -230,6 +218,8 @@ def machine_name(device: str, torch_version: str) -> str:
 def shipped() -> list[str]:
     """Returns the names of the calibrations that come with the package, in order."""
     folder = files("mugv_ds.plan") / MACHINES
+    if not folder.is_dir():
+        return []
     return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mugv_ds.config.errors import InputError
-from mugv_ds.models.rope import patch_grid
 from mugv_ds.plan.calibration import Calibration
 from mugv_ds.plan.memory import GIB
 from mugv_ds.plan.predict import predict_record
@@ -16,6 +15,7 @@ from mugv_ds.plan.timing import Timing
 
 # Bounds of relative errors: of step times the median and the worst; of memory how far it may be too high and too low.
 TIME_MEDIAN, TIME_WORST, MEMORY_WORST, MEMORY_UNDER = 0.05, 0.10, 0.05, 0.03
+CHOICE_WORST = 0.03  # that what would be chosen may be slower than the fastest of all that ran
 
 
 def compare_run(way: Way, folder: Path) -> Iterator[tuple[str, ...]]:
@@ -82,9 +82,10 @@ class Held:
         return self.seconds / self.record.measured.step_seconds - 1
 
     @property
-    def memory_error(self) -> float:
-        """Returns the relative error of the device's memory."""
-        return self.gib / self.record.measured.peak_gib - 1
+    def memory_error(self) -> float | None:
+        """Returns the relative error of the device's memory; None where it was not measured."""
+        peak = self.record.measured.peak_gib
+        return None if peak is None else self.gib / peak - 1
 
 
 def hold(records: Sequence[RunRecord], calibrations: Sequence[Calibration]) -> list[Held]:
@@ -112,12 +113,33 @@ def broken(held: Sequence[Held]) -> list[str]:
     for one in held:
         if abs(one.time_error) > TIME_WORST:
             found.append(f"{one.record.name}: step time off by {one.time_error:+.1%}, more than {TIME_WORST:.0%}")
-        if not -MEMORY_UNDER <= one.memory_error <= MEMORY_WORST:
+        if one.memory_error is not None and not -MEMORY_UNDER <= one.memory_error <= MEMORY_WORST:
             found.append(
                 f"{one.record.name}: memory off by {one.memory_error:+.1%}, not within −{MEMORY_UNDER:.0%} and "
                 f"+{MEMORY_WORST:.0%}"
             )
+    for taken, best in choices(held):
+        slower = taken.record.measured.step_seconds / best.record.measured.step_seconds - 1
+        if slower > CHOICE_WORST:
+            found.append(f"{taken.record.name} would be chosen, and is {slower:.1%} slower than {best.record.name}")
     return found
+
+
+def choices(held: Sequence[Held]) -> list[tuple[Held, Held]]:
+    """Returns, of runs of the same work in several ways, the one that the planner would choose and the fastest.
+
+    The same work is the same model, samples and GPUs; there have to be three ways at least.
+    """
+    groups: dict[str, list[Held]] = {}
+    for one in held:
+        config = one.record.train_config()
+        work = config.model, config.data.global_batch_size, one.record.shape, one.record.world_size, config.ema
+        groups.setdefault(repr(work), []).append(one)
+    return [
+        (min(group, key=lambda one: one.seconds), min(group, key=lambda one: one.record.measured.step_seconds))
+        for group in groups.values()
+        if len(group) > 2
+    ]
 
 
 def markdown(held: Sequence[Held]) -> Iterator[str]:
@@ -140,26 +162,25 @@ def markdown(held: Sequence[Held]) -> Iterator[str]:
             f"{data} × {parallel.sequence} × {parallel.pipeline}",
             parallel.activation_checkpointing + offload,
             str(dit.depth),
-            f"{_tokens(record):,}",
+            f"{record.tokens:,}",
             f"{micro} × {config.data.global_batch_size // micro // data}",
             f"{measured.step_seconds:.3f}",
             f"{one.seconds:.3f}",
             f"{one.time_error:+.1%}",
-            f"{measured.peak_gib:.1f}",
+            "–" if measured.peak_gib is None else f"{measured.peak_gib:.1f}",
             f"{one.gib:.1f}",
-            f"{one.memory_error:+.1%}",
-            f"{measured.host_gib:.1f}",
+            "–" if one.memory_error is None else f"{one.memory_error:+.1%}",
+            "–" if measured.host_gib is None else f"{measured.host_gib:.1f}",
             f"{one.host_gib:.1f}",
         )
         yield f"| {' | '.join(cells)} |"
     times = [abs(one.time_error) for one in held]
-    memory = [one.memory_error for one in held]
+    memory = [one.memory_error for one in held if one.memory_error is not None]
     yield ""
     yield (
         f"Step time: off by {statistics.median(times):.1%} in the median and {max(times):.1%} at worst; memory: from "
         f"{min(memory):+.1%} to {max(memory):+.1%}."
     )
-
-
-def _tokens(record: RunRecord) -> int:
-    return patch_grid(*record.shape).tokens
+    for taken, best in choices(held):
+        slower = taken.record.measured.step_seconds / best.record.measured.step_seconds - 1
+        yield f"Of the ways to do the work of {best.record.name} {taken.record.name} is chosen: {slower:+.1%}."

@@ -17,10 +17,12 @@ from mugv_ds.config.deepspeed import deepspeed_config
 from mugv_ds.config.model import LATENT_CHANNELS, DiTConfig
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.data.manifest import Shape
+from mugv_ds.models.attention import query_parts
 from mugv_ds.models.dit import Embedders
 from mugv_ds.models.flops import SampleCost
 from mugv_ds.models.layers import Block, FinalLayer
 from mugv_ds.models.lora import adapter_shapes
+from mugv_ds.models.matrices import chunks_of
 from mugv_ds.models.rope import patch_grid
 from mugv_ds.parallel.layout import Layout, stage_boundaries
 from mugv_ds.plan.calibration import load_calibration
@@ -46,6 +48,17 @@ def layer_parameters(config: DiTConfig) -> tuple[int, ...]:
     return (embed, *[block] * config.depth, final)
 
 
+@lru_cache(256)
+def matrix_parameters(config: DiTConfig) -> tuple[int, ...]:
+    """Those of each layer that Muon moves, see `models.matrices`."""
+    with torch.device("meta"):
+        parts = (("", Embedders(config)), ("blocks.0.", Block(config)))
+    embed, block = (
+        sum(p.numel() for name, p in part.named_parameters() if chunks_of(prefix + name)) for prefix, part in parts
+    )
+    return (embed, *[block] * config.depth, 0)
+
+
 def trained_parameters(config: TrainConfig) -> tuple[int, ...]:
     """Those that are trained: adapters alone, or all."""
     dit = config.model.dit()
@@ -57,7 +70,11 @@ def trained_parameters(config: TrainConfig) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Stage:
-    """What a pipeline stage holds. first, last: layers [first, last). parameters: all. trained: of them."""
+    """What a pipeline stage holds.
+
+    Attributes:
+        first, last: layers [first, last). parameters: all. trained: of them. matrices: of these, those that Muon moves.
+    """
 
     number: int
     first: int
@@ -65,6 +82,7 @@ class Stage:
     blocks: int
     parameters: int
     trained: int
+    matrices: int
     has_embedders: bool
     has_final: bool
 
@@ -79,7 +97,7 @@ class Setup:
     """A model and how it is trained.
 
     Attributes:
-        dit, trained: its sizes, and the parameters of each layer that are trained.
+        dit, trained: its sizes, and the parameters of each layer that are trained. has_muon: whether Muon moves some.
         text_tokens: L. layout: of the ranks. level, offload: of activations. gradients: "fp32" or "bf16".
         averages: of the weights. bucket: elements of gradients that are reduced together.
         typical_tokens: of the sample by whose cost stages are balanced. reduced_bytes: of a gradient on its way.
@@ -98,6 +116,7 @@ class Setup:
     typical_tokens: int
     reduced_bytes: int = _BF16
     is_adapted: bool = False
+    has_muon: bool = False
     reference_passes: int = 0
 
     @classmethod
@@ -122,6 +141,7 @@ class Setup:
             reduced_bytes=4 if engine.get("communication_data_type") == "fp32" else _BF16,
             typical_tokens=patch_grid(*typical_shape).tokens,
             is_adapted=config.lora is not None,
+            has_muon=config.optimizer.kind == "muon",
             reference_passes=is_kto + (config.preference is not None and config.lora is not None),
         )
 
@@ -142,6 +162,7 @@ class Setup:
                 blocks=last - first - (first == 0) - (last == len(parameters)),
                 parameters=sum(parameters[first:last]),
                 trained=sum(self.trained[first:last]),
+                matrices=sum(matrix_parameters(self.dit)[first:last]) if self.has_muon else 0,
                 has_embedders=first == 0,
                 has_final=last == len(parameters),
             )
@@ -159,31 +180,27 @@ class Setup:
         Args:
             buckets: kinds of steps; where there are none nothing is trained meanwhile.
         """
-        return max((self._memory(stage, *held) for held in self._held(stage, buckets)), key=lambda memory: memory.peak)
+        sizes = self.text_tokens, self.dit.caption_channels
+        held = _held(tuple(buckets), self.layout.sequence, self.layout.pipeline - stage.number, *sizes)
+        return max((self._memory(stage, *of) for of in held), key=lambda memory: memory.peak)
 
-    def _held(self, stage: Stage, buckets: Iterable[Bucket]) -> Iterable[tuple[int, int]]:
-        """(tokens of a micro-batch on a rank, micro-batches in flight): of each number of these the most tokens."""
-        most: dict[int, int] = {}
-        for bucket in buckets:
-            in_flight = min(self.layout.pipeline - stage.number, bucket.accumulation)
-            tokens = bucket.micro * -(-bucket.tokens // self.layout.sequence)
-            most[in_flight] = max(most.get(in_flight, 0), tokens)
-        return [(tokens, in_flight) for in_flight, tokens in most.items()] or [(0, 0)]
-
-    def _memory(self, stage: Stage, tokens_held: int, in_flight: int) -> Memory:
+    def _memory(self, stage: Stage, tokens_held: int, text_held: int, in_flight: int, batch_bytes: float) -> Memory:
         return predict_memory(
             self.dit,
             parameters=stage.trained,
+            matrices=stage.matrices,
             frozen=stage.parameters if self.is_adapted else 0,
             blocks=stage.blocks,
             replicas=self.layout.replicas,
             tokens_held=tokens_held,
+            text_held=text_held,
             in_flight=in_flight,
             recompute=self.level,
             offload=self.offload,
             fp32_accumulation=self.gradients == "fp32",
             averages=self.averages,
             is_sharded=self.layout.sequence > 1,
+            batch_bytes=batch_bytes,
             bucket=self.bucket,
         )
 
@@ -244,8 +261,34 @@ def step_time(setup: Setup, bucket: Bucket, timing: Timing) -> StepTime:
         terms["reference"] = setup.reference_passes * bucket.preferred * passes.forward
     hidden = _reduction(setup, stage, passes, count, timing, terms)
     terms["offload"], hidden["offload"] = _offload(setup, stage, piece, forward, backward, count, timing)
-    terms["data"] = count * timing.copy("to_device", bucket.micro * _sample_bytes(setup, bucket.shape))
+    sample = _sample_bytes(bucket.shape, setup.text_tokens, dit.caption_channels)
+    terms["data"] = count * timing.copy("to_device", bucket.micro * sample)
     return StepTime(terms, hidden)
+
+
+@lru_cache(1 << 14)  # of all levels of a layout it is the same
+def _held(
+    buckets: tuple[Bucket, ...], sequence: int, stages_left: int, text_tokens: int, caption_channels: int
+) -> list[tuple[int, int, int, float]]:
+    """What a device holds in the kinds of steps that can take the most of it.
+
+    Returns:
+        (tokens of a micro-batch on a rank, rows of its texts' keys and values, micro-batches in flight, bytes of the
+        step's samples); those of which no other has as much of everything. Nothing where there are no steps.
+    """
+    held = set()
+    for bucket in buckets:
+        tokens = -(-bucket.tokens // sequence)
+        # Cross-attention has the keys and values, and a copy of both for each part of the queries.
+        rows = bucket.micro * text_tokens * (2 + 2 * query_parts(bucket.micro, tokens))
+        samples = bucket.micro * bucket.accumulation
+        read = samples * _sample_bytes(bucket.shape, text_tokens, caption_channels)
+        held.add((bucket.micro * tokens, rows, min(stages_left, bucket.accumulation), read))
+    largest: list[tuple[int, int, int, float]] = []
+    for one in sorted(held, reverse=True):
+        if not any(all(a >= b for a, b in zip(other, one, strict=True)) for other in largest):
+            largest.append(one)
+    return largest or [(0, 0, 0, 0.0)]
 
 
 def _share_of_ends(stage: Stage) -> float:
@@ -296,9 +339,9 @@ def _offload(
     return count * stage.blocks * waited, count * stage.blocks * (out + back - waited)
 
 
-def _sample_bytes(setup: Setup, shape: Shape) -> float:
+def _sample_bytes(shape: Shape, text_tokens: int, caption_channels: int) -> float:
     """Bytes that a sample's latent, its target (fp32) and its text take."""
-    return 2 * 4.0 * LATENT_CHANNELS * prod(shape) + 4.0 * setup.text_tokens * setup.dit.caption_channels
+    return 2 * 4.0 * LATENT_CHANNELS * prod(shape) + 4.0 * text_tokens * caption_channels
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,12 @@ _O_TWICE = ("selective", "light", "off")  # levels that keep o of self-attention
 ON_DEVICE = {"none": KEPT["attention"], "attention_output": 1.0, "all": 0.0}
 ON_HOST = {how: KEPT["attention"] - left for how, left in ON_DEVICE.items()}
 OFFLOAD_BUFFERS = 2  # blocks whose offloaded tensors are on the device: the one at work and the one that is copied
-# Such tensors in use at once while one block runs backward, fitted to the runs; with "full" and "attention" all that a
-# block keeps is made again first.
-WORKING = {"full": 30, "attention": 30, "selective": 15, "light": 15, "off": 15}
+# Such tensors in use at once while one block runs backward, beside the text's: measured with one block on an H200
+# (`tools/calibrate.py`, 65,536 and 131,072 tokens). With "full" and "attention" all that a block keeps is made again
+# first. Where ranks share a sequence there are also q, k and v on their way, fitted to two runs.
+WORKING = {"full": 29, "attention": 28.5, "selective": 15.5, "light": 10.5, "off": 10.5}
+EXCHANGED = 2.5
+READ_AHEAD = 3  # steps' batches that a reading rank holds in pinned memory: the step's own, and those that wait
 # The same without gradients, and nothing is kept: measured through the whole 10B model of 2 and of 4 blocks, in bf16 on
 # an H200 (PyTorch 2.11), with 13,802 to 54,002 tokens.
 SAMPLING = 16.4
@@ -37,7 +40,9 @@ SAMPLING = 16.4
 # with four frames at once, and 3.2 without the weights with one.
 DECODING, DECODING_WORKSPACE = 3, 1.5
 BUCKETS = 3  # of gradients at once in the backward pass: one that is made, and the optimizer's two buffers
-HOST_BASE = 6 * GIB  # of a process of a run beside what is offloaded: CUDA, PyTorch, the libraries
+HOST_BASE = (
+    3 * GIB
+)  # of a process of a run beside what is offloaded: CUDA, PyTorch, the libraries; measured, 2.8 to 3.1
 
 
 @dataclass(frozen=True)
@@ -89,10 +94,13 @@ def predict_memory(
     fp32_accumulation: bool,
     averages: int,
     is_sharded: bool = True,
+    text_held: int = 0,
+    batch_bytes: float = 0.0,
     frozen: int = 0,
+    matrices: int = 0,
     bucket: int = BUCKET_ELEMENTS,
 ) -> Memory:
-    """Memory of a bf16 run with ZeRO-1 and AdamW.
+    """Memory of a bf16 run with ZeRO-1, AdamW and Muon.
 
     Args:
         parameters, blocks: of the device's pipeline stage; of the parameters those that are trained.
@@ -103,23 +111,29 @@ def predict_memory(
         fp32_accumulation: whether gradients are accumulated in fp32, in place of bf16.
         averages: fp32 averages of the weights that are kept, sharded as the optimizer is.
         is_sharded: whether ranks share a sequence; where they do not, o of self-attention is kept once.
+        text_held: rows of width D of the text's keys and values that cross-attention keeps in a block, all its samples
+            together: with "off" until its backward pass, else while it runs again.
         frozen: parameters of the stage that are not trained, the base of adapters. They have neither gradients nor
             anything in the optimizer. What adapters keep beside, [tokens, rank] each, is not counted.
-        bucket: elements of gradients that are reduced together.
+        matrices: parameters, of those that are trained, that Muon moves: it keeps one moment of them, not two.
+        batch_bytes: of a step's samples of a data rank. bucket: elements of gradients that are reduced together.
     """
     tensor = 2.0 * tokens_held * config.hidden_size
     kept, moved = KEPT[recompute] - (recompute in _O_TWICE and not is_sharded), 0.0
     if offload != "none":
         kept, moved = ON_DEVICE[offload], ON_HOST[offload]
+    text = 2.0 * text_held * config.hidden_size
+    working = WORKING[recompute] + EXCHANGED * is_sharded + min(OFFLOAD_BUFFERS, blocks * in_flight) * moved
+    is_text_kept = recompute == "off"
     return Memory(
         weights=2.0 * (parameters + frozen),
-        optimizer=12.0 * parameters / replicas,
+        optimizer=(12.0 * parameters - 4.0 * matrices) / replicas,
         averages=4.0 * averages * parameters / replicas,
         gradients=(4.0 if fp32_accumulation else 2.0) * parameters / replicas,
         buckets=2.0 * min(BUCKETS * bucket, 2 * parameters),
-        activations=kept * blocks * in_flight * tensor,
-        working=(WORKING[recompute] + OFFLOAD_BUFFERS * moved) * tensor,
-        host=HOST_BASE + moved * blocks * in_flight * tensor,
+        activations=(kept * tensor + text * is_text_kept) * blocks * in_flight,
+        working=working * tensor + text * (not is_text_kept),
+        host=HOST_BASE + READ_AHEAD * batch_bytes + moved * blocks * in_flight * tensor,
     )
 
 

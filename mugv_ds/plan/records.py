@@ -17,6 +17,7 @@ from mugv_ds.config.errors import InputError
 from mugv_ds.config.regular_file import open_regular, read_text_file
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.config.section import Section, Size
+from mugv_ds.models.rope import patch_grid
 
 _MAX_RECORD_BYTES = 1 << 20
 _MAX_TRACE_BYTES = 1 << 30  # of a profile, unpacked
@@ -58,16 +59,17 @@ class Measured(Section):
     Attributes:
         step_seconds: median of the steps that count. steps: seconds of all, the first ones and a profiled one too.
         peak_gib: largest allocation of any rank in a step that counts. reserved_gib: what PyTorch had reserved then.
-        host_gib: resident host memory of a process of the run at most, pinned memory included. pinned_gib: of it.
+        host_gib: resident host memory of a process of the run at most, pinned memory included. pinned_gib: what
+            PyTorch's own allocator pinned of it. None: not measured.
         data_wait_seconds: of a step, at most. losses: of each step.
         kernels: seconds of a profiled step's kernels on one rank, by the term of a prediction; empty: none was.
     """
 
     step_seconds: _Seconds
     steps: tuple[_Seconds, ...] = Field(max_length=1000)
-    peak_gib: _Gib
+    peak_gib: _Gib | None
     reserved_gib: _Gib
-    host_gib: _Gib
+    host_gib: _Gib | None
     pinned_gib: _Gib
     data_wait_seconds: _Seconds
     losses: tuple[float, ...] = Field(max_length=1000)
@@ -88,6 +90,11 @@ class RunRecord(Section):
     shape: tuple[Size, Size, Size]
     machine: RunMachine
     measured: Measured
+
+    @property
+    def tokens(self) -> int:
+        """Returns those of a sample."""
+        return patch_grid(*self.shape).tokens
 
     def train_config(self) -> TrainConfig:
         """Returns the config of the run.

@@ -130,6 +130,9 @@ class Timing:
             units: _curves((p.tokens**2, p) for p in attention if p.batch * p.heads == units)
             for units in sorted({p.batch * p.heads for p in attention})
         }
+        self._longest = {
+            units: max(p.tokens for p in attention if p.batch * p.heads == units) for units in self._attention
+        }
         linears = self.calibration.products
         self._products = {
             sizes: _curves((p.rows, p) for p in linears if (p.width_in, p.width_out) == sizes)
@@ -140,8 +143,6 @@ class Timing:
             width: _curves((p.tokens, p) for p in ends if (p.width, p.batch) == (width, 1))
             for width in sorted({p.width for p in ends if p.batch == 1})
         }
-        cross = self.calibration.cross_attention
-        self._cross = _curves((p.tokens * p.heads, p) for p in cross if p.batch == 1) if cross else None
         self._collectives = {
             (kind, ranks): Curve(
                 (p.bytes, p.seconds) for p in self.calibration.collectives if (p.kind, p.ranks) == (kind, ranks)
@@ -195,11 +196,25 @@ class Timing:
         known = list(self._attention)
         above = next((u for u in known if u >= units), known[-1])
         below = next((u for u in reversed(known) if u <= units), known[0])
-        high, low = (self._attention[u][which](tokens**2) / u for u in (above, below))
+        high, low = (self._of_one_head(tokens, u, which) for u in (above, below))
         if above == below:
             return high
         share = math.log(units / below) / math.log(above / below)
         return math.exp((1 - share) * math.log(low) + share * math.log(high))
+
+    def _of_one_head(self, tokens: int, units: int, which: int) -> float:
+        """Seconds of a head where so many were measured.
+
+        Beyond its longest sequence time goes on as where there were fewer heads and the rows of all heads together are
+        as many: the rows of one head's keys lie between those of the others, and the more memory they are spread over
+        the more often they are missing from the second-level cache.
+        """
+        curve, longest = self._attention[units][which], self._longest[units]
+        like = max(self._longest, key=lambda u: (u * self._longest[u], u))
+        if tokens <= longest or like * self._longest[like] <= units * longest:
+            return curve(tokens**2) / units
+        rates = [self._attention[like][which](n**2) / n**2 for n in (tokens * units / like, longest * units / like)]
+        return curve(longest**2) / units * (tokens / longest) ** 2 * rates[0] / rates[1]
 
     def _bare(self, level: str, width: int, rows: int) -> Pass:
         """Of a block without self-attention, given one sample of so many tokens."""
@@ -326,12 +341,17 @@ class Timing:
     # What goes between devices.
 
     def exchange(self, piece: Piece) -> float:
-        """Returns the seconds of one pass's all-to-alls, of q, k, v and of o, and of the copy that puts o in order."""
+        """Returns the seconds of one pass's all-to-alls, of q, k, v and of o, and of the copies around them.
+
+        One puts o in order; where there are several samples, q, k, v and o are also copied between ranks' and samples'.
+        """
         if piece.sequence == 1:
             return 0.0
         tensor = _BF16 * piece.rows * piece.width
-        sent = self.collective("all_to_all", piece.sequence, 3 * _SPACED * tensor)
-        return sent + self.collective("all_to_all", piece.sequence, tensor) + self.copy("on_device", tensor)
+        packed = 3 * _SPACED * tensor
+        sent = self.collective("all_to_all", piece.sequence, packed)
+        copied = tensor if piece.batch == 1 else 2 * tensor + packed
+        return sent + self.collective("all_to_all", piece.sequence, tensor) + self.copy("on_device", copied)
 
     def _collective(self, kind: str, ranks: int, count: float) -> float:
         """Returns the seconds of a collective of so many bytes among neighbouring ranks; see `CollectivePoint`.

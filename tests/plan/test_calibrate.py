@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,13 +59,13 @@ def test_one_device(folder):
 
 def test_what_is_measured_again_takes_the_place_of_what_was_there(folder, capsys, monkeypatch):
     before = written(folder)
-    monkeypatch.setattr(calibrate, "TEXT_TOKENS", 7)
+    monkeypatch.setattr(calibrate, "TOY", replace(TOY, ends=((3, (1, 4, 8)),)))
     options = ["--toy", "--out", str(folder), "--attention", "sdpa"]
-    assert main([*options, "--only", "optimizer", "cross_attention", "--levels", "off"]) == 0
+    assert main([*options, "--only", "optimizer", "ends", "--levels", "off"]) == 0
     after = written(folder)
     assert [p.elements for p in after.optimizer] == list(TOY.elements)
     assert after.optimizer != before.optimizer and after.blocks == before.blocks
-    assert {p.text_tokens for p in after.cross_attention} == {7}
+    assert {p.batch for p in after.ends} == {1, 2, 3}
     assert "optimizer 1000: {" in capsys.readouterr().out
 
 

@@ -16,10 +16,11 @@ from mugv_ds.models.layers import Block, Condition
 from mugv_ds.models.lora import add_adapters
 from mugv_ds.models.videovae import VideoVAE, VideoVAEConfig, vae
 from mugv_ds.models.videovae.vae import Unit
-from mugv_ds.plan.cost import layer_parameters
+from mugv_ds.plan.cost import layer_parameters, matrix_parameters
 from mugv_ds.plan.memory import (
     BUCKETS,
     DECODING_WORKSPACE,
+    EXCHANGED,
     GIB,
     HOST_BASE,
     KEPT,
@@ -113,10 +114,19 @@ def test_bytes_of_a_parameter(changes, expected):
 )
 def test_o_is_kept_once_where_the_sequence_is_not_sharded(recompute, less):
     sharded, whole = (
-        memory(blocks=1, recompute=recompute, tokens_held=10, is_sharded=is_sharded)["activations"]
-        for is_sharded in (True, False)
+        memory(blocks=1, recompute=recompute, tokens_held=10, is_sharded=is_sharded) for is_sharded in (True, False)
     )
-    assert sharded - whole == pytest.approx(less * 10 * 144 * 2)
+    assert sharded["activations"] - whole["activations"] == pytest.approx(less * 10 * 144 * 2)
+    assert sharded["working"] - whole["working"] == pytest.approx(EXCHANGED * 10 * 144 * 2)
+
+
+@pytest.mark.parametrize("recompute", ["off", "light", "selective", "attention", "full"])
+def test_keys_and_values_of_the_text_are_kept_or_made_again(recompute):
+    common = {"blocks": 5, "in_flight": 2, "recompute": recompute, "tokens_held": 10}
+    plain, more = memory(**common), memory(**common, text_held=7)
+    text = 7 * 144 * 2
+    grown = {name: more[name] - plain[name] for name in more if more[name] != plain[name]}
+    assert grown == ({"activations": 10 * text} if recompute == "off" else {"working": text})
 
 
 def test_buckets_are_no_larger_than_what_there_is_to_reduce():
@@ -132,8 +142,8 @@ def test_buckets_are_no_larger_than_what_there_is_to_reduce():
         ("off", "none", 20 + 1 / 3, WORKING["off"], 0),
         ("attention", "none", 2 + 1 / 36, WORKING["attention"], 0),
         # o and its log-sum-exp wait in host memory; of two blocks they are on the device too.
-        ("attention", "attention_output", 1, WORKING["attention"] + 2 * (1 + 1 / 36), 1 + 1 / 36),
-        ("attention", "all", 0, WORKING["attention"] + 2 * (2 + 1 / 36), 2 + 1 / 36),
+        ("attention", "attention_output", 1, WORKING["attention"], 1 + 1 / 36),
+        ("attention", "all", 0, WORKING["attention"], 2 + 1 / 36),
     ],
 )
 def test_bytes_of_a_block_and_of_a_micro_batch_in_flight(recompute, offload, kept, working, moved):
@@ -143,7 +153,8 @@ def test_bytes_of_a_block_and_of_a_micro_batch_in_flight(recompute, offload, kep
         for in_flight in (1, 3):
             parts = memory(blocks=blocks, in_flight=in_flight, recompute=recompute, offload=offload, tokens_held=10)
             assert parts["activations"] == pytest.approx(tensor * kept * blocks * in_flight)
-            assert parts["working"] == pytest.approx(tensor * working)
+            buffers = min(blocks * in_flight, 2) * moved
+            assert parts["working"] == pytest.approx(tensor * (working + EXCHANGED + buffers))
             assert parts["host"] == pytest.approx(tensor * moved * blocks * in_flight)
 
 
@@ -245,3 +256,16 @@ def test_decoding_takes_what_was_measured():
     assert predict_decoding(VideoVAEConfig(), parameters=0, **shape) / GIB == pytest.approx(3.23, rel=0.05)
     four = predict_decoding(VideoVAEConfig(), parameters=411_752_900, frames_at_once=4, **shape)
     assert four / GIB == pytest.approx(9.5, rel=0.05)
+
+
+def test_muon_keeps_one_moment_of_its_matrices():
+    dit = PRESETS["mugdit_10b"]
+    matrices = matrix_parameters(dit)
+    width = dit.hidden_size
+    assert matrices == (6 * width**2, *[16 * width**2] * dit.depth, 0)
+    common = {
+        "parameters": sum(layer_parameters(dit)), "blocks": dit.depth, "replicas": 8, "tokens_held": 100,
+        "in_flight": 1, "recompute": "full", "fp32_accumulation": True, "averages": 0,
+    }  # fmt: skip
+    adamw, muon = (predict_memory(dit, matrices=count, **common).peak for count in (0, sum(matrices)))
+    assert adamw - muon == pytest.approx(4 * sum(matrices) / 8)

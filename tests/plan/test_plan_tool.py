@@ -169,10 +169,15 @@ def test_steady_steps(tmp_path):
     assert read_scalars(tmp_path)["memory/peak_gib"] == [(1, 3.0), (2, 3.0), (3, 3.0)]
 
 
-def record(calibration_name="Ideal H200", name="one", times=1.0, memory=1.0):
+def record(calibration_name="Ideal H200", name="one", times=1.0, memory=1.0, level="attention"):
     """A run that took so many times what is predicted of it."""
     settings = ["data.global_batch_size=4", "parallel.data=2", "parallel.sequence=2", "model.depth=4"]
-    settings += ["data.budget=null", "data.micro_batch_size=1", "ema.sigma_rel=[]"]
+    settings += [
+        f"parallel.activation_checkpointing={level}",
+        "data.budget=null",
+        "data.micro_batch_size=1",
+        "ema.sigma_rel=[]",
+    ]
     config = load_config("ds_configs/stage3.json", settings)
     machine = RunMachine(
         device=calibration_name, devices=4, torch="2.11", cuda=None, triton=None, deepspeed="0.19.8", commit=None
@@ -214,6 +219,21 @@ def test_recorded_runs_hold_the_planner_to_its_bounds(capsys, calibration, tmp_p
     assert (
         "bad.json: name: " in run(capsys, calibration, "--validate", tmp_path / "bad.json", config=None, status=2).err
     )
+
+
+def test_of_several_ways_the_one_that_is_chosen_must_be_nearly_the_fastest():
+    """Ways of the same work whose measured order is another than the predicted one."""
+    ways = {level: record(name=level, level=level) for level in ("off", "light", "full")}
+    machine = [ideal_machine()]
+    assert [(a.record.name, b.record.name) for a, b in compare.choices(compare.hold([*ways.values()], machine))] == [
+        ("off", "off")
+    ]
+    ways["off"] = record(name="off", level="off", times=1.09)
+    ways["light"] = record(name="light", level="light", times=0.98)
+    (found,) = compare.broken(compare.hold([*ways.values()], machine))
+    assert found.startswith("off would be chosen, and is ") and found.endswith("slower than light")
+    other = record(name="other", level="light").model_copy(update={"shape": (2, 90, 160)})
+    assert compare.choices(compare.hold([ways["off"], ways["light"], other], machine)) == []
 
 
 def test_the_median_has_a_bound_of_its_own():

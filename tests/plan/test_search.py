@@ -81,12 +81,10 @@ def test_less_memory_takes_a_level_that_keeps_less_and_the_gpu_hours_follow():
 
 
 def test_without_host_memory_nothing_is_offloaded():
-    assert {way.setup.offload for way in planner(memory_gib=70).search(8).fitting} == {
-        "none",
-        "attention_output",
-        "all",
-    }
-    assert {way.setup.offload for way in planner(memory_gib=70, host_gib=7).search(8).fitting} == {"none"}
+    """With samples of one step in host memory, which take little of it."""
+    one = {"config": "ds_configs/h200x4_54k.json", "shapes": [(15, 90, 160)], "memory_gib": 100}
+    assert {way.setup.offload for way in planner(**one).search(4).fitting} == {"none", "attention_output", "all"}
+    assert {way.setup.offload for way in planner(**one, host_gib=3.5).search(4).fitting} == {"none"}
 
 
 def test_what_would_fit_is_named_where_nothing_does():
@@ -102,10 +100,10 @@ def test_what_would_fit_is_named_where_nothing_does():
 
 
 def test_fewer_averages_or_bf16_gradients_are_named_where_only_they_fit():
-    full = planner("parallel.activation_checkpointing=full", memory_gib=1000)
-    peaks = sorted(way.memory.peak for way in full.search(4).ways if way.setup.layout.pipeline == 1)
-    plan = planner(memory_gib=(peaks[0] / GIB - 2) * (1 + MARGIN), shapes=[(1, 45, 80)])
-    search = plan.search(4)
+    shapes = [(1, 45, 80)]
+    least = min(way.memory.peak for way in planner(memory_gib=1, shapes=shapes).search(4).ways) / GIB
+    search = planner(memory_gib=(least - 2) * (1 + MARGIN), shapes=shapes, host_gib=1000.0).search(4)
+    assert search.best is None
     assert set(search.others) == {"gradients accumulated in bf16", "no averages of the weights"}
     assert all(way.does_fit for way in search.others.values())
 

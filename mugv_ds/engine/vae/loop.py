@@ -59,7 +59,7 @@ class VaeTrainer(StepLoop):
         self.validation = data.held_out and VaeValidation(config, process, self.vae, engines.perceptual, data.held_out)
         probed = engines.vae.module
         self.probe = OptimizerProbe(
-            engines.vae.basic_optimizer, sum(p.numel() for p in probed.parameters()), process.layout.replicas
+            engines.vae.optimizer, sum(p.numel() for p in probed.parameters()), process.layout.replicas
         )
         timed = self.vae.temporal_vae.encoder.conv_in
         self.guard = Guard(config, process, timed, self._weights, self._explain, self._items)
