@@ -78,7 +78,8 @@ def lines(plan: Plan) -> Iterator[str]:
             f"{way.memory.peak / GIB:.1f} GiB a device, {way.memory.host / GIB:.1f} GiB of host memory for each"
         )
     for name, way in search.others.items():
-        yield f"with {name}: {way.name}: {way.seconds:.4g} s a step ({way.seconds / best.seconds - 1:+.1%})"
+        if way.seconds < best.seconds:
+            yield f"with {name}: {way.name}: {way.seconds:.4g} s a step ({way.seconds / best.seconds - 1:+.1%})"
     for why, count in search.refused.items():
         yield f"not legal: {count} layouts, by {why}"
     yield ""

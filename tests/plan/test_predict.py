@@ -85,7 +85,8 @@ def test_short_runs_leave_records(tmp_path):
         steps = 3 + (name == "toy-1")  # of which one is profiled
         assert len(record.measured.steps) == len(record.measured.losses) == steps
         assert record.measured.step_seconds == record.measured.steps[2]
-        assert 0.2 < record.measured.host_gib < 20
+        is_first = not name.endswith("again")  # of its process: only then its host memory is its own
+        assert (record.measured.host_gib is not None) == is_first and record.measured.peak_gib is None
         prediction = predict_record(record, Timing(ideal_machine()))
         assert prediction.time.total > 0 and prediction.memory.peak > 0
     assert records["toy-2-again"].train_config().parallel.pipeline == 2
