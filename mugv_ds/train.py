@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mugv_ds.config import ConfigError, Status, TrainConfig
 from mugv_ds.config.command import leave, training_command
+from mugv_ds.config.environment import read_environment
 
 if TYPE_CHECKING:  # the rest of the package is imported when it is needed: a wrong command line answers at once
     import numpy as np
@@ -67,7 +68,9 @@ def start(config: TrainConfig, resume: bool = True) -> Start:
     from mugv_ds.engine.build import build_engine
     from mugv_ds.engine.guard.stopping import stop_if_asked
     from mugv_ds.engine.process import check_same, start_process
+    from mugv_ds.parallel.offload import check_host_memory
     from mugv_ds.plan.cost import sample_cost
+    from mugv_ds.plan.predict import predict_host_memory
     from mugv_ds.weights.start import check_resumed_base, check_start_features, find_weights, put_start, saved_start
 
     process = start_process(config)
@@ -82,6 +85,9 @@ def start(config: TrainConfig, resume: bool = True) -> Start:
     if saved is not None and config.lora is not None and weights.digest is not None:
         process.host.first(lambda: check_resumed_base(weights, config))
     load = put_start(weights, config, fresh=saved is None)
+    if config.parallel.offload != "none":
+        needed = predict_host_memory(config, process.layout, data)
+        process.host.attempt(lambda: check_host_memory(needed, read_environment().local_size))
     engine = build_engine(config, process, data.typical_shape, weights=load, shapes=len(data.shapes))
     stop_if_asked(process.host)
     return Start(process, data, engine, weights)

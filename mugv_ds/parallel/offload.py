@@ -126,11 +126,11 @@ def pinned(size: int) -> Tensor:
     return memory
 
 
-def check_host_memory(needed: int, processes: int) -> None:
+def check_host_memory(needed: float, processes: int) -> None:
     """Checks that a host has the memory that its processes will keep activations in.
 
     Args:
-        needed: bytes of a process. processes: of this run on the host.
+        needed: bytes of a process, see `plan.predict.predict_host_memory`. processes: of this run on the host.
 
     Raises:
         ConfigError: it has not.

@@ -12,7 +12,7 @@ from mugv_ds.plan.calibration import calibration_of
 from mugv_ds.plan.cost import Setup, StepTime, sample_cost, step_time
 from mugv_ds.plan.memory import GIB, Memory
 from mugv_ds.plan.records import RunRecord
-from mugv_ds.plan.steps import given_kinds, kinds_of
+from mugv_ds.plan.steps import Bucket, given_kinds, kinds_of
 from mugv_ds.plan.timing import Timing
 
 
@@ -33,10 +33,7 @@ class Steps:
 
 def predict_steps(config: TrainConfig, layout: Layout, data: RunData, card: str) -> Steps:
     """Predicts the steps of a run in bf16. card: name of the device, whose calibration is taken if one is shipped."""
-    cost = sample_cost(config)
-    kinds = kinds_of(data.plan, config.schedule.steps)
-    buckets = [kind.bucket(config, config.data, cost, layout.data) for kind in kinds]
-    setup = Setup.of(config, layout, data.typical_shape)
+    buckets, setup = _planned(config, layout, data)
     calibration, seconds, why = calibration_of(card), [None] * len(buckets), f"no calibration of {card} is shipped"
     if calibration is not None:
         try:
@@ -55,6 +52,20 @@ def predict_steps(config: TrainConfig, layout: Layout, data: RunData, card: str)
         return Steps(by_kind, f"{line}; no time: {why}")
     mean = sum(bucket.share * s for bucket, s in zip(buckets, seconds, strict=True))
     return Steps(by_kind, f"{line}, {mean:.3g} s a step on average")
+
+
+def predict_host_memory(config: TrainConfig, layout: Layout, data: RunData) -> float:
+    """Predicts the bytes of host memory that a process of a run takes at most."""
+    buckets, setup = _planned(config, layout, data)
+    return max(setup.largest_memory([bucket]).host for bucket in buckets)
+
+
+def _planned(config: TrainConfig, layout: Layout, data: RunData) -> tuple[list[Bucket], Setup]:
+    """Returns the kinds of a run's steps, and how it is trained."""
+    cost = sample_cost(config)
+    kinds = kinds_of(data.plan, config.schedule.steps)
+    buckets = [kind.bucket(config, config.data, cost, layout.data) for kind in kinds]
+    return buckets, Setup.of(config, layout, data.typical_shape)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from mugv_ds.parallel.layout import Layout
 from mugv_ds.plan import predict
 from mugv_ds.plan.cost import sample_cost
 from mugv_ds.plan.memory import GIB
-from mugv_ds.plan.predict import predict_record, predict_steps
+from mugv_ds.plan.predict import predict_host_memory, predict_record, predict_steps
 from mugv_ds.plan.records import read_record
 from mugv_ds.plan.search import Limits, Planner
 from mugv_ds.plan.steps import kinds_of
@@ -49,6 +49,19 @@ def test_a_run_is_told_what_the_planner_says(run, monkeypatch):
         assert steps.by_kind[bucket.stream, bucket.shape].seconds == pytest.approx(time.total)
     assert max(step.peak_gib for step in steps.by_kind.values()) == pytest.approx(way.memory.peak / GIB)
     assert steps.line.startswith("predicted: ") and f"{way.seconds:.3g} s a step on average" in steps.line
+
+
+def test_host_memory_holds_what_waits_in_it(run):
+    config, data = run
+    layout, blocks = Layout(2, 1, 1), config.model.dit().depth
+    taken = {}
+    for offload in ("none", "attention_output", "all"):
+        parallel = config.parallel.model_copy(update={"activation_checkpointing": "attention", "offload": offload})
+        taken[offload] = predict_host_memory(config.model_copy(update={"parallel": parallel}), layout, data)
+    tokens = max(bucket.micro * bucket.tokens for bucket in predict._planned(config, layout, data)[0])
+    tensor = 2 * tokens * config.model.dit().hidden_size
+    assert taken["all"] - taken["attention_output"] == pytest.approx(blocks * tensor)
+    assert taken["attention_output"] - taken["none"] == pytest.approx(blocks * tensor * (1 + 1 / 36))
 
 
 def test_without_times_memory_is_told_alone(run, monkeypatch):
