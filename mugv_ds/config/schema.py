@@ -228,13 +228,6 @@ class OptimizerSection(Section):
     adamw_lr: float | None = Field(
         None, gt=0, le=1, description='Peak rate of what AdamW moves with optimizer.kind = "muon"; by default lr.'
     )
-    width_reference: int | None = Field(
-        None,
-        ge=1,
-        le=1 << 17,
-        description="Width of the model that lr was tuned with. Rates and initial weights then follow the model's own "
-        "width by the rule of µP for diffusion transformers (Zheng et al. 2025); the table is in models/matrices.py.",
-    )
     muon_momentum: float = Field(
         0.95, ge=0, lt=1, description="Decay of Muon's Nesterov momentum (Jordan et al. 2024)."
     )
@@ -488,8 +481,6 @@ class TrainConfig(Section):
                 'parallel.activation_checkpointing = "attention" keeps; set it to auto, flash4, flash2 or cudnn, or '
                 "choose another level"
             )
-        if self.lora is not None and self.optimizer.width_reference is not None:
-            raise ValueError("optimizer.width_reference: has no rule for the adapters of lora; leave it out")
         if self.lora is not None and self.optimizer.kind == "muon":
             raise ValueError('optimizer.kind = "muon": moves none of the adapters of lora; set it to adamw')
         if pipeline > dit.depth:
@@ -547,12 +538,6 @@ class TrainConfig(Section):
             raise ValueError("checkpoint.init_from: required with reward; name the weights whose videos are judged")
         if reward.guidance != 1 and self.data.null_text_path is None:
             raise ValueError("data.null_text_path: required when reward.guidance is not 1; name the features")
-
-    @property
-    def widths(self) -> tuple[int, int] | None:
-        """Returns the model's width and that which the learning rate was tuned with; None where nothing follows it."""
-        reference = self.optimizer.width_reference
-        return None if reference is None else (self.model.dit().hidden_size, reference)
 
     @property
     def steps_per_round(self) -> int:

@@ -5,20 +5,19 @@ from functools import partial
 
 import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
-from torch import nn
 
 from mugv_ds.config.deepspeed import deepspeed_config
 from mugv_ds.config.schema import OptimizerSection, TrainConfig
 from mugv_ds.engine.distributed_optimizer import make_engine
 from mugv_ds.engine.objective import Objective
 from mugv_ds.engine.process import Process
-from mugv_ds.engine.schedule import rate_factor as schedule_factor
+from mugv_ds.engine.schedule import rate_factor
 from mugv_ds.models.attention import Attention, MaskedAttention
 from mugv_ds.models.choose_attention import fastest_masked_attention, named_attention
 from mugv_ds.models.compile import SHAPES, compile_blocks
 from mugv_ds.models.fp8 import check_fp8, use_fp8
 from mugv_ds.models.kept_attention import KeptAttention, check_kept, statistics_of
-from mugv_ds.models.matrices import chunks_of, kind_of, rate_factor
+from mugv_ds.models.matrices import chunks_of
 from mugv_ds.models.rope import patch_grid
 from mugv_ds.parallel.layout import stage_boundaries
 from mugv_ds.parallel.offload import Offload
@@ -58,8 +57,8 @@ def build_engine(
         # One replica of each stage reads them; DeepSpeed sends them to the others.
         reads = process.coordinates.data == process.coordinates.sequence == 0
         process.host.attempt(lambda: weights(module.named_layers()) if reads else None)
-    optimizer = make_optimizer(module, config, process.device)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(schedule_factor, config.schedule))
+    optimizer = make_optimizer(module, config.optimizer, process.device)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_factor, config.schedule))
     return make_engine(module, optimizer, schedule, deepspeed_config(config, process.layout.data))
 
 
@@ -78,7 +77,6 @@ def build_stage(config: TrainConfig, process: Process, shape: tuple[int, int, in
         recompute=config.parallel.activation_checkpointing,
         lora=config.lora,
         seed=config.data.seed,
-        widths=config.widths,
         dtype=DTYPES[config.model.dtype],
         device=process.device,
     )
@@ -126,36 +124,20 @@ def pick_cross_attention(config: TrainConfig, process: Process, shape: tuple[int
     )
 
 
-def make_optimizer(module: DiTPipeline, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
-    """Makes the optimizer of a stage, with a group for each of its learning rates; those of Muon are marked as such.
-
-    What Muon moves and how rates follow the width is in `models.matrices`.
-    """
-    section = config.optimizer
-    width, reference = config.widths or (1, 1)
-    groups: dict[tuple[bool, float], dict[nn.Parameter, int | None]] = {}
-    for prefix, layer in module.named_layers():
-        for name, parameter in layer.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            chunks = chunks_of(prefix + name) if section.kind == "muon" else None
-            scale = section.muon_scale if chunks else None
-            base = section.lr if chunks or section.kind == "adamw" else section.adamw_lr or section.lr
-            rate = base * rate_factor(kind_of(prefix + name), reference / width, scale)
-            groups.setdefault((chunks is not None, rate), {})[parameter] = chunks
-    # Buckets leave in the order of the groups: embedders and tables, whose gradients come last, must not be waited for.
-    largest_first = sorted(
-        groups.items(), key=lambda group: (group[0][0], sum(p.numel() for p in group[1])), reverse=True
-    )
-    muon = {"momentum": section.muon_momentum, "scale": section.muon_scale}
-    return adamw(
-        [
-            {"params": list(of), "lr": rate} | ({"chunks": of, **muon} if is_muon else {})
-            for (is_muon, rate), of in largest_first
-        ],
-        section,
-        device,
-    )
+def make_optimizer(module: DiTPipeline, section: OptimizerSection, device: torch.device) -> torch.optim.AdamW:
+    """Makes the optimizer of a stage: AdamW or, with a group of its own, Muon for those of `models.matrices`."""
+    named = {
+        prefix + name: parameter
+        for prefix, layer in module.named_layers()
+        for name, parameter in layer.named_parameters()
+        if parameter.requires_grad
+    }
+    if section.kind == "adamw":
+        return adamw(named.values(), section, device)
+    chunks = {parameter: count for name, parameter in named.items() if (count := chunks_of(name)) is not None}
+    muon = {"params": list(chunks), "chunks": chunks, "momentum": section.muon_momentum, "scale": section.muon_scale}
+    others = [parameter for parameter in named.values() if parameter not in chunks]
+    return adamw([muon, {"params": others, "lr": section.adamw_lr or section.lr}], section, device)
 
 
 def adamw(parameters, section: OptimizerSection, device: torch.device) -> torch.optim.AdamW:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from mugv_ds.config.model import DiTConfig
 from mugv_ds.models.attention import Attention, sdpa
 from mugv_ds.models.layers import Block, CaptionEmbedder, Condition, FinalLayer, ScalarEmbedder
-from mugv_ds.models.matrices import initial_factor
 from mugv_ds.models.reuse import HeldText, RunBlocks, run_blocks
 from mugv_ds.models.rope import Grid, Positions, patch_grid, positions, rotary_angles
 
@@ -194,7 +193,7 @@ def keyed_generator(seed: int, name: str, device: torch.device | str = "cpu") ->
 
 
 @torch.no_grad()
-def init_weights(module: nn.Module, prefix: str, seed: int, widths: tuple[int, int] | None = None) -> None:
+def init_weights(module: nn.Module, prefix: str, seed: int) -> None:
     """Draws the initial weights in place, each from a generator keyed by (seed, full name).
 
     They are therefore equal however the model is split up. They are drawn in fp32 and rounded to the parameter's dtype,
@@ -206,14 +205,9 @@ def init_weights(module: nn.Module, prefix: str, seed: int, widths: tuple[int, i
     Args:
         module: a DiT or a part of one, on the device where it will live.
         prefix: what precedes the module's parameter names in a DiT, such as "blocks.3.".
-        widths: D and R of the rule for the width of `models.matrices`, which the spread then follows; None for none.
     """
     for local, parameter in module.named_parameters():
-        name = prefix + local
-        drawn = _initial(name, torch.empty_like(parameter, dtype=torch.float32), seed)
-        if widths is not None and not name.endswith((".lora_A.weight", ".lora_B.weight")):
-            drawn *= initial_factor(name, *widths, columns=math.prod(parameter.shape[1:]))
-        parameter.copy_(drawn)
+        parameter.copy_(_initial(prefix + local, torch.empty_like(parameter, dtype=torch.float32), seed))
 
 
 def _initial(name: str, weight: Tensor, seed: int) -> Tensor:

@@ -146,7 +146,6 @@ class DiTPipeline(PipelineModule):
         recompute: level of `parallel.activation_checkpointing`, see `Block.forward`.
         lora: adapters of the blocks, which alone are trained; None trains all weights.
         seed: seed of the initial weights, which do not depend on the layout; None leaves them as they happen to be.
-        widths: D and R that their spread follows, see `models.dit.init_weights`.
         dtype, device: of the weights.
     """
 
@@ -162,7 +161,6 @@ class DiTPipeline(PipelineModule):
         recompute: str = "off",
         lora: LoraSection | None = None,
         seed: int | None,
-        widths: tuple[int, int] | None = None,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -188,7 +186,7 @@ class DiTPipeline(PipelineModule):
             for block in self.blocks:
                 add_adapters(block, lora)
         for prefix, layer in self.named_layers() if seed is not None else ():
-            init_weights(layer, prefix, seed, widths)
+            init_weights(layer, prefix, seed)
 
     def _partition_layers(self, method: str) -> None:
         """Sets the layers of this stage; the base class calls it in place of its own method, which knows no costs."""

@@ -104,7 +104,7 @@ class FrozenWeights:
             load_into(self.start.path, self.config.model.dit(), layers)
             return
         for prefix, layer in layers:
-            init_weights(layer, prefix, self.config.data.seed, self.config.widths)
+            init_weights(layer, prefix, self.config.data.seed)
 
 
 def check_resumed_base(start: StartWeights, config: TrainConfig) -> None:
