@@ -27,7 +27,7 @@ def training_command(
         dry_run: describes it; also given the number of processes, None outside of a launch.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="JSON file of ds_configs/")
+    parser.add_argument("--config", required=True, help="JSON file, or the name of one of ds_configs/")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a value")
     parser.add_argument("--dry-run", action="store_true", help="print layout, sizes and merged config; start nothing")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher gives it; it is in the environment too
@@ -40,7 +40,9 @@ def training_command(
             print(dry_run(config, world_size))
             return 0
         if world_size is None:
-            raise ConfigError("started without the deepspeed launcher; see the command in --help, or use --dry-run")
+            raise ConfigError(
+                "started without the deepspeed launcher; see --help, use --dry-run, or give mugv-ds --nproc"
+            )
         check_launcher(read_environment().world_size)
         return train(config)
 
