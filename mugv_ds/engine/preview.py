@@ -20,7 +20,7 @@ from mugv_ds.data.noise import gaussian
 from mugv_ds.data.patience import read_patiently
 from mugv_ds.data.readers import FlowSamples
 from mugv_ds.data.sample import SampleError, read_row
-from mugv_ds.data.video import encode_gif, video_name, write_mp4
+from mugv_ds.data.video import video_name, write_mp4
 from mugv_ds.engine.metrics import Recorder
 from mugv_ds.engine.optional import OptionalOutput
 from mugv_ds.engine.preview_codec import Codec, PreviewCodec
@@ -152,7 +152,7 @@ class SampledRows(ABC):
 
 
 class Previews(SampledRows):
-    """Writes the first rows of `preview.manifest`, sampled as the model is, to disk and to TensorBoard.
+    """Writes the first rows of `preview.manifest`, sampled as the model is, to disk and to the trackers.
 
     Where the folder does not take them, that is said once.
     """
@@ -174,8 +174,9 @@ class Previews(SampledRows):
         if isinstance(made, Tensor):
             save_file({"latent": made}, f"{path}.safetensors")
             return
-        write_mp4(Path(f"{path}.mp4"), made, self._sampler.fps(row))
-        recorder.write_gif(step, f"preview/{path.name}", encode_gif(made, self._sampler.fps(row)))
+        video = Path(f"{path}.mp4")
+        write_mp4(video, made, self._sampler.fps(row))
+        recorder.video(step, f"preview/{path.name}", video)
 
 
 class Evaluations(SampledRows):

@@ -34,7 +34,7 @@ from mugv_ds.data.rounds import (
     write_rollout,
 )
 from mugv_ds.data.run_data import RunData
-from mugv_ds.data.video import encode_gif, read_mp4, write_mp4
+from mugv_ds.data.video import write_mp4
 from mugv_ds.engine.evaluate.evaluate import Evaluator
 from mugv_ds.engine.metrics import Recorder
 from mugv_ds.engine.preview_codec import Codec, PreviewCodec
@@ -327,8 +327,7 @@ class Rounds:
         }
         recorder.write(step, scalars.items())
         for which in ("best", "worst"):
-            frames, fps = read_mp4(rollouts.path(found[which], VIDEO_SUFFIX))
-            recorder.write_gif(step, f"reward/{which}", encode_gif(frames, fps))
+            recorder.video(step, f"reward/{which}", rollouts.path(found[which], VIDEO_SUFFIX))
         rewards = ", ".join(f"{name} {mean:.4g}" for name, mean in found["rewards"].items())
         seconds = ", ".join(f"{name.replace('_', ' ')} {taken:.1f} s" for name, taken in self._seconds.items())
         recorder.say(
