@@ -16,6 +16,7 @@ from mugv_ds.config import CheckpointError, InputError
 from mugv_ds.config.power_profile import kind_sigma_rel
 from mugv_ds.weights.average import Average, ensemble, reconstruct
 from mugv_ds.weights.base import check_weights
+from mugv_ds.weights.card import model_card
 from mugv_ds.weights.convert import DTYPES
 from mugv_ds.weights.lora import check_base, whole_weights
 from mugv_ds.weights.save import save_weights
@@ -106,7 +107,9 @@ def write(average: Average, last: CheckpointReader, out: Path, **facts: str) -> 
     check_base(last.manifest)
     weights = whole_weights(last, average)
     check_weights(weights, sizes)
-    return save_weights(weights, sizes, out, "safetensors", metadata={"average": average.recipe(), **facts})
+    metadata = {"average": average.recipe(), **facts}
+    card = model_card(last, "safetensors", average=metadata)
+    return save_weights(weights, sizes, out, "safetensors", metadata=metadata, card=card)
 
 
 if __name__ == "__main__":

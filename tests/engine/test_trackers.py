@@ -53,17 +53,16 @@ def read_wandb(folder: Path) -> tuple[Read, int, str]:
     from wandb.proto.wandb_internal_pb2 import Record
 
     found: Read = {}
-    videos, noted = 0, ""
+    noted = ""
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
     for data in leveldb_log(file.read_bytes()):
         record = Record.FromString(data)
         noted += str(record.run.config) + str(record.config)
         row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
         for name, value in row.items():
-            videos += value == "video-file"
             if not name.startswith(("_", "preview/")) and name != "step":
                 found.setdefault(row["step"], {})[name] = value
-    return found, videos, noted.replace("\\", "")
+    return found, len(list(folder.glob("wandb/offline-run-*/files/media/videos/**/*.mp4"))), noted.replace("\\", "")
 
 
 def read_trackio(folder: Path) -> tuple[Read, int, str]:
