@@ -59,6 +59,11 @@ class Launch:
             self._look()
             time.sleep(_LOOK_EVERY)
         if self._launcher.returncode >= 0:
+            if self._launcher.returncode not in tuple(Status):
+                why = "the end of rank<k>.log in logging.dir may say why"
+                print(
+                    f"error: a rank ended with status {self._launcher.returncode}; {why}", file=sys.stderr, flush=True
+                )
             return self._launcher.returncode
         print(f"error: the launcher (pid {self._launcher.pid}) was killed; its ranks stop", file=sys.stderr, flush=True)
         statuses = [self._ended(pid) for pid in self._ranks]
@@ -98,7 +103,7 @@ def launcher_command(arguments: argparse.Namespace, *, module: bool = False) -> 
     address = arguments.master_addr or ("127.0.0.1" if len(slots) == 1 else next(iter(slots)))
     world = json.dumps({host: list(range(count)) for host, count in slots.items()})
     return [
-        *(sys.executable, "-u", "-m", "deepspeed.launcher.launch"),
+        *(sys.executable, "-u", "-m", "mugv_ds.cli.deepspeed_launch"),
         f"--world_info={base64.urlsafe_b64encode(world.encode()).decode()}",
         f"--node_rank={arguments.node_rank}",
         f"--master_addr={address}",

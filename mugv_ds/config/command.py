@@ -4,8 +4,10 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
+from mugv_ds.config.console import CONSOLE, say
 from mugv_ds.config.environment import given_world_size, read_environment
 from mugv_ds.config.errors import ConfigError, exit_status
 from mugv_ds.config.hostfile import check_launcher
@@ -43,10 +45,22 @@ def training_command(
             raise ConfigError(
                 "started without the deepspeed launcher; see --help, use --dry-run, or give mugv-ds --nproc"
             )
-        check_launcher(read_environment().world_size)
+        environment = read_environment()
+        check_launcher(environment.world_size)
+        divert(config.logging.dir, environment.rank)
         return train(config)
 
     return exit_status(run)
+
+
+def divert(folder: str, rank: int) -> None:
+    """Has what libraries print go to `rank<k>.log` in the folder of the logs; one that cannot be written is said."""
+    file = Path(folder) / f"rank{rank}.log"
+    try:
+        CONSOLE.divert(file)
+    except OSError as error:
+        if rank == 0:
+            say(f"note: {file}: {error.strerror}; what libraries print is shown here", error=True)
 
 
 def leave(status: int) -> NoReturn:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from mugv_ds.config.console import CONSOLE, say
 from mugv_ds.config.schema import LoggingSection
 from mugv_ds.engine.trackers import Background, open_trackers
 from mugv_ds.models.flops import card_peak_tflops
@@ -168,7 +169,15 @@ class Recorder:
         self._trackers: list[Background] = []
         if rank == 0:
             self._trackers = open_trackers(section.trackers, section.dir, facts or {}, purge)
-        self._bar = tqdm(total=steps, initial=start, disable=rank != 0 or not section.progress, unit="step")
+        self._bar = tqdm(
+            total=steps,
+            initial=start,
+            disable=rank != 0 or not section.progress or not CONSOLE.bar.isatty(),
+            unit="step",
+            file=CONSOLE.bar,
+            dynamic_ncols=True,
+        )
+        self._lines = rank == 0 and section.progress and self._bar.disable  # in place of the bar
         self._begin_window()
 
     def _begin_window(self) -> None:
@@ -247,12 +256,26 @@ class Recorder:
             **self._predictions(),
         }
         self.write(done, scalars.items())
-        utilisation = {name: scalars[f"speed/{name}"] for name in ("mfu", "hfu") if f"speed/{name}" in scalars}
-        self._bar.set_postfix(
-            {"loss": f"{loss:.4f}", "lr": f"{rate:.2e}", **{name: f"{u:.1%}" for name, u in utilisation.items()}}
-        )
+        shown = self._shown(scalars)
+        self._bar.set_postfix(shown)
+        if self._lines:
+            left = (self._steps - done) * scalars["speed/seconds_per_step"]
+            parts = ", ".join(f"{name} {value}" for name, value in shown.items())
+            self.say(f"step {done}/{self._steps}: {parts}, {tqdm.format_interval(left)} left")
         self._begin_window()
         return preferences
+
+    @staticmethod
+    def _shown(scalars: Mapping[str, float]) -> dict[str, str]:
+        """What the progress bar shows of a record; what is not known is left out."""
+        forms = {
+            "loss": ("train/loss", "{:.4f}"),
+            "lr": ("train/lr", "{:.2e}"),
+            "tokens/s": ("speed/tokens_per_second", "{:,.0f}"),
+            "mfu": ("speed/mfu", "{:.1%}"),
+            "wait": ("speed/data_wait_share", "{:.0%}"),
+        }
+        return {name: form.format(scalars[key]) for name, (key, form) in forms.items() if key in scalars}
 
     def _predictions(self) -> dict[str, float]:
         """Returns what was predicted of the steps since the last record; nothing where nothing was."""
@@ -313,7 +336,8 @@ class Recorder:
     def say(self, line: str) -> None:
         """Prints a line above the progress bar, on rank 0."""
         if self._says:
-            tqdm.write(line)
+            with tqdm.external_write_mode(file=CONSOLE.bar):
+                say(line)
 
     def close(self) -> None:
         """Ends the bar and flushes what trackers hold."""

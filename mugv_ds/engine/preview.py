@@ -1,6 +1,5 @@
 """Videos of fixed prompts while the model trains: some to look at, and some whose measures are curves."""
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mugv_ds.config.console import say
 from mugv_ds.config.errors import ConfigError
 from mugv_ds.config.model import LATENT_CHANNELS
 from mugv_ds.config.schema import TrainConfig
@@ -146,7 +146,7 @@ class SampledRows(ABC):
         if not latent.isfinite().all():
             if self._process.rank == 0:
                 line = f"warning: {self._key} of {row.sample_id}: the latent is not finite, and is not decoded"
-                print(line, file=sys.stderr, flush=True)
+                say(line, error=True)
             return None
         return self._codec.decode(latent, self._sampler.gives_first_frame(row), alive)
 

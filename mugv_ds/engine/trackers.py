@@ -10,13 +10,13 @@ import json
 import os
 import queue
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from mugv_ds.config.console import say
 from mugv_ds.config.errors import ConfigError
 from mugv_ds.config.load import leaves
 from mugv_ds.config.regular_file import read_text_file
@@ -282,7 +282,7 @@ class Background:
             self._warn(f"{' '.join(str(error).split()) or repr(error)}; the run goes on without")
 
     def _warn(self, why: str) -> None:
-        print(f"warning: {self._what}: {why}", file=sys.stderr, flush=True)
+        say(f"warning: {self._what}: {why}", error=True)
 
 
 def open_trackers(names: Sequence[str], folder: str, facts: Mapping[str, Any], purge: int) -> list[Background]:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mugv_ds.config.console import say
 from mugv_ds.config.errors import ConfigError, InputError, TrainingError
 from mugv_ds.config.post_training_schema import RewardFunctionSection
 from mugv_ds.config.regular_file import read_text_file
@@ -256,7 +257,7 @@ class Rounds:
             for first in range(0, len(missing), function.batch):
                 judge = judge or make_judge(function, folder / f"rewards-{function.name}.log")
                 some = missing[first : first + function.batch]
-                known |= ask(function, judge, some, cancelled, lambda line: print(f"warning: {line}", flush=True))
+                known |= ask(function, judge, some, cancelled, lambda line: say(f"warning: {line}"))
                 _write(path, {name: known[name] for name in videos if name in known})
         return known
 
