@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mugv_ds.config import ConfigError, Status, TrainConfig
 from mugv_ds.config.command import leave, training_command
+from mugv_ds.config.console import say
 from mugv_ds.config.environment import read_environment
 
 if TYPE_CHECKING:  # the rest of the package is imported when it is needed: a wrong command line answers at once
@@ -127,7 +128,7 @@ def make_rounds(config: TrainConfig, run: Start, store: "Store", old: "OldPolicy
             own = host.attempt(sizes)
         except (CheckpointError, PeerError) as error:  # the weights that the run started from are gone
             if host.rank == 0:
-                print(f"warning: reward/distance: {error}", flush=True)
+                say(f"warning: reward/distance: {error}")
             return float("nan")
         moved, size = map(sum, zip(*host.gather(own), strict=True))
         return (moved / size) ** 0.5
@@ -185,6 +186,34 @@ def _sampler(run: Start, ema: "PowerEma", sigma_rel: float | None) -> tuple[Any,
     return sample_latents, load_codec, nullcontext if sigma_rel is None else average
 
 
+def overview(config: TrainConfig, run: Start) -> list[str]:
+    """Returns what a run begins with on the terminal: what runs, on what, with what, and where its files go."""
+    from mugv_ds.plan.cost import layer_parameters
+
+    layout, data, section = run.process.layout, run.data, config.logging
+    number = sum(layer_parameters(config.model.dit()))
+    device = _card() if run.process.device.type == "cuda" else "CPU"
+    held_out = "none held out" if data.validation is None else f"{len(data.validation):,} held out"
+    warmup = f"{config.schedule.warmup_steps:,} steps of warm-up"
+    saved = f"every {config.checkpoint.save_every:,} steps" if config.checkpoint.save_every else "never"
+    shown = f"every {config.preview.every:,} steps, to {config.preview.dir}" if config.preview.every else "none"
+    rows = {
+        "model": f"{config.model.preset}, {number:,} parameters, {config.model.precision}"
+        + ("" if config.lora is None else f", adapters of rank {config.lora.rank}"),
+        "device": f"{layout.world_size} × {device}",
+        "layout": f"data {layout.data} × sequence {layout.sequence} × pipeline {layout.pipeline}; "
+        f"recomputes {config.parallel.activation_checkpointing}",
+        "data": f"{config.data.manifest}: {len(data.train):,} rows, {len(data.shapes)} shapes; {held_out}",
+        "steps": f"{config.schedule.steps:,} of {config.data.global_batch_size} samples",
+        "learning rate": f"{config.schedule.kind}, {config.optimizer.lr:g} after {warmup}",
+        "checkpoints": f"{config.checkpoint.dir}, {saved}",
+        "curves": f"{section.dir} ({', '.join(section.trackers) or 'nowhere'}), every {section.every:,} steps",
+        "previews": shown,
+        "logs": f"{section.dir}/rank<k>.log",
+    }
+    return [f"{name:<14} {value}" for name, value in rows.items()]
+
+
 def expected_steps(config: TrainConfig, run: Start) -> "dict[tuple[str, Shape], Expected]":
     """Predicts seconds and memory of the run's steps on this machine, by stream and shape, and prints the mean step."""
     from mugv_ds.engine.metrics import Expected
@@ -194,7 +223,7 @@ def expected_steps(config: TrainConfig, run: Start) -> "dict[tuple[str, Shape], 
     if card is None or config.model.precision != "bf16":
         return {}
     steps = predict_steps(config, run.process.layout, run.data, card)
-    print(steps.line, flush=True)
+    say(steps.line)
     return {kind: Expected(step.seconds, step.peak_gib) for kind, step in steps.by_kind.items()}
 
 
@@ -238,7 +267,7 @@ def train(config: TrainConfig) -> int:
         taken = store.restore()
         if process.rank == 0:
             fresh = f"starting fresh, from {run.weights.path or 'initial weights'}"
-            print(f"going on after step {taken}" if taken else fresh, flush=True)
+            say("\n".join([*overview(config, run), f"going on after step {taken}" if taken else fresh]))
         reference = None
         if config.preference is not None and config.lora is None:  # with adapters it is the base, at every step
             reference = reference_model(config, run, fresh=not taken)

@@ -14,6 +14,7 @@ from functools import partial
 
 from mugv_ds.config import Status
 from mugv_ds.config.command import leave, training_command
+from mugv_ds.config.console import say
 from mugv_ds.config.vae_schema import VaeTrainConfig
 
 
@@ -53,7 +54,7 @@ def train(config: VaeTrainConfig) -> int:
         taken = store.restore()
         if process.rank == 0:
             begins = f"starting fresh, from {start.path or 'initial weights'}"
-            print(f"going on after step {taken}" if taken else begins, flush=True)
+            say(f"going on after step {taken}" if taken else begins)
         trainer = VaeTrainer(config, process, engines, data=data, store=store, previews=previews)
         stopped = trainer.run(taken)
     finally:

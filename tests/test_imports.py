@@ -30,6 +30,10 @@ ALLOWED = {
         *("prepare", "sampling", "weights"),
     },
     "sample.py": {"config", "engine", "files", "models", "parallel", "plan", "sampling", "weights"},
+    "cli": {
+        *("checkpoint", "config", "data", "engine", "evaluation", "files", "kernels", "models", "plan", "prepare"),
+        *("sampling", "sample.py", "train.py", "weights"),
+    },
     "train_vae.py": {"checkpoint", "config", "data", "engine", "models", "weights"},
     "__init__.py": set(),
 }

@@ -1,35 +1,6 @@
-"""Writes a training checkpoint as published-format weights that `DiT.load_state_dict(strict=True)` takes.
-
-Adapters (LoRA) are merged into their base; --adapter writes them alone, in peft's format.
-"""
-
-import argparse
 import sys
-from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
 
-from mugv_ds.config import InputError
-from mugv_ds.weights.lora import export_adapter
-from mugv_ds.weights.published import export
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, 2 where the checkpoint cannot be used."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ckpt", type=Path, required=True, help="a run's checkpoint folder, or a step-<n> in it")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--format", choices=["pt", "bin", "safetensors"], default="pt", help="one .pt, or shards")
-    parser.add_argument("--adapter", action="store_true", help="of a run with lora: the adapters, in peft's format")
-    args = parser.parse_args(argv)
-    try:
-        write = partial(export, layout=args.format) if not args.adapter else export_adapter
-        print(write(args.ckpt, args.out))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
+from mugv_ds.cli.convert_hf import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from mugv_ds.checkpoint.manifest import MANIFEST_NAME, BrokenCheckpointError, FileEntry, Manifest, parse
+from mugv_ds.config.console import say
 from mugv_ds.config.errors import CheckpointError, InputError
 from mugv_ds.config.regular_file import NotRegularError, open_regular, read_bytes_file
 from mugv_ds.files.retry import STORE_WAITS, retried
@@ -356,7 +357,7 @@ class Lock:
                 holder = self._holder()
                 if holder is not None:
                     raise self._taken(holder) from None
-                print(f"{self._path}: its holder is gone; taken over", flush=True)
+                say(f"{self._path}: its holder is gone; taken over")
                 self._path.unlink(missing_ok=True)
                 continue
             except OSError as error:

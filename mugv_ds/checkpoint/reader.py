@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from mugv_ds.checkpoint import files
 from mugv_ds.checkpoint.manifest import WEIGHT, BrokenCheckpointError, Manifest, file_name
+from mugv_ds.config.console import say
 from mugv_ds.config.errors import CheckpointError
 from mugv_ds.config.load import Schema
 from mugv_ds.config.schema import TrainConfig
@@ -121,7 +121,7 @@ def open_checkpoint(path: Path, kinds: Collection[str] | None = (WEIGHT,)) -> Ch
         try:
             return _verified(files.step_folder(path, step), kinds)
         except BrokenCheckpointError as error:
-            print(f"passed over: {error}", file=sys.stderr, flush=True)
+            say(f"passed over: {error}", error=True)
     raise CheckpointError(f"{path}: holds no {'sound ' if steps else ''}checkpoint")
 
 

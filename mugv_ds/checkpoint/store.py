@@ -36,6 +36,7 @@ from mugv_ds.checkpoint.manifest import (
 )
 from mugv_ds.checkpoint.reader import CheckpointReader
 from mugv_ds.checkpoint.snapshot import HostMemory, first_non_finite
+from mugv_ds.config.console import say
 from mugv_ds.config.errors import CheckpointError, PeerError
 from mugv_ds.config.load import leaves
 from mugv_ds.config.run import RunConfig
@@ -462,7 +463,7 @@ class Store:
 
     def _say(self, line: str) -> None:
         if self._rank == 0:
-            print(line, flush=True)
+            say(line)
 
     def _refusal(self, text: str) -> Exception:
         """The error of what all ranks know: it is printed once."""

@@ -4,8 +4,10 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
+from mugv_ds.config.console import CONSOLE, say
 from mugv_ds.config.environment import given_world_size, read_environment
 from mugv_ds.config.errors import ConfigError, exit_status
 from mugv_ds.config.hostfile import check_launcher
@@ -27,7 +29,7 @@ def training_command(
         dry_run: describes it; also given the number of processes, None outside of a launch.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="JSON file of ds_configs/")
+    parser.add_argument("--config", required=True, help="JSON file, or the name of one of ds_configs/")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a value")
     parser.add_argument("--dry-run", action="store_true", help="print layout, sizes and merged config; start nothing")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher gives it; it is in the environment too
@@ -40,11 +42,25 @@ def training_command(
             print(dry_run(config, world_size))
             return 0
         if world_size is None:
-            raise ConfigError("started without the deepspeed launcher; see the command in --help, or use --dry-run")
-        check_launcher(read_environment().world_size)
+            raise ConfigError(
+                "started without the deepspeed launcher; see --help, use --dry-run, or give mugv-ds --nproc"
+            )
+        environment = read_environment()
+        check_launcher(environment.world_size)
+        divert(config.logging.dir, environment.rank)
         return train(config)
 
     return exit_status(run)
+
+
+def divert(folder: str, rank: int) -> None:
+    """Has what libraries print go to `rank<k>.log` in the folder of the logs; one that cannot be written is said."""
+    file = Path(folder) / f"rank{rank}.log"
+    try:
+        CONSOLE.divert(file)
+    except OSError as error:
+        if rank == 0:
+            say(f"note: {file}: {error.strerror}; what libraries print is shown here", error=True)
 
 
 def leave(status: int) -> NoReturn:

@@ -1,9 +1,10 @@
 """Errors that end a command, and the exit statuses that they end it with."""
 
-import sys
 import traceback
 from collections.abc import Callable
 from enum import IntEnum
+
+from mugv_ds.config.console import say
 
 
 class Status(IntEnum):
@@ -77,10 +78,10 @@ def exit_status(command: Callable[[], int]) -> int:
     try:
         return command()
     except (InputError, TrainingError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", error=True)
         return status_of(error)
     except (PeerError, Stopped) as error:
         return status_of(error)
     except Exception:
-        traceback.print_exc()
+        say(traceback.format_exc().rstrip(), error=True)
         return Status.FAILED

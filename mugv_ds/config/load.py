@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,10 @@ Json = dict[str, Any]
 Schema = TypeVar("Schema", bound=Section)
 _MAX_FILES = 100  # that make up a config
 _MAX_FILE_BYTES = 1 << 20
+_NAME = re.compile(r"\w+(/\w+)*")  # of a shipped config
+_MOST_OF_A_NAME = 100  # characters
+_PACKAGE = Path(__file__).parents[1]
+_SHIPPED = (_PACKAGE / "ds_configs", _PACKAGE.parent / "ds_configs")  # where installed, and in the repository
 _SHOWN = 60  # characters of a wrong value that an error message repeats
 
 
@@ -39,14 +44,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), schema: type[Sc
     order. Objects merge key by key, everything else is replaced. At most 100 files of 1 MiB make up a config.
 
     Args:
-        path: JSON file.
+        path: JSON file, or the name of a shipped config, see `find_config`.
         overrides: `section.key=value`, the value as JSON, or else taken as a string. Later ones win.
         schema: what the config must be.
 
     Raises:
         ConfigError: anything is wrong with a file, a key or a value; one line that names file (or override) and key.
     """
-    path = Path(path)
+    path = find_config(path)
     layers = [*_read_chain(path), *(_read_override(text) for text in overrides)]
     merged: Json = {}
     for layer in layers:
@@ -61,6 +66,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), schema: type[Sc
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return config
+
+
+def find_config(name: str | Path) -> Path:
+    """Returns the path of a config: of the file `name` if there is one, else of the shipped config of that name.
+
+    Args:
+        name: a path, or a name such as "stage1" or "debug/dpo". What is neither is returned as it is.
+    """
+    path = Path(name)
+    if len(str(name)) > _MOST_OF_A_NAME or not _NAME.fullmatch(str(name)) or path.is_file():
+        return path
+    shipped = (folder / f"{name}.json" for folder in _SHIPPED)
+    return next(filter(Path.is_file, shipped), path)
 
 
 def _read_chain(path: Path) -> list[_Layer]:

@@ -308,9 +308,14 @@ class CheckpointSection(Section):
 
 
 class LoggingSection(Section):
-    """TensorBoard scalars, validation, the progress bar and profiling."""
+    """Curves and where they go, validation, the progress bar and profiling."""
 
-    dir: str = Field(description="Folder of TensorBoard events.")
+    dir: str = Field(description="Folder of TensorBoard events, of what other trackers keep, and of the ranks' logs.")
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
+        ("tensorboard",),
+        description="Where curves and previews go. All but TensorBoard are extras of the package, `mugv_ds[wandb]`. "
+        "Their own variables hold: WANDB_MODE=offline, WANDB_PROJECT, TRACKIO_DIR, MLFLOW_TRACKING_URI (or else dir).",
+    )
     every: Steps = Field(10, description="Steps between records of the scalars.")
     eval_every: StepsOrNever = Field(
         0, description="Steps between validations, which also come first and last; 0: only those two."

@@ -1,7 +1,8 @@
 """Says now and then how far a long piece of work has come."""
 
-import sys
 import time
+
+from mugv_ds.config.console import say
 
 _SECONDS = 10.0
 
@@ -19,5 +20,5 @@ class Progress:
     def tell(self, done: str) -> None:
         """Prints how much is done, if it is time to."""
         if time.monotonic() >= self._next:
-            print(f"{self._what}: {done}", file=sys.stderr, flush=True)
+            say(f"{self._what}: {done}", error=True)
             self._next = time.monotonic() + _SECONDS

@@ -1,23 +1,21 @@
-"""What a run reports: scalars for TensorBoard, gathered without holding up the device between records."""
+"""What a run reports: scalars for its trackers, gathered without holding up the device between records."""
 
-import io
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 import torch.distributed as dist
-from PIL import Image
-from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from mugv_ds.config.console import CONSOLE, say
 from mugv_ds.config.schema import LoggingSection
-from mugv_ds.engine.optional import OptionalOutput
+from mugv_ds.engine.trackers import Background, open_trackers
 from mugv_ds.models.flops import card_peak_tflops
 
 _CHUNK = 1 << 24  # elements that the optimizer's probe works on at once
@@ -140,14 +138,15 @@ def _add(sums: dict[str, float], more: Mapping[str, float]) -> None:
 
 
 class Recorder:
-    """Writes the scalars of every `logging.every`-th step; on rank 0, all ranks take part.
+    """Gives the scalars of every `logging.every`-th step to the trackers; on rank 0, all ranks take part.
 
-    Where the folder does not take them, that is said once and the run goes on without.
+    A tracker that does not take them is left out, and that is said once; see `engine.trackers`.
 
     Args:
         section: the config. rank: global rank. world_size: processes. steps: of the run, start: first step of this
         process's part. peak: dense bf16 TFLOP/s of one device, or None.
         means: makes scalars of the sums of the steps' terms, by stream.
+        facts: what trackers note of the run once, see `trackers.run_facts`.
     """
 
     def __init__(
@@ -160,26 +159,26 @@ class Recorder:
         steps: int,
         peak: float | None,
         means: Callable[[Mapping[str, Mapping[str, Tensor]]], dict[str, float]] = quartile_means,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         self._every, self._world_size, self._peak, self._steps = section.every, world_size, peak, steps
         self._means = means
         # What an earlier process wrote up to the step that this one goes on from holds.
         purge = start + 1 if start else 0
-        self._says, self._writer = rank == 0, None
-        self._output = OptionalOutput(f"logging.dir = {section.dir}")
+        self._says = rank == 0
+        self._trackers: list[Background] = []
         if rank == 0:
-            self._output.attempt(lambda: self._open(section.dir, purge))
-        self._bar = tqdm(total=steps, initial=start, disable=rank != 0 or not section.progress, unit="step")
+            self._trackers = open_trackers(section.trackers, section.dir, facts or {}, purge)
+        self._bar = tqdm(
+            total=steps,
+            initial=start,
+            disable=rank != 0 or not section.progress or not CONSOLE.bar.isatty(),
+            unit="step",
+            file=CONSOLE.bar,
+            dynamic_ncols=True,
+        )
+        self._lines = rank == 0 and section.progress and self._bar.disable  # in place of the bar
         self._begin_window()
-
-    def _open(self, folder: str, purge: int) -> None:
-        self._writer = SummaryWriter(folder, purge_step=purge)
-
-    def _attempt(self, write: Callable[[], None]) -> None:
-        """Writes, where this rank does, until the folder does not take it."""
-        # The thread that writes for TensorBoard ends with its first error, and every call afterwards repeats it.
-        if self._writer is not None and not self._output.attempt(write):
-            self._writer = None
 
     def _begin_window(self) -> None:
         self._begin = time.perf_counter()
@@ -257,12 +256,26 @@ class Recorder:
             **self._predictions(),
         }
         self.write(done, scalars.items())
-        utilisation = {name: scalars[f"speed/{name}"] for name in ("mfu", "hfu") if f"speed/{name}" in scalars}
-        self._bar.set_postfix(
-            {"loss": f"{loss:.4f}", "lr": f"{rate:.2e}", **{name: f"{u:.1%}" for name, u in utilisation.items()}}
-        )
+        shown = self._shown(scalars)
+        self._bar.set_postfix(shown)
+        if self._lines:
+            left = (self._steps - done) * scalars["speed/seconds_per_step"]
+            parts = ", ".join(f"{name} {value}" for name, value in shown.items())
+            self.say(f"step {done}/{self._steps}: {parts}, {tqdm.format_interval(left)} left")
         self._begin_window()
         return preferences
+
+    @staticmethod
+    def _shown(scalars: Mapping[str, float]) -> dict[str, str]:
+        """What the progress bar shows of a record; what is not known is left out."""
+        forms = {
+            "loss": ("train/loss", "{:.4f}"),
+            "lr": ("train/lr", "{:.2e}"),
+            "tokens/s": ("speed/tokens_per_second", "{:,.0f}"),
+            "mfu": ("speed/mfu", "{:.1%}"),
+            "wait": ("speed/data_wait_share", "{:.0%}"),
+        }
+        return {name: form.format(scalars[key]) for name, (key, form) in forms.items() if key in scalars}
 
     def _predictions(self) -> dict[str, float]:
         """Returns what was predicted of the steps since the last record; nothing where nothing was."""
@@ -311,31 +324,23 @@ class Recorder:
 
     def write(self, step: int, scalars: Iterable[tuple[str, float]]) -> None:
         """Writes scalars at this step; on ranks other than 0 nothing happens."""
+        named = dict(scalars)
+        for tracker in self._trackers:
+            tracker.log(step, named)
 
-        def write() -> None:
-            for name, value in scalars:
-                self._writer.add_scalar(name, value, step)
-
-        self._attempt(write)
-
-    def write_gif(self, step: int, name: str, gif: bytes) -> None:
-        """Writes an animated GIF at this step; on ranks other than 0 nothing happens."""
-
-        def write() -> None:
-            with Image.open(io.BytesIO(gif)) as image:
-                width, height = image.size
-            shown = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
-            summary = Summary(value=[Summary.Value(tag=name, image=shown)])
-            self._writer.file_writer.add_summary(summary, step)  # its own `add_video` needs moviepy
-
-        self._attempt(write)
+    def video(self, step: int, name: str, path: Path) -> None:
+        """Shows a video, an mp4 file, at this step; on ranks other than 0 nothing happens."""
+        for tracker in self._trackers:
+            tracker.video(step, name, path)
 
     def say(self, line: str) -> None:
         """Prints a line above the progress bar, on rank 0."""
         if self._says:
-            tqdm.write(line)
+            with tqdm.external_write_mode(file=CONSOLE.bar):
+                say(line)
 
     def close(self) -> None:
-        """Ends the bar and flushes the events."""
+        """Ends the bar and flushes what trackers hold."""
         self._bar.close()
-        self._attempt(lambda: self._writer.close())
+        for tracker in self._trackers:
+            tracker.close()

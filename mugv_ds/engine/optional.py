@@ -1,9 +1,10 @@
 """Output that a run can do without: curves, previews, the record of incidents."""
 
-import sys
 from collections.abc import Callable
 
 from safetensors import SafetensorError
+
+from mugv_ds.config.console import say
 
 
 class OptionalOutput:
@@ -23,6 +24,6 @@ class OptionalOutput:
         except (OSError, SafetensorError) as error:
             if not self._warned:
                 self._warned = True
-                print(f"warning: {self._what}: {error}; the run goes on without", file=sys.stderr, flush=True)
+                say(f"warning: {self._what}: {error}; the run goes on without", error=True)
             return False
         return True

@@ -1,6 +1,5 @@
 """Videos of fixed prompts while the model trains: some to look at, and some whose measures are curves."""
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mugv_ds.config.console import say
 from mugv_ds.config.errors import ConfigError
 from mugv_ds.config.model import LATENT_CHANNELS
 from mugv_ds.config.schema import TrainConfig
@@ -20,7 +20,7 @@ from mugv_ds.data.noise import gaussian
 from mugv_ds.data.patience import read_patiently
 from mugv_ds.data.readers import FlowSamples
 from mugv_ds.data.sample import SampleError, read_row
-from mugv_ds.data.video import encode_gif, video_name, write_mp4
+from mugv_ds.data.video import video_name, write_mp4
 from mugv_ds.engine.metrics import Recorder
 from mugv_ds.engine.optional import OptionalOutput
 from mugv_ds.engine.preview_codec import Codec, PreviewCodec
@@ -146,13 +146,13 @@ class SampledRows(ABC):
         if not latent.isfinite().all():
             if self._process.rank == 0:
                 line = f"warning: {self._key} of {row.sample_id}: the latent is not finite, and is not decoded"
-                print(line, file=sys.stderr, flush=True)
+                say(line, error=True)
             return None
         return self._codec.decode(latent, self._sampler.gives_first_frame(row), alive)
 
 
 class Previews(SampledRows):
-    """Writes the first rows of `preview.manifest`, sampled as the model is, to disk and to TensorBoard.
+    """Writes the first rows of `preview.manifest`, sampled as the model is, to disk and to the trackers.
 
     Where the folder does not take them, that is said once.
     """
@@ -174,8 +174,9 @@ class Previews(SampledRows):
         if isinstance(made, Tensor):
             save_file({"latent": made}, f"{path}.safetensors")
             return
-        write_mp4(Path(f"{path}.mp4"), made, self._sampler.fps(row))
-        recorder.write_gif(step, f"preview/{path.name}", encode_gif(made, self._sampler.fps(row)))
+        video = Path(f"{path}.mp4")
+        write_mp4(video, made, self._sampler.fps(row))
+        recorder.video(step, f"preview/{path.name}", video)
 
 
 class Evaluations(SampledRows):

@@ -3,7 +3,6 @@
 Shape suffixes: T latent frames, h and w latent height and width, F video frames, H and W video height and width.
 """
 
-import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mugv_ds.config.console import say
 from mugv_ds.config.errors import CheckpointError, ConfigError, InputError
 from mugv_ds.config.model import LATENT_STRIDE
 from mugv_ds.data.video import to_frames
@@ -73,7 +73,7 @@ class PreviewCodec:
                 check_conv3d(device, height=height, width=width, config=self._codec.config)
         except InputError as error:
             line = f"warning: {self._key}: {error}; it decodes in float32, which takes twice the memory"
-            print(line, file=sys.stderr, flush=True)
+            say(line, error=True)
             return False
         finally:
             torch.cuda.empty_cache()

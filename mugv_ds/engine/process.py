@@ -23,6 +23,7 @@ from mugv_ds.config.errors import ConfigError, PeerError, status_of
 from mugv_ds.config.load import leaves
 from mugv_ds.config.run import RunConfig
 from mugv_ds.config.schema import ParallelSection
+from mugv_ds.engine.trackers import check_trackers
 from mugv_ds.parallel.layout import Layout, RankCoordinates, sequence_group
 
 _PATIENCE_SECONDS = 1.0  # between two looks at whether rank 0 is done
@@ -235,9 +236,11 @@ def start_process(config: RunConfig) -> Process:
     """Joins the process group that the launcher describes in the environment, for a training run.
 
     Raises:
-        ConfigError, PeerError: see `join_launch`.
+        ConfigError, PeerError: see `join_launch`; also if rank 0 lacks the library of a tracker.
     """
-    return join_launch(config.parallel, config.guard.timeout_s, dict(leaves(config.model_dump(mode="json"))))
+    process = join_launch(config.parallel, config.guard.timeout_s, dict(leaves(config.model_dump(mode="json"))))
+    process.host.first(lambda: check_trackers(config.logging.trackers))
+    return process
 
 
 def join_launch(parallel: ParallelSection, timeout_s: float, settings: dict[str, Any]) -> Process:

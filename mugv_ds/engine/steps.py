@@ -1,11 +1,14 @@
 """Taking the steps of a run one after the other, whatever is trained: what every training loop does between them."""
 
+import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any, Protocol
+
+import torch
 
 from mugv_ds.config.errors import Stopped
 from mugv_ds.config.run import RunConfig
@@ -17,6 +20,7 @@ from mugv_ds.engine.guard.guard import Guard, Prefetched, Rollback, StepResult
 from mugv_ds.engine.metrics import Recorder, peak_tflops, quartile_means
 from mugv_ds.engine.process import Process
 from mugv_ds.engine.profile import profiled
+from mugv_ds.engine.trackers import run_facts
 
 State = dict[str, Any]
 
@@ -58,6 +62,7 @@ class StepLoop(ABC):
 
     guard: Guard
     reads = reports = True
+    _facts: State  # for the trackers
     means = staticmethod(quartile_means)  # makes scalars of the sums of the steps' terms, by stream
 
     def __init__(
@@ -111,6 +116,7 @@ class StepLoop(ABC):
             TrainingError: the run cannot go on. PeerError: another rank says why.
         """
         self.guard.start(self.store.state)
+        self._facts = self._run_facts()
         if start == 0 and self.config.checkpoint.save_every:
             self.store.save(0, self.guard.state())  # so that there is a step to go back to before the first is due
         while True:
@@ -126,12 +132,20 @@ class StepLoop(ABC):
                 self.guard.close()
                 return stopped
 
+    def _run_facts(self) -> State:
+        """What trackers note of the run once; on rank 0, all ranks take part."""
+        hosts, device = self.process.host.gather(socket.gethostname()), self.process.device
+        if self.process.rank != 0:
+            return {}
+        card = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        return run_facts(self.config.model_dump(mode="json"), hosts, card)
+
     def _run_from(self, start: int) -> bool:
         """Trains from step `start` until the last step, a stop or a Rollback; returns whether it was stopped."""
         logging, steps = self.config.logging, self.config.schedule.steps
         peak = peak_tflops(logging, self.process.device)
         world = {"rank": self.process.rank, "world_size": self.process.layout.world_size}
-        recorder = Recorder(logging, **world, start=start, steps=steps, peak=peak, means=self.means)
+        recorder = Recorder(logging, **world, start=start, steps=steps, peak=peak, means=self.means, facts=self._facts)
         with closing(recorder), ExitStack() as reading:
             step, result, ready, readings = start, None, start, None
             self.waited = 0.0

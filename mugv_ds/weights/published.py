@@ -19,7 +19,15 @@ from mugv_ds.config.regular_file import read_text_file
 from mugv_ds.config.text_encoder import TextEncoderInfo, read_text_encoder
 from mugv_ds.models.dit import DiT
 from mugv_ds.weights.base import Weights, check_weights, is_stored, read_state
-from mugv_ds.weights.save import CONFIG_NAME, INDEX_NAMES, SINGLE_NAMES, Layout, save_weights
+from mugv_ds.weights.save import (
+    CONFIG_NAME,
+    INDEX_NAMES,
+    MODEL_INDEX_NAME,
+    SINGLE_NAMES,
+    TRANSFORMER_NAME,
+    Layout,
+    save_weights,
+)
 
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_INDEX_BYTES = 1 << 24  # 100,000 tensors
@@ -38,7 +46,7 @@ class PublishedWeights(Weights):
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = _transformer(Path(path))
         self._mapped: tuple[Path | None, dict[str, Tensor]] = (None, {})
         self._file_of = self._placed()
 
@@ -114,6 +122,11 @@ class PublishedWeights(Weights):
         return self._mapped[1]
 
 
+def _transformer(path: Path) -> Path:
+    """The folder of the weights in one that is laid out as diffusers has it; any other path as it is."""
+    return path / TRANSFORMER_NAME if (path / MODEL_INDEX_NAME).is_file() else path
+
+
 def load_dit(path: str | Path) -> DiT:
     """The model of published-format weights with their `config.json` beside them; tensors keep their dtype.
 
@@ -135,13 +148,14 @@ def read_dit_config(path: str | Path) -> DiTConfig:
     Raises:
         CheckpointError: it is missing, or does not hold the sizes of a DiT.
     """
-    path = Path(path)
+    path = _transformer(Path(path))
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder of weights")
     file = (path if path.is_dir() else path.parent) / CONFIG_NAME
     try:
-        return DiTConfig(**json.loads(read_text_file(file, _MAX_CONFIG_BYTES)))
-    except (TypeError, ValueError, RecursionError) as error:
+        given = json.loads(read_text_file(file, _MAX_CONFIG_BYTES))
+        return DiTConfig(**{name: value for name, value in given.items() if name != "_class_name"})
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{file}: must hold the model's sizes, as the converter writes them: {_one_line(error)}"
         ) from None
@@ -171,7 +185,9 @@ class TrainedWeights(Weights):
         return len(self._saved.names())
 
 
-def export(checkpoint: Path, out: Path, *, layout: Layout) -> Path:
+def export(
+    checkpoint: Path, out: Path, *, layout: Layout, licence: str = "other", evaluation: Path | None = None
+) -> Path:
     """Writes a training checkpoint in the published format, see `save_weights`; returns the weights' path.
 
     The weights are in the precision that the run computed with, and are what it computed with, bit for bit. Adapters
@@ -179,11 +195,13 @@ def export(checkpoint: Path, out: Path, *, layout: Layout) -> Path:
 
     Args:
         checkpoint: a run's folder (its newest sound checkpoint is taken) or a `step-<n>` folder in it.
-        out: folder to make. layout: see `save_weights`.
+        out: folder to make. layout: see `save_weights`. licence, evaluation: for the card, see `weights.card`.
 
     Raises:
+        InputError: the evaluation cannot be read.
         CheckpointError: the checkpoint cannot be used, or is not a whole DiT; or the base of its adapters cannot.
     """
+    from mugv_ds.weights.card import model_card
     from mugv_ds.weights.lora import check_base, whole_weights  # which read published weights, the base
 
     with open_checkpoint(checkpoint) as saved:
@@ -191,7 +209,8 @@ def export(checkpoint: Path, out: Path, *, layout: Layout) -> Path:
         check_base(saved.manifest)
         weights = whole_weights(saved)
         check_weights(weights, config)
-        return save_weights(weights, config, out, layout)
+        card = model_card(saved, layout, licence=licence, evaluation=evaluation)
+        return save_weights(weights, config, out, layout, card=card)
 
 
 def _read_index(file: Path) -> dict[str, str]:

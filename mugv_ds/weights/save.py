@@ -20,11 +20,14 @@ from mugv_ds.config.model import DiTConfig
 from mugv_ds.config.text_encoder import write_text_encoder
 from mugv_ds.weights.base import UNUSED, Weights
 
-Layout = Literal["pt", "bin", "safetensors"]
+Layout = Literal["pt", "bin", "safetensors", "diffusers"]
 
 CONFIG_NAME = "config.json"
 PT_NAME = "dit.pt"
+CARD_NAME = "README.md"
+MODEL_INDEX_NAME, TRANSFORMER_NAME = "model_index.json", "transformer"  # of a folder as diffusers has it
 _SHARDS = {"bin": "pytorch_model{suffix}.bin", "safetensors": "model{suffix}.safetensors"}
+_SHARDS["diffusers"] = "diffusion_pytorch_model{suffix}.safetensors"
 SINGLE_NAMES = (PT_NAME, *(pattern.format(suffix="") for pattern in _SHARDS.values()))
 INDEX_NAMES = {layout: pattern.format(suffix="") + ".index.json" for layout, pattern in _SHARDS.items()}
 SHARD_SIZE = "5GB"
@@ -39,6 +42,7 @@ def save_weights(
     dtype: torch.dtype | None = None,
     metadata: dict[str, str] | None = None,
     shard_size: str = SHARD_SIZE,
+    card: str | None = None,
 ) -> Path:
     """Writes weights, their sizes (`config.json`) and, if they say, what encoded the text that they were trained on
     (`text_encoder.json`) to a folder, which appears only when it is complete.
@@ -50,10 +54,12 @@ def save_weights(
         weights: those of a whole DiT (`check_weights`). They are read in their own order.
         config: their sizes.
         out: folder to make; it may exist if it is empty.
-        layout: "pt" for one file; "bin" or "safetensors" for shards with an index, or one file if one shard will do.
+        layout: "pt" for one file; "bin" or "safetensors" for shards with an index, or one file if one shard will do;
+            "diffusers" for safetensors in the folder `transformer`, with `model_index.json` beside it.
         dtype: of the tensors that are written; None keeps each tensor's.
         metadata: written into the head of every .safetensors file.
         shard_size: size of the largest shard, such as "5GB".
+        card: text of `README.md`, see `weights.card`; None writes none.
     Returns:
         What to open: the .pt, or the folder.
     Raises:
@@ -61,13 +67,21 @@ def save_weights(
     """
     planned = {name: weights.meta(name).to(dtype or weights.meta(name).dtype) for name in weights if name != UNUSED}
     with new_folder(out, sum(value.nbytes for value in planned.values())) as partial:
+        folder, named = partial, {}
+        if layout == "diffusers":
+            folder, named = partial / TRANSFORMER_NAME, {"_class_name": "DiT"}
+            folder.mkdir()
+            index = {"_class_name": "DiffusionPipeline", TRANSFORMER_NAME: ["mugv_ds.models.dit", "DiT"]}
+            (partial / MODEL_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
         if layout == "pt":
-            _save_pt(weights, planned, partial / PT_NAME)
+            _save_pt(weights, planned, folder / PT_NAME)
         else:
-            _save_shards(weights, planned, partial, layout, metadata or {}, shard_size)
-        (partial / CONFIG_NAME).write_text(json.dumps(asdict(config), indent=2) + "\n")
+            _save_shards(weights, planned, folder, layout, metadata or {}, shard_size)
+        (folder / CONFIG_NAME).write_text(json.dumps(named | asdict(config), indent=2) + "\n")
         if weights.text_encoder is not None:
-            write_text_encoder(partial, weights.text_encoder)
+            write_text_encoder(folder, weights.text_encoder)
+        if card is not None:
+            (partial / CARD_NAME).write_text(card)
     out = out.absolute()
     return out / PT_NAME if layout == "pt" else out
 
@@ -115,7 +129,7 @@ def _save_shards(
     plan = split_torch_state_dict_into_shards(planned, filename_pattern=_SHARDS[layout], max_shard_size=shard_size)
     for file, names in plan.filename_to_tensors.items():
         shard = _read(weights, {name: planned[name] for name in names})
-        if layout == "safetensors":
+        if file.endswith(".safetensors"):
             save_file(shard, out / file, metadata={"format": "pt"} | metadata)
         else:
             torch.save(shard, out / file)

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import save_file
 
 from mugv_ds import train
+from mugv_ds.cli import balance, check_hostfile, convert_hf, ema, import_hf, sample, widen
 from mugv_ds.models import DiT, DiTConfig
 from tests.helpers.command import answer
 from tests.helpers.dataset import write_config, write_dataset
 from tests.helpers.limits import GIB
 from tests.helpers.saved import write_checkpoint
-from tools import balance, check_hostfile, convert_hf, ema, import_hf, sample, widen
 
 CONFIG = DiTConfig(144, 2, 2, caption_channels=16)
 

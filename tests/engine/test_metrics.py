@@ -1,5 +1,6 @@
 """What a run reports of itself."""
 
+import io
 import time
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mugv_ds.config import console
 from mugv_ds.config.schema import LoggingSection
 from mugv_ds.engine import metrics
 from mugv_ds.engine.metrics import Expected, OptimizerProbe, Recorder, peak_tflops
@@ -83,6 +85,43 @@ def test_waiting_for_data_is_a_share_of_what_counts_for_the_speed(scalars):
 def test_the_optimizer_probe_sees_weights_and_gradients_without_the_padding(scalars):
     assert scalars["train/param_norm"] == pytest.approx(sum(i * i for i in range(10)) ** 0.5)
     assert scalars["train/grad_zero_share"] == pytest.approx((4 - 2) / 8)
+
+
+def recorded(monkeypatch, stream: io.StringIO, **section) -> None:
+    """Records one step of a run of four, with what `record` measures given."""
+    monkeypatch.setattr(console.CONSOLE, "_streams", (stream, stream))
+    speeds = {"speed/tokens_per_second": 12345.6, "speed/data_wait_share": 0.07, "speed/seconds_per_step": 30.0}
+    monkeypatch.setattr(Recorder, "_speeds", lambda self, waited: speeds | {"speed/mfu": 0.41})
+    given = LoggingSection(dir="unused", trackers=(), every=1, **section)
+    recorder = Recorder(given, rank=0, world_size=1, start=0, steps=4, peak=None)
+    recorder.step(torch.tensor(1.5), {}, stream="train", samples=1)
+    recorder._means = lambda sums: {}
+    recorder.record(1, rate=0.5, norm=1.0, probe=OptimizerProbe(torch.optim.AdamW([torch.zeros(1)]), 1, 1), waited=0)
+    recorder.close()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_without_a_terminal_there_is_a_line_for_each_record_and_no_bar(monkeypatch):
+    recorded(monkeypatch, stream := io.StringIO())
+    assert stream.getvalue() == (
+        "step 1/4: loss 1.5000, lr 5.00e-01, tokens/s 12,346, mfu 41.0%, wait 7%, 01:30 left\n"
+    )
+
+
+def test_a_terminal_has_a_bar_with_the_same_and_no_colour(monkeypatch):
+    recorded(monkeypatch, stream := Terminal())
+    shown = stream.getvalue()
+    assert "1/4" in shown and "loss=1.5000" in shown and "tokens/s=12,346" in shown and "mfu=41.0%" in shown
+    assert "wait=7%" in shown and "step 1/4:" not in shown and "\x1b[3" not in shown
+
+
+def test_progress_can_be_switched_off(monkeypatch):
+    recorded(monkeypatch, stream := Terminal(), progress=False)
+    assert stream.getvalue() == ""
 
 
 def test_the_peak_of_an_unknown_device_is_not_made_up():

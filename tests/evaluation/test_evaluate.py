@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from mugv_ds.cli.compare import main as compare
+from mugv_ds.cli.evaluate import main
 from mugv_ds.config.text_encoder import read_text_encoder
 from mugv_ds.data.manifest import open_index
 from mugv_ds.data.pairs import labels, pairs
@@ -26,8 +28,6 @@ from mugv_ds.sampling import stages
 from tests.helpers.distributed import run_ranks
 from tests.helpers.published import toy_dit, write_dit
 from tests.helpers.voting import ballot, build, cast, prefer
-from tools.compare import main as compare
-from tools.evaluate import main
 
 ROOT = Path(__file__).parents[2]
 CONFIG = DiTConfig(144, 2, 2, caption_channels=16)

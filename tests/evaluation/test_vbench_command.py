@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from mugv_ds.cli import sample
 from mugv_ds.evaluation.vbench import DIMENSIONS, PUBLISHED, read_suite
 from mugv_ds.models import DiTConfig
 from mugv_ds.models.codec import LinearCodec
 from tests.helpers.published import toy_dit, write_dit
 from tests.helpers.vbench import suite_info, write_crops, write_package
-from tools import sample
 from tools.vbench import main
 
 TOY = DiTConfig(144, 2, 2, caption_channels=16)

@@ -104,7 +104,7 @@ def test_no_rank_outlives_its_launcher(tmp_path, manifest, report, fault, ours, 
     if fault.startswith("SIGTERM"):
         run.send_signal(signal.SIGTERM)
     else:
-        processes(run, "deepspeed.launcher.launch")[0].kill()
+        processes(run, "mugv_ds.cli.deepspeed_launch" if ours else "deepspeed.launcher.launch")[0].kill()
     ended = all_end(ranks)
     for rank in [] if ended else ranks:
         rank.kill()

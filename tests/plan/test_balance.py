@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mugv_ds.cli.balance import main
 from mugv_ds.config import load_config
 from mugv_ds.data.manifest import REQUIRED_COLUMNS
 from mugv_ds.data.plan import PlannedStep
@@ -16,7 +17,6 @@ from mugv_ds.data.run_data import RunData
 from mugv_ds.models.flops import SampleCost
 from mugv_ds.plan import balance
 from tests.helpers.dataset import CHANNELS, TEXT_TOKENS, write_config
-from tools.balance import main
 
 COLUMNS = [*REQUIRED_COLUMNS, "num_frames", "height", "width", "pair_id", "rank"]
 RANKS = 4

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from mugv_ds.cli import calibrate
+from mugv_ds.cli.calibrate import TOY, Clock, StandIn, main
 from mugv_ds.plan.calibration import load_calibration
 from mugv_ds.plan.timing import Piece, Timing
 from tests.helpers.distributed import free_port
-from tools import calibrate
-from tools.calibrate import TOY, Clock, StandIn, main
 
 ROOT = Path(__file__).parents[2]
 PARTS = ["copies", "optimizer", "ends", "attention", "rest", "products"]

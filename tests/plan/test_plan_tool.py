@@ -7,12 +7,12 @@ import re
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+from mugv_ds.cli.plan import main
 from mugv_ds.config import load_config
 from mugv_ds.plan import compare
 from mugv_ds.plan.records import Measured, RunMachine, RunRecord, kernel_seconds, read_record, read_scalars, steady
 from tests.helpers.browser import chromium
 from tests.helpers.machine import ideal_machine
-from tools.plan import main
 
 SHAPE = (15, 90, 160)
 

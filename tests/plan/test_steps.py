@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from mugv_ds.cli.balance import main as balance
 from mugv_ds.config import ConfigError, load_config
 from mugv_ds.data.run_data import RunData
 from mugv_ds.models.flops import SampleCost
@@ -15,7 +16,6 @@ from tests.helpers import machine
 from tests.helpers.dataset import write_config
 from tests.helpers.machine import ideal_machine
 from tests.plan.test_balance import BUDGET, MIXTURE, ROWS, write_manifest
-from tools.balance import main as balance
 
 RANKS = 4
 SMALL = {"preset": "mugdit_debug", "hidden_size": 288, "num_heads": 4}

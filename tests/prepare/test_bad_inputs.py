@@ -23,6 +23,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mugv_ds.cli import prepare, verify_dataset
 from mugv_ds.config.errors import InputError
 from mugv_ds.config.prepare_schema import PrepareConfig
 from mugv_ds.data.manifest import open_index
@@ -46,7 +47,6 @@ from tests.helpers.bad_videos import (
     looping,
 )
 from tests.helpers.prepared import fit_codec
-from tools import prepare, verify_dataset
 
 CONFIG = {
     "scan": {"unit": 100},

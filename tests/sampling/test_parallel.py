@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from mugv_ds.cli.sample import main
 from mugv_ds.data.video import read_mp4
 from mugv_ds.models import DiTConfig
 from tests.helpers.distributed import run_ranks
 from tests.helpers.published import read_i2v, toy_dit, write_dit, write_vae
-from tools.sample import main
 
 CONFIG = DiTConfig(144, 2, 2, caption_channels=16)
 LAYOUTS = {

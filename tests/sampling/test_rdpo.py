@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.multiprocessing import ProcessExitedException
 
+from mugv_ds.cli.make_rdpo_pairs import main
 from mugv_ds.data.manifest import open_index
 from mugv_ds.data.noise import gaussian
 from mugv_ds.data.pairs import pairs
@@ -27,7 +28,6 @@ from tests.helpers.dataset import CHANNELS, TEXT_TOKENS, shard_dataset, write_da
 from tests.helpers.distributed import free_port, run_ranks
 from tests.helpers.launcher import ROOT
 from tests.helpers.published import toy_dit, write_dit
-from tools.make_rdpo_pairs import main
 
 SHAPES = [(2, 4, 6), (1, 4, 4), (2, 4, 6), (2, 4, 6), (1, 4, 4)]
 LAYOUTS = {"replicas": [], "pipeline": ["--pipeline", "2"]}  # "sequence" is killed below

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from mugv_ds.cli.sample import main
 from mugv_ds.config.errors import InputError
 from mugv_ds.config.text_encoder import write_text_encoder
 from mugv_ds.data.video import read_mp4, to_frames
@@ -24,7 +25,6 @@ from mugv_ds.sampling.settings import SIZES, SamplingSettings
 from mugv_ds.weights.codec import load_codec
 from tests.helpers.published import dit_config, part, read_i2v, toy_dit, write_dit, write_vae
 from tests.helpers.records import GOLDEN
-from tools.sample import main
 
 TOY = DiTConfig(144, 2, 2, caption_channels=16)
 SMALL = ["--frames", "16", "--height", "16", "--width", "24", "--steps", "2", "--fps", "12", "--output-fps", "12"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from mugv_ds.cli import ema
 from mugv_ds.config import load_config
 from mugv_ds.config.text_encoder import TextEncoderInfo, read_text_encoder
 from mugv_ds.models.text import HashTextEncoder
@@ -14,7 +15,6 @@ from mugv_ds.weights.base import meta_state
 from mugv_ds.weights.published import load_dit
 from tests.helpers.dataset import write_config
 from tests.helpers.saved import write_checkpoint
-from tools import ema
 
 
 def write_run(

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mugv_ds.checkpoint.reader import open_checkpoint
+from mugv_ds.cli.convert_hf import main as convert
+from mugv_ds.cli.ema import main as average
 from mugv_ds.config import CheckpointError, load_config
 from mugv_ds.config.post_training_schema import LORA_TARGETS, LoraSection
 from mugv_ds.models import DiT, DiTConfig
@@ -25,8 +27,6 @@ from tests.helpers.distributed import run_ranks
 from tests.helpers.records import relative
 from tests.helpers.saved import write_checkpoint
 from tests.parallel.test_layouts import perturb
-from tools.convert_hf import main as convert
-from tools.ema import main as average
 
 CONFIG = DiTConfig(144, 2, 2, caption_channels=CHANNELS)
 LORA = {"rank": 4, "alpha": 6.0}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
+from mugv_ds.cli import import_hf
 from mugv_ds.config.errors import CheckpointError
 from mugv_ds.models import DiT, DiTConfig
 from mugv_ds.weights import torch_dist
@@ -18,7 +19,6 @@ from mugv_ds.weights.convert import import_weights, open_weights
 from mugv_ds.weights.published import load_dit
 from mugv_ds.weights.start import load_into
 from tests.helpers.megatron import stack_layers, write_legacy, write_stacked
-from tools import import_hf
 
 CONFIG = DiTConfig(288, 4, 3, caption_channels=16)
 

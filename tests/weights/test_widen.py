@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mugv_ds.cli import widen
 from mugv_ds.config import InputError
 from mugv_ds.config.model import PRESETS
 from mugv_ds.models import DiT, DiTConfig
@@ -14,7 +15,6 @@ from mugv_ds.weights.convert import widen_weights
 from mugv_ds.weights.published import PublishedWeights, load_dit
 from mugv_ds.weights.widen import Noise, Widened, widen_tensor, widened_sizes
 from tests.helpers.records import GOLDEN, load_record, relative, run
-from tools import widen
 
 CONFIG = DiTConfig(144, 2, 2, caption_channels=16)
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
+from mugv_ds.config.console import say
 from mugv_ds.config.errors import InputError
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.data.manifest import Index
@@ -152,7 +153,7 @@ class ReferenceModel:
         ):
             parts.append(measured)
             for bad in quarantined if self._process.rank == 0 else ():
-                print(f"reference: {bad.sample_id} is left out: {bad.why}", flush=True)
+                say(f"reference: {bad.sample_id} is left out: {bad.why}")
         return Measured.concatenate(parts).unique()
 
     @contextmanager
@@ -180,10 +181,9 @@ class ReferenceModel:
         new = measured.cells(*wider.shape)
         self._cells[source] = np.where(np.isnan(new["loss"]), wider, new)
         if self._sources[source].reference is not None and self._process.rank == 0:
-            print(
+            say(
                 f"reference: {self._sources[source].reference} does not hold visits {visits[0]} to {visits[-1]}, which "
-                "were measured now",
-                flush=True,
+                "were measured now"
             )
 
     def _compare(self, source: int, first: int) -> None:

@@ -17,6 +17,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from mugv_ds.config.console import say
 from mugv_ds.config.errors import InputError, PeerError, Stopped, TrainingError, status_of
 from mugv_ds.config.run import RunConfig
 from mugv_ds.data.quarantine import Quarantined
@@ -244,4 +245,4 @@ class Guard:
 
     def _say(self, line: str) -> None:
         if self._process.rank == 0:
-            print(line, flush=True)
+            say(line)

@@ -7,7 +7,10 @@ GONE = -1  # in the place of a signal: a launcher of this process has ended, whi
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _LOOK_EVERY = 1.0  # seconds
-_LAUNCHERS = ("deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch", "launch.py")
+_LAUNCHERS = (
+    *("deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch", "mugv_ds.cli.deepspeed_launch"),
+    *("launch.py", "mugv-ds"),
+)
 
 
 class StopSignals:

@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mugv_ds.config.console import say
 from mugv_ds.config.errors import Stopped
 from mugv_ds.engine.guard import signals
 
@@ -34,5 +35,5 @@ def stop_if_asked(host: Host) -> None:
     rank, number = found
     line = f"before the first step: rank {rank} {signals.name(number)}; stopping"
     if host.rank == 0:
-        print(line, flush=True)
+        say(line)
     raise Stopped(line)

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
+from mugv_ds.config.console import say
 from mugv_ds.config.errors import Status
 
 _BEATS = 10  # a time-out
@@ -106,11 +107,10 @@ class Watchdog:
             if self._heard is None:
                 self._heard = Heard(self._names, _STALE_BEATS * self._beat)
             if since > self._timeout:
-                print(
+                say(
                     f"error: rank {self._rank} has not moved since step {self._step} for {self._timeout:g} s; "
                     f"held up by {self._heard.culprits()}",
-                    file=sys.stderr,
-                    flush=True,
+                    error=True,
                 )
                 time.sleep(2 * self._beat)  # all have said so before the first end breaks the others' connections
                 os._exit(Status.AGAIN)

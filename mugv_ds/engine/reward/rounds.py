@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mugv_ds.config.console import say
 from mugv_ds.config.errors import ConfigError, InputError, TrainingError
 from mugv_ds.config.post_training_schema import RewardFunctionSection
 from mugv_ds.config.regular_file import read_text_file
@@ -34,7 +35,7 @@ from mugv_ds.data.rounds import (
     write_rollout,
 )
 from mugv_ds.data.run_data import RunData
-from mugv_ds.data.video import encode_gif, read_mp4, write_mp4
+from mugv_ds.data.video import write_mp4
 from mugv_ds.engine.evaluate.evaluate import Evaluator
 from mugv_ds.engine.metrics import Recorder
 from mugv_ds.engine.preview_codec import Codec, PreviewCodec
@@ -256,7 +257,7 @@ class Rounds:
             for first in range(0, len(missing), function.batch):
                 judge = judge or make_judge(function, folder / f"rewards-{function.name}.log")
                 some = missing[first : first + function.batch]
-                known |= ask(function, judge, some, cancelled, lambda line: print(f"warning: {line}", flush=True))
+                known |= ask(function, judge, some, cancelled, lambda line: say(f"warning: {line}"))
                 _write(path, {name: known[name] for name in videos if name in known})
         return known
 
@@ -327,8 +328,7 @@ class Rounds:
         }
         recorder.write(step, scalars.items())
         for which in ("best", "worst"):
-            frames, fps = read_mp4(rollouts.path(found[which], VIDEO_SUFFIX))
-            recorder.write_gif(step, f"reward/{which}", encode_gif(frames, fps))
+            recorder.video(step, f"reward/{which}", rollouts.path(found[which], VIDEO_SUFFIX))
         rewards = ", ".join(f"{name} {mean:.4g}" for name, mean in found["rewards"].items())
         seconds = ", ".join(f"{name.replace('_', ' ')} {taken:.1f} s" for name, taken in self._seconds.items())
         recorder.say(

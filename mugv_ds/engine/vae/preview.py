@@ -1,4 +1,4 @@
-"""Reconstructions of held-out clips while the VideoVAE trains, beside the originals, on disk and in TensorBoard."""
+"""Reconstructions of held-out clips while the VideoVAE trains, beside the originals, on disk and in the trackers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import Tensor
 from mugv_ds.config.errors import ConfigError
 from mugv_ds.config.vae_schema import VaeTrainConfig
 from mugv_ds.data.clips import Clips
-from mugv_ds.data.video import contact_sheet, encode_gif, to_frames, video_name, write_mp4
+from mugv_ds.data.video import contact_sheet, to_frames, video_name, write_mp4
 from mugv_ds.engine.metrics import Recorder
 from mugv_ds.engine.optional import OptionalOutput
 from mugv_ds.engine.process import Process
@@ -69,8 +69,9 @@ class VaePreviews:
         for number, (name, original, reconstruction) in enumerate(shown):
             both = np.concatenate([original, reconstruction], axis=2)
             path = folder / video_name(number, name)
-            write_mp4(Path(f"{path}.mp4"), both, _FPS)
-            recorder.write_gif(step, f"preview/{path.name}", encode_gif(both, _FPS))
+            video = Path(f"{path}.mp4")
+            write_mp4(video, both, _FPS)
+            recorder.video(step, f"preview/{path.name}", video)
             rows += [(name, original), (f"{name}, reconstructed after {step} steps", reconstruction)]
         contact_sheet(folder / "sheet.png", rows)
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mugv_ds.checkpoint.reader import open_checkpoint
+from mugv_ds.cli.convert_vae import main as convert
 from mugv_ds.config import load_config
 from mugv_ds.config.vae_schema import VaeTrainConfig
 from mugv_ds.data.clips import ClipData
@@ -16,7 +17,6 @@ from mugv_ds.models.videovae import UNUSED_PARAMETERS
 from mugv_ds.weights.videovae import load_video_vae
 from tests.helpers.saved import write_checkpoint
 from tests.helpers.vae import TINY, VaeRun, train_vae, without_onednn, write_vae_config, write_videos
-from tools.convert_vae import main as convert
 
 GAN = {"warmup_steps": 2, "ramp_steps": 2, "width": 8}
 UNUSED = set(UNUSED_PARAMETERS) - {"logvar"}
