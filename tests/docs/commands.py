@@ -1,4 +1,4 @@
-"""What the pages tell people to type: fences with their marks, taken apart into commands, and parsed without being run."""
+"""What the pages tell people to type: fences with their marks, taken apart into commands and parsed, without running them."""
 
 import argparse
 import ast
@@ -17,7 +17,20 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NEEDS = {"data", "docker", "gpu", "gpus", "hosts", "kubernetes", "network", "people", "slurm", "time", "videos", "weights"}
+NEEDS = {
+    "data",
+    "docker",
+    "gpu",
+    "gpus",
+    "hosts",
+    "kubernetes",
+    "network",
+    "people",
+    "slurm",
+    "time",
+    "videos",
+    "weights",
+}
 # Programs that are no part of the repository: of these only that they are named is checked.
 ELSEWHERE = {"docker", "kubectl", "pip", "printf", "sky", "source"}
 SCHEMAS = {
@@ -116,6 +129,8 @@ def check_script(program: str, words: list[str]) -> None:
     """Checks the script of a launcher, or of Python itself, and its options."""
     if words[:1] == ["-c"]:
         check_python(words[1])
+        return
+    if words[:2] == ["-m", "pip"]:
         return
     if words[:1] == ["-m"]:
         assert importlib.util.find_spec(words[1]) is not None, words
