@@ -1,4 +1,4 @@
-"""What the pages tell people to type: fences with their marks, taken apart into commands and parsed, without running them."""
+"""What the pages tell people to type: fences with their marks, taken apart into commands, which are parsed, not run."""
 
 import argparse
 import ast
