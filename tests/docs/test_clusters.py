@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from mugv_ds.config.hostfile import parse_hostfile
-from tests.docs.commands import ROOT, check, commands
+from tests.helpers.pages import ROOT, check, commands
 
 
 def lines_of(instruction: str) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.commands import NEEDS, PAGES, ROOT, Fence, check, check_python, commands, fences
+from tests.helpers.pages import NEEDS, PAGES, ROOT, Fence, check, check_python, commands, fences
 
 FENCES = [fence for page in PAGES for fence in fences(page)]
 BASH = [fence for fence in FENCES if fence.language == "bash"]

@@ -10,7 +10,7 @@ import pytest
 from mugv_ds.config.prepare_schema import PrepareConfig
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.config.vae_schema import VaeTrainConfig
-from tests.docs.commands import PAGES, ROOT
+from tests.helpers.pages import PAGES, ROOT
 
 CONFIGURATION = runpy.run_path(str(ROOT / "tools/configuration.py"))
 
