@@ -1,7 +1,8 @@
 # Trains on NVIDIA GPUs, whose driver and container toolkit are the host's; PyTorch's wheels bring CUDA along.
 #
 #   docker build --tag mugv_ds .
-#   docker run --gpus all --shm-size 16g --volume /data:/data mugv_ds make train HOSTFILE=hostfiles/one_node …
+#   docker run --gpus all --shm-size 16g --stop-timeout 600 --volume /data:/data mugv_ds \
+#       python tools/launch.py --hostfile hostfiles/one_node mugv_ds/train.py --config …
 #
 # /dev/shm: the loader's workers hand batches over in shared memory, and NCCL uses it within a host. Docker gives 64 MB, too
 # little; give it 16 GB, or --ipc=host.
@@ -11,7 +12,7 @@
 ARG BASE=python:3.12-slim-bookworm
 FROM ${BASE}
 
-# make; a C compiler for what Triton and torch.compile build at run time; git, which tells the commit of a run.
+# A C compiler for what Triton and torch.compile build at run time; make; git for work in the development container.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends build-essential git make \
     && rm -rf /var/lib/apt/lists/*

@@ -41,6 +41,8 @@ def test_every_command_can_be_typed(page):
         'python -c "from mugv_ds.models import Dit"',
         "python -m tests.no_such_module",
         "rm -rf runs",
+        "docker run --gpus all mugv_ds python tools/lunch.py",
+        "kubectl apply --filename examples/no_such.yaml",
     ],
 )
 def test_a_command_that_cannot_be_typed_is_found(line):

@@ -112,8 +112,11 @@ def check(words: list[str]) -> None:
         check_script(program, rest)
     elif program == "mugv-ds":
         raise AssertionError(f"{words}: say how tests/docs parses the entry points")
+    elif words[:2] == ["docker", "run"]:
+        check(words[words.index("mugv_ds") + 1 :])
     else:
         assert program in ELSEWHERE, f"{program}: no program that the pages may name"
+        assert all((ROOT / word).is_file() for word in words if word.endswith(".yaml")), words
 
 
 @cache
