@@ -10,7 +10,7 @@ CONFIG ?= ds_configs/debug.json
 FORMAT ?= pt
 NOISE ?= paired
 GAMMA ?= 0.9
-# One host, no ssh. For several hosts see the README.
+# One host, no ssh. For several hosts see docs/training.md.
 LAUNCH = $(BIN)/python tools/launch.py --hostfile $(HOSTFILE)
 
 .DEFAULT_GOAL := help
@@ -219,8 +219,19 @@ compare: install  ## Vote blindly between the evaluated weights A, B (and C) in 
 	$(BIN)/python tools/compare.py build $(A) $(B) $(C) --out $(or $(OUT),runs/compare) $(COMPARE)
 	$(BIN)/python tools/compare.py serve $(or $(OUT),runs/compare)
 
-house: install  ## Draw the rooms and who imports whom, from the code, to docs/house.md
+.PHONY: docs configuration demo-picture
+docs: install house configuration  ## Build the pages, strictly, to build/site: open build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+house: install  ## Draw the rooms and who imports whom, from the code, to docs/house.md and docs/house.svg
 	$(BIN)/python tools/house.py > docs/house.md
+	$(BIN)/python tools/house.py --drawing > docs/house.svg
+
+configuration: install  ## Write the reference of all configs' keys, from the schemas, to docs/configuration.md
+	$(BIN)/python tools/configuration.py > docs/configuration.md
+
+demo-picture: install  ## Put quickstart's videos side by side in docs/demo.webp
+	$(BIN)/python tools/demo_picture.py --samples samples/$(QUICK) --out docs/demo.webp
 
 lint: install  ## Check style and formatting
 	$(BIN)/ruff check .

@@ -60,6 +60,7 @@ def test_planning_takes_of_the_parallel_room_the_layout_alone():
 
 def test_the_drawing_is_up_to_date():
     assert (ROOT / "docs/house.md").read_text() == HOUSE["page"](), "run `make house`"
+    assert (ROOT / "docs/house.svg").read_text() == HOUSE["drawing"](), "run `make house`"
 
 
 def test_the_walk_sees_local_imports(tmp_path):
