@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from mugv_ds.cli.main import COMMANDS
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NEEDS = {
@@ -111,7 +113,7 @@ def check(words: list[str]) -> None:
     elif program in ("python", "torchrun", "deepspeed", "sbatch"):
         check_script(program, rest)
     elif program == "mugv-ds":
-        raise AssertionError(f"{words}: say how tests/docs parses the entry points")
+        check_entry_point(rest)
     elif words[:2] == ["docker", "run"]:
         check(words[words.index("mugv_ds") + 1 :])
     else:
@@ -126,6 +128,18 @@ def dry_make(arguments: tuple[str, ...]) -> str:
     assert done.returncode == 0, (arguments, done.stderr)
     lines = done.stdout.replace("\\\n", " ").splitlines()
     return "\n".join(line for line in lines if line.startswith(".venv/bin/"))
+
+
+def check_entry_point(words: list[str]) -> None:
+    """Checks a sub-command of `mugv-ds` by the tool that calls the same `main`."""
+    name, *options = words
+    command = COMMANDS[name]
+    script = f"{command.module.replace('.', '/')}.py"
+    if command.module.startswith("mugv_ds.cli."):
+        script = f"tools/{command.module.rpartition('.')[2]}.py"
+    if command.launched and options[:1] in (["--nproc"], ["--hostfile"]):
+        options = options[2:]
+    parse(script, [*command.given, *options])
 
 
 def check_script(program: str, words: list[str]) -> None:
@@ -192,7 +206,7 @@ def parse(script: str, options: list[str]) -> None:
     finally:
         argparse.ArgumentParser.parse_known_args, argparse.ArgumentParser.parse_args = parse_known, kept
         sys.argv, sys.path[:] = argv, path
-    if script in SCHEMAS and (ROOT / arguments.config).is_file():
+    if script in SCHEMAS and arguments.config and (ROOT / arguments.config).is_file():
         from mugv_ds.config.load import load_config
 
         module, name = SCHEMAS[script]
