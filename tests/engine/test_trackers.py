@@ -62,7 +62,11 @@ def read_wandb(folder: Path) -> tuple[Read, int, str]:
         for name, value in row.items():
             if not name.startswith(("_", "preview/")) and name != "step":
                 found.setdefault(row["step"], {})[name] = value
-    return found, len(list(folder.glob("wandb/offline-run-*/files/media/videos/**/*.mp4"))), noted.replace("\\", "")
+    return (
+        found,
+        len(list(folder.glob("wandb/offline-run-*/files/media/videos/**/*.mp4"))),
+        noted.replace("\\", "").replace('":', '": '),
+    )
 
 
 def read_trackio(folder: Path) -> tuple[Read, int, str]:
