@@ -17,7 +17,7 @@ _IMPORTED = (
     "tests.faults.observe",
     "tests.helpers.trainer",
     "mugv_ds.parallel.codec",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # which every engine imports, and all of torch.compile with it
+    "tests.helpers.preloaded",
     "mugv_ds.train_vae",
     "mugv_ds.engine.vae.loop",
     "mugv_ds.weights.vae_start",

@@ -55,8 +55,12 @@ def read_wandb(folder: Path) -> tuple[Read, int, str]:
     found: Read = {}
     noted = ""
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
-    for data in leveldb_log(file.read_bytes()):
-        record = Record.FromString(data)
+    deadline, records = time.monotonic() + 30, []
+    while not any(record.WhichOneof("record_type") == "exit" for record in records):  # its service writes on by itself
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+        records = [Record.FromString(data) for data in leveldb_log(file.read_bytes())]
+    for record in records:
         noted += str(record.run.config) + str(record.config)
         row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
         for name, value in row.items():
