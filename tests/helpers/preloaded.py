@@ -5,6 +5,6 @@ compiled on this host, which runs a compiler.
 """
 
 import deepspeed.ops
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+import deepspeed.runtime.zero.muon.muon_optimizer
 
 deepspeed.ops.__compatible_ops__  # noqa: B018 - kept where it is asked for first
