@@ -346,7 +346,7 @@ def test_other_peoples_files_are_never_touched(tmp_path):
     precious.parent.mkdir()
     precious.write_bytes(b"precious")
     result = run_tool("--out", tmp_path)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr.startswith("make_demo_data: ") and "no demo.json" in result.stderr
     assert precious.read_bytes() == b"precious"
 
