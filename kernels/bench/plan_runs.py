@@ -69,6 +69,7 @@ class Case:
             "parallel.offload": self.offload,
             "deepspeed.data_types.grad_accum_dtype": self.gradients,
             "ema.sigma_rel": [0.05, 0.1][: self.averages],
+            "optimizer.lr": 1e-4,
             "schedule.steps": steps,
             "schedule.warmup_steps": 1,
             "checkpoint.save_every": 0,
@@ -108,12 +109,15 @@ CASES = (
     Case("4-360p2s-data", (4, 1, 1), CLIP_2S, 8, "selective", micro=3, averages=2),
     Case("4-299k-offload", (1, 4, 1), (83, 90, 160), 4, "attention", "all", steps=3, is_profiled=False),
     Case("4-580k-offload", (1, 4, 1), (161, 90, 160), 2, "attention", "all", steps=3, is_profiled=False),
+    Case("4-10b-720p5s", (1, 4, 1), HD_5S, 56, "light"),
+    Case("4-10b-720p5s-selective", (1, 4, 1), HD_5S, 56, "selective", steps=4, is_profiled=False),
+    Case("4-10b-580k", (1, 4, 1), (161, 90, 160), 56, "attention", "all", steps=2, is_profiled=False),
 )
 TOY = (
     Case("toy-1", (1, 1, 1), (2, 4, 6), 2, "light", micro=2, accumulation=2, steps=3, is_profiled=True),
     Case("toy-1-again", (1, 1, 1), (1, 4, 4), 2, "off", steps=3, is_profiled=False, averages=1),
     Case("toy-2", (1, 2, 1), (2, 4, 6), 2, "selective", steps=3, is_profiled=False),
-    Case("toy-2-again", (1, 1, 2), (1, 4, 4), 2, "full", accumulation=2, steps=3, is_profiled=False),
+    Case("toy-2-again", (1, 1, 2), (1, 4, 4), 2, "full", accumulation=2, steps=2, is_profiled=False),
 )
 
 
@@ -240,15 +244,20 @@ def make_record(case: Case, config, memory: Sequence[float], is_first: bool):
         measured=Measured(
             step_seconds=steady(counted),
             steps=tuple(steps),
-            peak_gib=max(scalars["memory/peak_gib"][2 : len(counted)]) - memory[3] if is_gpu else None,
+            peak_gib=max(_later(scalars["memory/peak_gib"][: len(counted)])) - memory[3] if is_gpu else None,
             host_gib=memory[0] if is_first else None,
             pinned_gib=memory[1],
             reserved_gib=memory[2],
-            data_wait_seconds=max(scalars["speed/data_wait_seconds"][2:]),
+            data_wait_seconds=max(_later(scalars["speed/data_wait_seconds"])),
             losses=tuple(scalars["train/loss"]),
             kernels=kernel_seconds(profiles[-1]) if profiles and is_gpu else {},
         ),
     )
+
+
+def _later(values: Sequence[float]) -> Sequence[float]:
+    """Those of the steps from the third on, of fewer the last."""
+    return values[2:] or values[-1:]
 
 
 def work_as_rank(args: argparse.Namespace, cases: Sequence[Case]) -> None:
