@@ -48,6 +48,10 @@ def training_command(
         environment = read_environment()
         check_launcher(environment.world_size)
         divert(config.logging.dir, environment.rank)
+        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+            # Read when PyTorch is imported. Steps of several shapes, and tensors that wait on other streams, otherwise
+            # leave gaps of memory that nothing fits into.
+            os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         return train(config)
 
     return exit_status(run)
