@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mugv_ds.config import ConfigError, Status, TrainConfig
-from mugv_ds.config.command import leave, training_command
+from mugv_ds.config.command import fit_to_launch, leave, training_command
 from mugv_ds.config.console import say
 from mugv_ds.config.environment import read_environment
 
@@ -270,6 +270,9 @@ def train(config: TrainConfig) -> int:
     from mugv_ds.engine.loop import Trainer
     from mugv_ds.engine.reward.old_policy import OldPolicy
 
+    config = fit_to_launch(config)
+    if config is None:
+        return Status.DONE
     run = start(config)
     config, process, data, engine = run.config, run.process, run.data, run.engine
     store = Store(config, process, engine, data.order(), run.weights, data.text_encoder)
@@ -323,7 +326,7 @@ def dry_run(config: TrainConfig, world_size: int | None) -> str:
     from mugv_ds.plan.describe import describe
     from mugv_ds.weights.codec import read_codec_sizes
 
-    return describe(config, world_size, read_codec_sizes, _card())
+    return describe(config.fitted(world_size or 1), world_size, read_codec_sizes, _card())
 
 
 if __name__ == "__main__":

@@ -188,7 +188,12 @@ Level = Literal["off", "light", "selective", "attention", "full"]
 class ParallelSection(Section):
     """The layout of the ranks, data × sequence × pipeline, and activation checkpointing."""
 
-    data: Ranks | None = Field(None, description="Data-parallel replicas; by default world / (sequence · pipeline).")
+    data: Ranks | Literal["fit"] | None = Field(
+        None,
+        description="Data-parallel replicas; by default world / (sequence · pipeline). fit: as many as the launch has "
+        "processes for and the samples of a step can be split over; processes that are left over end at once. A run "
+        "that lost a host goes on with the others, on the same samples, and grows when it is back.",
+    )
     sequence: Ranks = Field(1, description="Ranks that share one sample's tokens (Ulysses); must divide the heads.")
     pipeline: Ranks = Field(1, description="Pipeline stages; at most the number of blocks.")
     activation_checkpointing: Level | Literal["auto"] | Annotated[list[Level], Field(min_length=1)] = Field(
@@ -477,6 +482,16 @@ class TrainConfig(Section):
     deepspeed: dict[str, Any] = Field(
         default_factory=dict, description="Passed on to DeepSpeed after its keys are checked."
     )
+
+    def fitted(self, processes: int) -> "TrainConfig":
+        """Returns the config for a launch of so many processes: with a number of replicas in the place of "fit"."""
+        if self.parallel.data != "fit":
+            return self
+        data, model_ranks = self.data, self.parallel.sequence * self.parallel.pipeline
+        parts = data.global_batch_size // data.micro_batch_size if data.budget is None else data.budget.multiple
+        most = max(processes // model_ranks, 1)
+        replicas = max(count for count in range(1, min(most, parts) + 1) if parts % count == 0)
+        return self.model_copy(update={"parallel": self.parallel.model_copy(update={"data": replicas})})
 
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainConfig":

@@ -104,7 +104,7 @@ def predict_record(record: RunRecord, timing: Timing) -> Prediction:
     Raises:
         InputError: its config cannot be used.
     """
-    config = record.train_config()
+    config = record.train_config().fitted(record.world_size)
     layout = Layout.fit(config.parallel, record.world_size)
     (kind, *_) = given_kinds(config, [record.shape])
     bucket = kind.bucket(config, config.data, sample_cost(config), layout.data)

@@ -115,7 +115,7 @@ class Way:
         """Returns the overrides that make a config train this way, as `--set` takes them; none that change nothing."""
         layout, data = self.setup.layout, self.data
         values = {
-            "parallel.data": (config.parallel.data, layout.data),
+            "parallel.data": (config.fitted(layout.world_size).parallel.data, layout.data),
             "parallel.sequence": (config.parallel.sequence, layout.sequence),
             "parallel.pipeline": (config.parallel.pipeline, layout.pipeline),
             "parallel.activation_checkpointing": (config.parallel.activation_checkpointing, self.asked_level),
@@ -215,7 +215,7 @@ class Planner:
         Raises:
             ConfigError: it cannot run on so many.
         """
-        config = self.config
+        config = self.config.fitted(gpus)
         layout = Layout.fit(config.parallel, gpus)
         setup = replace(self._base, layout=layout, offload=config.parallel.offload)
         costs = replace(self._cost, sequence=layout.sequence)

@@ -1,4 +1,4 @@
-"""What the training command sets before PyTorch is imported."""
+"""What the training command does before PyTorch is imported: how many replicas there are, and what PyTorch is told."""
 
 import os
 import subprocess
@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from mugv_ds.config import load_config
+from mugv_ds.config.command import fit_to_launch
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -23,6 +26,43 @@ sys.exit(training_command(["--config", "ds_configs/debug.json", "--set", f"loggi
                           train, None))
 """
 LAUNCH = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("processes", "settings", "replicas"),
+    [
+        (4, [], 4),
+        (3, [], 2),  # 8 samples in micro-batches of 1
+        (100, [], 8),
+        (6, ["parallel.sequence=2"], 2),
+        (1, ["parallel.sequence=2"], 1),  # refused later, by the number that is needed
+        (8, ["data.micro_batch_size=4"], 2),
+        (5, ["parallel.data=5"], 5),
+    ],
+)
+def test_a_run_takes_as_many_replicas_as_its_steps_can_be_split_over(processes, settings, replicas):
+    given = ["data.global_batch_size=8", "data.micro_batch_size=1", "parallel.data=fit", *settings]
+    assert load_config("ds_configs/debug.json", given).fitted(processes).parallel.data == replicas
+
+
+def test_with_a_budget_the_steps_are_multiples_that_can_be_split():
+    config = load_config("ds_configs/stage3.json", ["parallel.data=fit", "parallel.sequence=4"])
+    multiple = config.data.budget.multiple
+    assert config.fitted(4 * multiple + 4).parallel.data == multiple
+    assert config.fitted(4 * (multiple - 1)).parallel.data == multiple // 2
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_processes_that_are_left_over_are_the_last_ones(rank, monkeypatch, capsys):
+    for name, value in (LAUNCH | {"RANK": str(rank), "WORLD_SIZE": "4"}).items():
+        monkeypatch.setenv(name, value)
+    given = ["data.global_batch_size=6", "data.micro_batch_size=1", "parallel.data=fit"]
+    config = fit_to_launch(load_config("ds_configs/debug.json", given))
+    assert (config is None) == (rank == 3)
+    assert os.environ["WORLD_SIZE"] == ("3" if rank < 3 else "4")
+    assert config is None or config.parallel.data == 3
+    note = "note: 1 of 4 processes are left over and end: the samples of a step are split over 3 replicas of 1\n"
+    assert capsys.readouterr().out == (note if rank == 3 else "")
 
 
 @pytest.mark.parametrize(
