@@ -5,6 +5,7 @@ deepspeed --hostfile hostfiles/localhost --no_ssh --node_rank 0 --master_addr 12
 """
 
 import os
+import time
 
 from mugv_ds.engine.guard.signals import SIGNALS
 
@@ -286,7 +287,9 @@ def train(config: TrainConfig) -> int:
     try:
         previews = data.previewed and make_previews(config, run, ema)
         evaluations = data.evaluated and make_evaluations(config, run, ema)
+        began = time.perf_counter()
         taken = store.restore()
+        restored = time.perf_counter() - began
         if process.rank == 0:
             fresh = f"starting fresh, from {run.weights.path or 'initial weights'}"
             say("\n".join([*overview(config, run), f"going on after step {taken}" if taken else fresh]))
@@ -309,7 +312,7 @@ def train(config: TrainConfig) -> int:
             rounds=rounds,
             expected=expected,
         )
-        stopped = trainer.run(taken)
+        stopped = trainer.run(taken, restored)
     finally:
         store.close()
     dist.destroy_process_group()  # without it some processes abort at exit
