@@ -170,8 +170,9 @@ $(VBENCH_ENV)/installed: tools/vbench.txt
 	$(VBENCH_ENV)/bin/python -m pip install --quiet --requirement tools/vbench.txt
 	touch $@
 
-test: install lint  ## Run the linter and all tests
-	$(BIN)/python -m pytest
+# A file's tests stay together, as they share what its fixtures trained; much of them is waiting for processes to start.
+test: install lint  ## Run the linter and all tests, two files of tests at a time
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-long: install  ## Also what shows only over thousands of steps
 	$(BIN)/python -m pytest tests -m long
