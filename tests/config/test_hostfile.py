@@ -312,6 +312,24 @@ def test_slurm_script_starts_one_launcher_a_host(tmp_path, slurm):
     assert not (tmp_path / "hostfiles" / "slurm_7").exists()
 
 
+@pytest.mark.parametrize(
+    ("status", "saves", "requeued"), [(137, "step-5", True), (137, "", False), (1, "step-5", False)]
+)
+def test_a_job_whose_processes_were_killed_is_queued_again_if_it_had_saved(tmp_path, slurm, status, saves, requeued):
+    binaries, checkpoints = tmp_path / "bin", tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    write(checkpoints / "latest", "step-4")
+    saving = f"printf {saves} >{checkpoints}/latest;" if saves else ""
+    executable(binaries / "srun", f"#!/bin/bash\n{saving} exit {status}\n")
+    requeue = f'#!/bin/sh\n[ "$1" = requeue ] && echo "$2" >{tmp_path}/requeued && exit\n'
+    executable(binaries / "scontrol", requeue + (binaries / "scontrol").read_text())
+    (tmp_path / "tools").symlink_to(ROOT / "tools")
+    (tmp_path / "hostfiles").mkdir()
+    command = ["bash", "tools/train.slurm", "--config", write_named_config(tmp_path)]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, **slurm}, check=False, timeout=60)
+    assert (tmp_path / "requeued").exists() == requeued
+
+
 @pytest.mark.parametrize(("status", "requeued"), [(75, True), (1, False), (2, False), (0, False)])
 def test_slurm_script_passes_the_signal_on_and_requeues_what_was_saved(tmp_path, slurm, status, requeued):
     binaries, told = tmp_path / "bin", tmp_path / "told"
