@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mugv_ds.checkpoint import files
 from mugv_ds.checkpoint.manifest import StartWeights
+from mugv_ds.checkpoint.places import newest_manifest
 from mugv_ds.checkpoint.reader import open_checkpoint
 from mugv_ds.config.errors import CheckpointError
 from mugv_ds.config.model import DiTConfig
@@ -31,7 +32,7 @@ def saved_start(config: TrainConfig) -> dict[str, Any] | None:
     Raises:
         CheckpointError: another version wrote the checkpoint.
     """
-    manifest = files.newest_manifest(Path(config.checkpoint.dir))
+    manifest = newest_manifest(config.checkpoint)
     return None if manifest is None else manifest.start.model_dump()
 
 
