@@ -27,7 +27,7 @@ from mugv_ds.config.console import say
 from mugv_ds.config.errors import CheckpointError, InputError
 from mugv_ds.config.schema import CheckpointSection
 from mugv_ds.config.url import is_url
-from mugv_ds.files.objects import ObjectFolder
+from mugv_ds.files.objects import DamagedError, ObjectFolder
 
 BEAT_SECONDS = 10.0  # of a lock in a store
 _SILENT_BEATS = 4  # after which its holder is taken to be gone
@@ -379,7 +379,7 @@ def fetch_file(objects: ObjectFolder, path: str, local: Path, entry: FileEntry) 
             files.verify(half, entry)
         except FileNotFoundError:
             raise BrokenCheckpointError(f"{objects.url(path)}: missing") from None
-        except BrokenCheckpointError as error:
+        except (BrokenCheckpointError, DamagedError) as error:
             if attempt == _DOWNLOADS:
                 raise BrokenCheckpointError(str(error).replace(str(half), objects.url(path))) from None
         else:

@@ -22,7 +22,7 @@ from mugv_ds.config.url import hidden
 ATTEMPTS = 6  # of a call, each after those that the store's own client makes
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds; waits double, and of each a random half at most is left out
 _MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
-_FINAL = (*_MISSING, FileExistsError, PermissionError)  # what is the same a moment later
+_CHECKSUM_ERROR = "FlexibleChecksumError"  # botocore's, by name: it need not be installed
 
 T = TypeVar("T")
 
@@ -30,12 +30,19 @@ logger = logging.getLogger(__name__)
 _random = random.Random()  # of its own: training's randomness is a function of the seed alone
 
 
+class DamagedError(OSError):
+    """What came is not what the store's own checksum of it says."""
+
+
+_FINAL = (*_MISSING, FileExistsError, PermissionError, DamagedError)  # what is the same a moment later
+
+
 class ObjectFolder:
     """The objects below a URL, such as s3://bucket/run; paths are relative to it. It is cheap to pickle.
 
     A failing call is tried `ATTEMPTS` times, with waits of random length, so that many ranks that were turned away do
     not come back together. Methods raise OSError at the end, with the URL of the object as its file name and without
-    anything secret in its text; FileNotFoundError, FileExistsError and PermissionError at once.
+    anything secret in its text; FileNotFoundError, FileExistsError, PermissionError and DamagedError at once.
 
     Args:
         url: of the folder. key: of the config that names it, for messages.
@@ -195,6 +202,8 @@ def as_os_error(error: Exception, name: str) -> OSError:
         return FileNotFoundError(errno.ENOENT, "missing", name)
     if isinstance(error, PermissionError):
         return PermissionError(errno.EACCES, text, name)
+    if type(error).__name__ == _CHECKSUM_ERROR:
+        return DamagedError(errno.EIO, text, name)
     if isinstance(error, FileExistsError) or "PreconditionFailed" in str(error):
         return FileExistsError(errno.EEXIST, "is there already", name)
     return OSError(getattr(error, "errno", None) or errno.EIO, text, name)
