@@ -381,7 +381,8 @@ def fetch_file(objects: ObjectFolder, path: str, local: Path, entry: FileEntry) 
             raise BrokenCheckpointError(f"{objects.url(path)}: missing") from None
         except (BrokenCheckpointError, DamagedError) as error:
             if attempt == _DOWNLOADS:
-                raise BrokenCheckpointError(str(error).replace(str(half), objects.url(path))) from None
+                why = error.strerror if isinstance(error, DamagedError) else str(error).removeprefix(f"{half}: ")
+                raise BrokenCheckpointError(f"{objects.url(path)}: {why}") from None
         else:
             half.replace(local)
             return

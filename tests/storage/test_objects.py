@@ -134,7 +134,9 @@ def test_nothing_secret_is_said(folder, proxy, caplog):
     from mugv_ds.config.url import hidden
 
     secret = os.environ["AWS_SECRET_ACCESS_KEY"]
-    proxy.fault(is_put, fails(500, f"Internal{secret} at https://u:{secret}@host/x?X-Amz-Signature=12345678"), times=100)
+    proxy.fault(
+        is_put, fails(500, f"Internal{secret} at https://u:{secret}@host/x?X-Amz-Signature=12345678"), times=100
+    )
     with caplog.at_level(logging.DEBUG, "mugv_ds"), pytest.raises(OSError) as error:
         folder.write("file", b"x")
     for text in (str(error.value), caplog.text):
