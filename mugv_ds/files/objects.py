@@ -206,4 +206,4 @@ def as_os_error(error: Exception, name: str) -> OSError:
         return DamagedError(errno.EIO, text, name)
     if isinstance(error, FileExistsError) or "PreconditionFailed" in str(error):
         return FileExistsError(errno.EEXIST, "is there already", name)
-    return OSError(getattr(error, "errno", None) or errno.EIO, text, name)
+    return OSError(errno.EIO, text, name)  # whatever number a client has made of an HTTP status: it may pass

@@ -1,4 +1,4 @@
-"""An S3 server on this machine (moto's, in a process of its own), and a proxy before it that does what stores do wrong."""
+"""An S3 server on this machine, moto's, and a proxy before it that does what stores do wrong."""
 
 import http.client
 import os
@@ -165,6 +165,7 @@ def proxy(server: str) -> Iterator[Proxy]:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def _handle(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
