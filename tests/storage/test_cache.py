@@ -29,7 +29,7 @@ def content(number: int, size: int = 96) -> np.ndarray:
 
 
 def entries(cache: Cache) -> list[Path]:
-    return [path for path in cache.folder.glob("??/*")]
+    return list(cache.folder.glob("??/*"))
 
 
 def test_what_is_put_is_there_and_what_is_damaged_is_not(tmp_path, caplog):
@@ -157,7 +157,7 @@ def test_a_manifest_that_changes_is_copied_anew(remote, cached, proxy):
 
 
 def test_a_damaged_entry_is_fetched_again(remote, cached, proxy):
-    url, samples = remote
+    _, samples = remote
     assert same(cached, samples)
     for path in entries(cached.files.cache):
         damaged = bytearray(path.read_bytes())
