@@ -22,6 +22,7 @@ from mugv_ds.files.atomic import write_atomically
 from mugv_ds.models.videovae.training import load_image_vae
 from mugv_ds.models.videovae.vae import VideoVAE
 from mugv_ds.weights.base import Weights, check_state
+from mugv_ds.weights.located import located
 from mugv_ds.weights.published import PublishedWeights, TrainedWeights
 from mugv_ds.weights.start import find_start
 
@@ -62,7 +63,7 @@ def put_in(config: VaeTrainConfig, start: StartWeights, vae: VideoVAE) -> None:
     if config.checkpoint.init_from is None:
         load_image_vae(vae, start.path)
         return
-    load_vae_parameters(Path(start.path), vae)
+    load_vae_parameters(located(start.path), vae)
 
 
 def load_vae_parameters(path: Path, vae: VideoVAE) -> None:
