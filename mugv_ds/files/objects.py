@@ -19,7 +19,7 @@ from fsspec.core import url_to_fs
 from mugv_ds.config.errors import ConfigError, InputError
 from mugv_ds.config.url import hidden
 
-ATTEMPTS = 6  # of a call, each after those that the store's own client makes
+ATTEMPTS = 8  # of a call, each after those that the store's own client makes
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds; waits double, and of each a random half at most is left out
 _MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 _CHECKSUM_ERROR = "FlexibleChecksumError"  # botocore's, by name: it need not be installed

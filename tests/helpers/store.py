@@ -218,9 +218,11 @@ def _answers(port: int) -> bool:
         connection.close()
 
 
-def make_bucket(server: str, name: str) -> None:
+def put(server: str, path: str, content: bytes = b"") -> None:
+    """Puts an object, or a bucket, into the store without a client, which is quicker."""
     connection = http.client.HTTPConnection(server.removeprefix("http://"), timeout=30)
-    connection.request("PUT", f"/{name}", headers={"Authorization": "AWS4-HMAC-SHA256 Credential=x/us-east-1/s3"})
+    headers = {"Authorization": "AWS4-HMAC-SHA256 Credential=x/us-east-1/s3"}
+    connection.request("PUT", f"/{path.removeprefix('s3://')}", content, headers)
     assert connection.getresponse().status == 200
     connection.close()
 
@@ -230,4 +232,4 @@ def enter(endpoint: str) -> None:
     from mugv_ds.files import objects
 
     os.environ.update(environment(endpoint))
-    objects.FIRST_WAIT = 0.02
+    objects.FIRST_WAIT, objects.LONGEST_WAIT = 0.02, 0.1

@@ -22,7 +22,7 @@ def server() -> Iterator[str]:
 def bucket(server) -> str:
     """The URL of a new bucket."""
     name = f"bucket-{next(_numbers)}"
-    store.make_bucket(server, name)
+    store.put(server, name)
     return f"s3://{name}"
 
 
@@ -40,6 +40,7 @@ def proxy(one_proxy, monkeypatch) -> Iterator[Proxy]:
     for name, value in store.environment(one_proxy.url).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(objects, "FIRST_WAIT", 0.02)
+    monkeypatch.setattr(objects, "LONGEST_WAIT", 0.1)
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     yield one_proxy
     one_proxy.reset()

@@ -18,7 +18,7 @@ from mugv_ds.data.sample import SampleError, read_row
 from mugv_ds.data.storage import Bucket, Range
 from mugv_ds.files.objects import ObjectFolder
 from tests.helpers.dataset import CHANNELS, TEXT_TOKENS, shard_dataset, write_config, write_dataset
-from tests.helpers.store import cuts_answer, fails
+from tests.helpers.store import cuts_answer, fails, put
 
 SHAPES = [(2, 4, 6)] * 4 + [(1, 4, 4)] * 2
 SIZES = {"channels": CHANNELS, "max_text_tokens": TEXT_TOKENS}
@@ -105,16 +105,14 @@ def test_many_processes_share_it(tmp_path):
 
 
 @pytest.fixture
-def remote(tmp_path, bucket, proxy) -> tuple[str, list]:
+def remote(tmp_path, server, bucket, proxy) -> tuple[str, list]:
     """The URL of a data set with its CSV, of shards and single files, and its samples."""
     single = write_dataset(tmp_path / "local", SHAPES)
     index = open_index(single)
     samples = [read_row(index, i, **SIZES) for i in range(len(SHAPES))]
     sharded = shard_dataset(single, range(1, 6))
-    objects = ObjectFolder(f"{bucket}/set", "data.root")
-    for file in [sharded, *(tmp_path / "local").glob("*/*.*")]:
-        if ".index" not in str(file):
-            objects.write(str(file.relative_to(tmp_path / "local")), file.read_bytes())
+    for file in [sharded, *(tmp_path / "local").glob("[lt]*/*.*")]:
+        put(server, f"{bucket}/set/{file.relative_to(tmp_path / 'local')}", file.read_bytes())
     return f"{bucket}/set", samples
 
 
