@@ -144,14 +144,15 @@ def newest_manifest(section: CheckpointSection) -> Manifest | None:
     """Returns the manifest of the newest checkpoint of a run that has a sound one; None: there is none.
 
     Raises:
-        CheckpointError: another version wrote the checkpoint. OSError: the store cannot be read.
+        CheckpointError: another version wrote the checkpoint, or the store cannot be read.
     """
     place = place_of(section)
-    for step in place.steps():
-        try:
-            return place.manifest(step)
-        except BrokenCheckpointError:
-            continue  # who restores it says so
+    try:
+        for step in place.steps():
+            with contextlib.suppress(BrokenCheckpointError):  # who restores it says so
+                return place.manifest(step)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or place}: {error.strerror}") from None
     return None
 
 
@@ -284,12 +285,12 @@ class ObjectPlace:
 
     def candidates(self) -> tuple[list[int], str | None]:
         """Returns `steps` and the one that `latest` names, which an old list may not have yet. See `Place`."""
-        steps = self.steps()
+        steps, latest = self.steps(), self._objects.url(files.LATEST)
         try:
             name = self._objects.read(files.LATEST, files.MAX_NAME_BYTES).decode(errors="replace").strip()
-        except FileNotFoundError:
-            return steps, None
-        newest, latest = files.step_of(name), self._objects.url(files.LATEST)
+        except (FileNotFoundError, DamagedError) as error:
+            return steps, f"{latest}: {error.strerror}; the newest in the list is taken" if steps else None
+        newest = files.step_of(name)
         if newest is None:
             raise CheckpointError(f"{latest}: names {name!r}, which is not a checkpoint; write step-<n> into it")
         if newest in steps:
@@ -305,8 +306,8 @@ class ObjectPlace:
         where = self._objects.url(_marker(step))
         try:
             text = self._objects.read(_marker(step), files.MAX_MANIFEST_BYTES)
-        except FileNotFoundError:
-            raise BrokenCheckpointError(f"{where}: missing") from None
+        except (FileNotFoundError, DamagedError) as error:
+            raise BrokenCheckpointError(f"{where}: {error.strerror}") from None
         except InputError as error:
             raise BrokenCheckpointError(str(error)) from None
         manifest = parse(text, where)
@@ -377,12 +378,11 @@ def fetch_file(objects: ObjectFolder, path: str, local: Path, entry: FileEntry) 
         try:
             objects.download(path, half)
             files.verify(half, entry)
-        except FileNotFoundError:
-            raise BrokenCheckpointError(f"{objects.url(path)}: missing") from None
-        except (BrokenCheckpointError, DamagedError) as error:
+        except (FileNotFoundError, DamagedError) as error:
+            raise BrokenCheckpointError(f"{objects.url(path)}: {error.strerror}") from None
+        except BrokenCheckpointError as error:
             if attempt == _DOWNLOADS:
-                why = error.strerror if isinstance(error, DamagedError) else str(error).removeprefix(f"{half}: ")
-                raise BrokenCheckpointError(f"{objects.url(path)}: {why}") from None
+                raise BrokenCheckpointError(str(error).replace(str(half), objects.url(path))) from None
         else:
             half.replace(local)
             return
@@ -422,7 +422,7 @@ class ObjectLock:
         """Returns what the lock says: `holder`, `token` and `beat`; empty where there is none."""
         try:
             said = json.loads(objects.read(files.LOCK, _MAX_LOCK_BYTES))
-        except (FileNotFoundError, ValueError):  # also one that somebody else wrote: nobody keeps it alive
+        except (FileNotFoundError, DamagedError, ValueError):  # also one that somebody else wrote: none keeps it alive
             return {}
         return said if isinstance(said, dict) else {}
 

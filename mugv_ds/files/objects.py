@@ -34,7 +34,7 @@ class DamagedError(OSError):
     """What came is not what the store's own checksum of it says."""
 
 
-_FINAL = (*_MISSING, FileExistsError, PermissionError, DamagedError)  # what is the same a moment later
+_FINAL = (*_MISSING, FileExistsError, PermissionError)  # what is the same a moment later
 
 
 class ObjectFolder:
@@ -42,7 +42,8 @@ class ObjectFolder:
 
     A failing call is tried `ATTEMPTS` times, with waits of random length, so that many ranks that were turned away do
     not come back together. Methods raise OSError at the end, with the URL of the object as its file name and without
-    anything secret in its text; FileNotFoundError, FileExistsError, PermissionError and DamagedError at once.
+    anything secret in its text; FileNotFoundError, FileExistsError and PermissionError at once, and DamagedError when
+    it comes again, as what is damaged on the way may be sound where it is.
 
     Args:
         url: of the folder. key: of the config that names it, for messages.
@@ -159,7 +160,7 @@ class ObjectFolder:
         return posixpath.join(self._folder, path) if path else self._folder
 
     def _call(self, path: str, ask: Callable[[str], T]) -> T:
-        full, wait = self._full(path), FIRST_WAIT
+        full, wait, damaged = self._full(path), FIRST_WAIT, False
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return ask(full)
@@ -167,8 +168,10 @@ class ObjectFolder:
                 raise
             except Exception as error:  # each store has errors of its own
                 failure = as_os_error(error, self.url(path))
-                if isinstance(failure, _FINAL) or attempt == ATTEMPTS:
+                again = damaged and isinstance(failure, DamagedError)
+                if again or isinstance(failure, _FINAL) or attempt == ATTEMPTS:
                     raise failure from None
+                damaged = isinstance(failure, DamagedError)
                 pause = wait * _random.uniform(0.5, 1.0)
                 logger.warning("%s; trying again in %.1f s", failure, pause)
                 time.sleep(pause)

@@ -124,7 +124,7 @@ def test_a_bit_that_flips_in_an_upload_is_noticed_when_it_is_read(folder, proxy,
     asked = len(proxy.seen)
     with pytest.raises(DamagedError, match=r"checksum.*run/file"):
         folder.download("file", tmp_path / "back")
-    assert len(proxy.seen) == asked + 1
+    assert len(proxy.seen) == asked + 2
 
 
 def test_nothing_secret_is_said(folder, proxy, caplog):

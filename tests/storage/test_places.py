@@ -161,6 +161,19 @@ def test_a_bit_that_flips_in_an_upload_is_found_by_who_reads(place, url, proxy, 
         place.verify(manifest, [], FILES)
 
 
+def test_a_bit_that_flips_in_a_marker_or_in_latest_is_passed_over(place, url, proxy, tmp_path):
+    save(place, 3, tmp_path)
+    for name in (MANIFEST_NAME, "latest"):
+        proxy.fault(lambda request, name=name: request.method == "PUT" and request.path.endswith(f"/{name}"), flips)
+    save(place, 5, tmp_path)
+    assert not proxy.left
+    with pytest.raises(BrokenCheckpointError, match=rf"{url}/step-00000005/{MANIFEST_NAME}: .*hecksum"):
+        place.manifest(5)
+    steps, note = place.candidates()
+    assert steps == [5, 3] and note.startswith(f"{url}/latest: FlexibleChecksumError")
+    assert newest_manifest(CheckpointSection(dir=url, local_dir=str(tmp_path / "local"))).step == 3
+
+
 def test_a_bit_that_flips_in_a_download_is_fetched_again(place, proxy, tmp_path):
     manifest = save(place, 3, tmp_path)
 
