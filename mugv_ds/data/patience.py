@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from mugv_ds.config.errors import TransientError
 from mugv_ds.data.paths import PathError
-from mugv_ds.data.storage import Files
+from mugv_ds.data.storage import Files, Folder
 from mugv_ds.files.retry import READ_WAITS, TRANSIENT
 from mugv_ds.files.tensor_file import SampleError
 
@@ -47,5 +47,7 @@ def read_patiently(read: Callable[[], T], files: Files) -> T:
             if wait is None:
                 raise TransientError(f"{files}: {error}; the file system has been away for minutes") from error
             logger.warning("%s; trying again in %g s", error, wait)
-            time.sleep(wait * _random.uniform(1.0, 1.25))  # many workers that were turned away do not come together
+            if not isinstance(files, Folder):  # of those that a store turned away not all come back together
+                wait *= _random.uniform(1.0, 1.25)
+            time.sleep(wait)
     raise AssertionError("unreachable: the last attempt returns or raises")

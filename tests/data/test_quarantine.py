@@ -103,6 +103,6 @@ def test_a_file_system_that_fails_is_asked_again_and_then_ends_the_run(root, mon
     root.rename(hidden)
     with pytest.raises(TransientError, match=r"No such file.*the file system has been away for minutes"):
         Replacing(read)([SampleRef(0, 0, 0)])
-    assert 2.0 < pauses[0] < 2.5 and 4.0 < pauses[1] < 5.0 and 120 < sum(pauses) < 600
+    assert pauses[:2] == [2.0, 4.0] and 120 < sum(pauses) < 600
     monkeypatch.setattr(patience.time, "sleep", lambda _: hidden.rename(root))
     assert not Replacing(read)([SampleRef(0, 0, 0)]).quarantined
