@@ -5,6 +5,7 @@ deepspeed --hostfile hostfiles/localhost --no_ssh --node_rank 0 --master_addr 12
 """
 
 import os
+import time
 
 from mugv_ds.engine.guard.signals import SIGNALS
 
@@ -17,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mugv_ds.config import ConfigError, Status, TrainConfig
-from mugv_ds.config.command import leave, training_command
+from mugv_ds.config.command import fit_to_launch, leave, training_command
 from mugv_ds.config.console import say
 from mugv_ds.config.environment import read_environment
 
@@ -42,10 +43,11 @@ class Start:
     """A process that has joined its run.
 
     Attributes:
-        process: this one. data: of the run. engine: holds the weights that the run starts from, if it starts afresh.
-        weights: that it started from.
+        config: with the levels of recomputation that "auto" chose. process: this one. data: of the run.
+        engine: holds the weights that the run starts from, if it starts afresh. weights: that it started from.
     """
 
+    config: TrainConfig
     process: "Process"
     data: "RunData"
     engine: Any  # DeepSpeed's PipelineEngine
@@ -85,13 +87,31 @@ def start(config: TrainConfig, resume: bool = True) -> Start:
         process.host.first(lambda: check_start_features(weights.path, data.text_encoder))
     if saved is not None and config.lora is not None and weights.digest is not None:
         process.host.first(lambda: check_resumed_base(weights, config))
+    config = settled(config, process, data)
     load = put_start(weights, config, fresh=saved is None)
     if config.parallel.offload != "none":
         needed = predict_host_memory(config, process.layout, data)
         process.host.attempt(lambda: check_host_memory(needed, read_environment().local_size))
     engine = build_engine(config, process, data.typical_shape, weights=load, shapes=len(data.shapes))
     stop_if_asked(process.host)
-    return Start(process, data, engine, weights)
+    return Start(config, process, data, engine, weights)
+
+
+def settled(config: TrainConfig, process: "Process", data: "RunData") -> TrainConfig:
+    """Returns the config with the levels of recomputation that "auto" chooses on rank 0; any other config as it is."""
+    if config.parallel.activation_checkpointing != "auto":
+        return config
+    import torch
+
+    from mugv_ds.models.kept_attention import statistics_of
+    from mugv_ds.plan.levels import with_levels
+    from mugv_ds.plan.predict import run_levels
+
+    is_gpu = process.device.type == "cuda"
+    memory = torch.cuda.get_device_properties(process.device).total_memory if is_gpu else None
+    machine = {"card": _card(), "memory": memory, "keeping": list(statistics_of(process.device))}
+    levels = process.host.first(lambda: list(run_levels(config, process.layout, data, **machine)))
+    return with_levels(config, levels)
 
 
 def reference_model(config: TrainConfig, run: Start, fresh: bool) -> "ReferenceModel":
@@ -188,7 +208,7 @@ def _sampler(run: Start, ema: "PowerEma", sigma_rel: float | None) -> tuple[Any,
 
 def overview(config: TrainConfig, run: Start) -> list[str]:
     """Returns what a run begins with on the terminal: what runs, on what, with what, and where its files go."""
-    from mugv_ds.plan.cost import layer_parameters
+    from mugv_ds.plan.cost import layer_parameters, level_name
 
     layout, data, section = run.process.layout, run.data, config.logging
     number = sum(layer_parameters(config.model.dit()))
@@ -202,7 +222,7 @@ def overview(config: TrainConfig, run: Start) -> list[str]:
         + ("" if config.lora is None else f", adapters of rank {config.lora.rank}"),
         "device": f"{layout.world_size} × {device}",
         "layout": f"data {layout.data} × sequence {layout.sequence} × pipeline {layout.pipeline}; "
-        f"recomputes {config.parallel.activation_checkpointing}",
+        f"recomputes {level_name(config.parallel.levels(config.model.dit().depth))}",
         "data": f"{config.data.manifest}: {len(data.train):,} rows, {len(data.shapes)} shapes; {held_out}",
         "steps": f"{config.schedule.steps:,} of {config.data.global_batch_size} samples",
         "learning rate": f"{config.schedule.kind}, {config.optimizer.lr:g} after {warmup}",
@@ -251,8 +271,11 @@ def train(config: TrainConfig) -> int:
     from mugv_ds.engine.loop import Trainer
     from mugv_ds.engine.reward.old_policy import OldPolicy
 
+    config = fit_to_launch(config)
+    if config is None:
+        return Status.DONE
     run = start(config)
-    process, data, engine = run.process, run.data, run.engine
+    config, process, data, engine = run.config, run.process, run.data, run.engine
     store = Store(config, process, engine, data.order(), run.weights, data.text_encoder)
     masters = [fragment.tensors["weight"] for fragment in store.fragments]
     ema = PowerEma(masters, config.ema.sigma_rel)
@@ -264,7 +287,9 @@ def train(config: TrainConfig) -> int:
     try:
         previews = data.previewed and make_previews(config, run, ema)
         evaluations = data.evaluated and make_evaluations(config, run, ema)
+        began = time.perf_counter()
         taken = store.restore()
+        restored = time.perf_counter() - began
         if process.rank == 0:
             fresh = f"starting fresh, from {run.weights.path or 'initial weights'}"
             say("\n".join([*overview(config, run), f"going on after step {taken}" if taken else fresh]))
@@ -287,7 +312,7 @@ def train(config: TrainConfig) -> int:
             rounds=rounds,
             expected=expected,
         )
-        stopped = trainer.run(taken)
+        stopped = trainer.run(taken, restored)
     finally:
         store.close()
     dist.destroy_process_group()  # without it some processes abort at exit
@@ -304,7 +329,7 @@ def dry_run(config: TrainConfig, world_size: int | None) -> str:
     from mugv_ds.plan.describe import describe
     from mugv_ds.weights.codec import read_codec_sizes
 
-    return describe(config, world_size, read_codec_sizes, _card())
+    return describe(config.fitted(world_size or 1), world_size, read_codec_sizes, _card())
 
 
 if __name__ == "__main__":

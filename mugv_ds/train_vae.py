@@ -4,6 +4,7 @@ tools/launch.py --hostfile hostfiles/localhost mugv_ds/train_vae.py --config ds_
 """
 
 import os
+import time
 
 from mugv_ds.engine.guard.signals import SIGNALS
 
@@ -51,12 +52,14 @@ def train(config: VaeTrainConfig) -> int:
         previews = process.host.attempt(lambda: VaePreviews(config, process, engines.vae.module.vae, data.held_out))
     store = Store(config, process, engines.vae, data.order(), start, shapes=engines.shapes(), others=engines.others)
     try:
+        began = time.perf_counter()
         taken = store.restore()
+        restored = time.perf_counter() - began
         if process.rank == 0:
             begins = f"starting fresh, from {start.path or 'initial weights'}"
             say(f"going on after step {taken}" if taken else begins)
         trainer = VaeTrainer(config, process, engines, data=data, store=store, previews=previews)
-        stopped = trainer.run(taken)
+        stopped = trainer.run(taken, restored)
     finally:
         store.close()
     dist.destroy_process_group()  # without it some processes abort at exit

@@ -109,13 +109,13 @@ CASES = (
     Case("4-360p2s-data", (4, 1, 1), CLIP_2S, 8, "selective", micro=3, averages=2),
     Case("4-299k-offload", (1, 4, 1), (83, 90, 160), 4, "attention", "all", steps=3, is_profiled=False),
     Case("4-580k-offload", (1, 4, 1), (161, 90, 160), 2, "attention", "all", steps=3, is_profiled=False),
-    Case("4-10b-720p5s", (1, 4, 1), HD_5S, 56, "light"),
+    Case("4-10b-720p5s", (1, 4, 1), HD_5S, 56, "auto"),
     Case("4-10b-720p5s-selective", (1, 4, 1), HD_5S, 56, "selective", steps=4, is_profiled=False),
     Case("4-10b-580k", (1, 4, 1), (161, 90, 160), 56, "attention", "all", steps=2, is_profiled=False),
 )
 TOY = (
     Case("toy-1", (1, 1, 1), (2, 4, 6), 2, "light", micro=2, accumulation=2, steps=3, is_profiled=True),
-    Case("toy-1-again", (1, 1, 1), (1, 4, 4), 2, "off", steps=3, is_profiled=False, averages=1),
+    Case("toy-1-again", (1, 1, 1), (1, 4, 4), 2, "auto", steps=3, is_profiled=False, averages=1),
     Case("toy-2", (1, 2, 1), (2, 4, 6), 2, "selective", steps=3, is_profiled=False),
     Case("toy-2-again", (1, 1, 2), (1, 4, 4), 2, "full", accumulation=2, steps=2, is_profiled=False),
 )
@@ -132,7 +132,21 @@ def config_of(case: Case, work: Path, attention: str, is_toy: bool):
 
     more = ['model.preset="mugdit_debug"', "data.max_text_tokens=40", "model.caption_channels=64"] if is_toy else []
     more += ["model.compile=false"] if is_toy else []
-    return load_config(ROOT / "ds_configs/base.json", [*case.settings(work, attention), *more])
+    config = load_config(ROOT / "ds_configs/base.json", [*case.settings(work, attention), *more])
+    return config if is_toy or case.level != "auto" else as_planned(config, case)
+
+
+def as_planned(config, case: Case):
+    """Returns the config with the levels that "auto" chooses on the card of the calibration that ships."""
+    from mugv_ds.plan.calibration import load_calibration, shipped
+    from mugv_ds.plan.levels import with_levels
+    from mugv_ds.plan.search import Limits, Planner
+    from mugv_ds.plan.steps import given_kinds
+    from mugv_ds.plan.timing import Timing
+
+    timing = Timing(load_calibration(shipped()[0]))
+    planner = Planner(config, given_kinds(config, [case.shape]), timing, Limits.of(timing))
+    return with_levels(config, planner.as_set(case.gpus).setup.levels)
 
 
 class Watch:
@@ -297,7 +311,13 @@ def start_ranks(args: argparse.Namespace, gpus: int, names: Sequence[str], secon
     ranks = []
     for rank in range(gpus):
         given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": gpus, "LOCAL_SIZE": gpus, "MASTER_PORT": port}
-        environment = {**os.environ, **{key: str(value) for key, value in given.items()}, "MASTER_ADDR": "127.0.0.1"}
+        as_train = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}  # see `mugv_ds.config.command`
+        environment = {
+            **as_train,
+            **os.environ,
+            **{key: str(value) for key, value in given.items()},
+            "MASTER_ADDR": "127.0.0.1",
+        }
         ranks.append(
             subprocess.Popen([sys.executable, __file__, *map(str, options), "--only", *names], env=environment)
         )

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         config = load_config(args.config, args.set)
-        print(balance_report(config, args.data_ranks or config.parallel.data or 1, args.steps))
+        print(balance_report(config, args.data_ranks or config.fitted(1).parallel.data or 1, args.steps))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -35,6 +35,7 @@ COMMANDS = {
     "reference": Command("mugv_ds.cli.reference", "write a frozen reference's losses for DPO or KTO", launched=True),
     "rdpo-pairs": Command("mugv_ds.cli.make_rdpo_pairs", "make pairs for DPO that nobody annotated", launched=True),
     "summary": Command("mugv_ds.cli.summary", "print a run's held-out loss before and after"),
+    "goodput": Command("mugv_ds.cli.goodput", "print where a run's wall time went"),
     "convert": Command("mugv_ds.cli.convert_hf", "write a checkpoint as published-format weights"),
     "convert-vae": Command("mugv_ds.cli.convert_vae", "write a checkpoint of the VideoVAE as vae.pt"),
     "import": Command("mugv_ds.cli.import_hf", "check weights of any form and write them in a published one"),

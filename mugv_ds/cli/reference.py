@@ -15,6 +15,7 @@ import argparse
 from collections.abc import Sequence
 
 from mugv_ds.config import ConfigError, TrainConfig, exit_status, load_config
+from mugv_ds.config.command import fit_to_launch
 from mugv_ds.config.environment import given_world_size, read_environment
 from mugv_ds.config.hostfile import check_launcher
 
@@ -30,6 +31,9 @@ def write(config: TrainConfig) -> None:
 
     from mugv_ds.train import reference_model, start
 
+    config = fit_to_launch(config)
+    if config is None:
+        return
     run = start(config, resume=False)
     for line in reference_model(config, run, fresh=True).write():
         if run.process.rank == 0:

@@ -12,6 +12,7 @@ from mugv_ds.config.environment import given_world_size, read_environment
 from mugv_ds.config.errors import ConfigError, exit_status
 from mugv_ds.config.hostfile import check_launcher
 from mugv_ds.config.load import Schema, load_config
+from mugv_ds.config.schema import TrainConfig
 
 
 def training_command(
@@ -48,9 +49,35 @@ def training_command(
         environment = read_environment()
         check_launcher(environment.world_size)
         divert(config.logging.dir, environment.rank)
+        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+            # Read when PyTorch is imported. Steps of several shapes, and tensors that wait on other streams, otherwise
+            # leave gaps of memory that nothing fits into.
+            os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         return train(config)
 
     return exit_status(run)
+
+
+def fit_to_launch(config: TrainConfig) -> TrainConfig | None:
+    """Returns the config for the processes of this launch, see `TrainConfig.fitted`; None in one that is left over.
+
+    Those that are left over are the last ones; to the others WORLD_SIZE says how many they are.
+    """
+    environment = read_environment()
+    config = config.fitted(environment.world_size)
+    parallel = config.parallel
+    used = (parallel.data or 0) * parallel.sequence * parallel.pipeline
+    if not used or used >= environment.world_size:
+        return config
+    if environment.rank < used:
+        os.environ["WORLD_SIZE"] = str(used)
+        return config
+    if environment.rank == used:
+        say(
+            f"note: {environment.world_size - used} of {environment.world_size} processes are left over and end: the "
+            f"samples of a step are split over {parallel.data} replicas of {parallel.sequence * parallel.pipeline}"
+        )
+    return None
 
 
 def divert(folder: str, rank: int) -> None:

@@ -203,13 +203,21 @@ class FlowSection(Section):
     )
 
 
+Level = Literal["off", "light", "selective", "attention", "full"]
+
+
 class ParallelSection(Section):
     """The layout of the ranks, data × sequence × pipeline, and activation checkpointing."""
 
-    data: Ranks | None = Field(None, description="Data-parallel replicas; by default world / (sequence · pipeline).")
+    data: Ranks | Literal["fit"] | None = Field(
+        None,
+        description="Data-parallel replicas; by default world / (sequence · pipeline). fit: as many as the launch has "
+        "processes for and the samples of a step can be split over; processes that are left over end at once. A run "
+        "that lost a host goes on with the others, on the same samples, and grows when it is back.",
+    )
     sequence: Ranks = Field(1, description="Ranks that share one sample's tokens (Ulysses); must divide the heads.")
     pipeline: Ranks = Field(1, description="Pipeline stages; at most the number of blocks.")
-    activation_checkpointing: Literal["off", "light", "selective", "attention", "full"] = Field(
+    activation_checkpointing: Level | Literal["auto"] | Annotated[list[Level], Field(min_length=1)] = Field(
         "off",
         description="Which activations of a block are saved for the backward pass, which computes the others again. "
         "full: the block's input alone, one tensor of [tokens, D]. attention: also self-attention's output and the "
@@ -219,7 +227,13 @@ class ParallelSection(Section):
         "15.3. What lies between self-attention and the feed-forward layer (the projection of o, the residual, "
         "cross-attention) is computed again. off: that too is saved; 20.3. The outputs of modulated LayerNorms and of "
         "GELU are saved at no level (but with fp8), as computing them again costs next to nothing. docs/performance.md "
-        "has times and peaks.",
+        "has times and peaks. A list has a level for each block of the model. auto: each block's level so that the "
+        "predicted memory fills the device (see memory_gib) and the step is predicted to be the fastest.",
+    )
+    memory_gib: Annotated[float, Field(gt=0, le=10_000)] | None = Field(
+        None,
+        description="Memory of a device that activation_checkpointing = auto fills. null: of a GPU what CUDA and NCCL "
+        "leave of it; on a CPU no bound.",
     )
     offload: Literal["none", "attention_output", "all"] = Field(
         "none",
@@ -227,6 +241,11 @@ class ParallelSection(Section):
         "activation_checkpointing = attention. attention_output: self-attention's output and its log-sum-exp; all: "
         "the block's input too. The copies run beside the computation, a block ahead in the backward pass.",
     )
+
+    def levels(self, depth: int) -> tuple[str, ...]:
+        """Returns the level of each of so many blocks; "off" while "auto" has not chosen, see `plan.levels.settled`."""
+        asked = self.activation_checkpointing
+        return tuple(asked) if isinstance(asked, list) else ("off" if asked == "auto" else asked,) * depth
 
 
 class OptimizerSection(Section):
@@ -510,6 +529,16 @@ class TrainConfig(Section):
         default_factory=dict, description="Passed on to DeepSpeed after its keys are checked."
     )
 
+    def fitted(self, processes: int) -> "TrainConfig":
+        """Returns the config for a launch of so many processes: with a number of replicas in the place of "fit"."""
+        if self.parallel.data != "fit":
+            return self
+        data, model_ranks = self.data, self.parallel.sequence * self.parallel.pipeline
+        parts = data.global_batch_size // data.micro_batch_size if data.budget is None else data.budget.multiple
+        most = max(processes // model_ranks, 1)
+        replicas = max(count for count in range(1, min(most, parts) + 1) if parts % count == 0)
+        return self.model_copy(update={"parallel": self.parallel.model_copy(update={"data": replicas})})
+
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainConfig":
         """Checks what no section can check by itself."""
@@ -526,7 +555,18 @@ class TrainConfig(Section):
                 f'model.precision = "fp8": takes widths that are multiples of 16, hidden_size is {dit.hidden_size}; '
                 "use an even model.num_heads, or bf16"
             )
-        if self.parallel.activation_checkpointing == "attention" and self.model.attention in ("flash4_padded", "te"):
+        levels = self.parallel.activation_checkpointing
+        if isinstance(levels, list) and len(levels) != dit.depth:
+            raise ValueError(
+                f"parallel.activation_checkpointing: {len(levels)} levels for the {dit.depth} blocks of "
+                f"{self.model.preset}; give one for each, or one for all"
+            )
+        if levels == "auto" and self.model.precision != "bf16":
+            raise ValueError(
+                'parallel.activation_checkpointing = "auto": the memory of bf16 alone is predicted, and '
+                f"model.precision is {self.model.precision}; choose a level"
+            )
+        if "attention" in levels and self.model.attention in ("flash4_padded", "te"):
             raise ValueError(
                 f'model.attention = "{self.model.attention}": gives no log-sum-exp, which '
                 'parallel.activation_checkpointing = "attention" keeps; set it to auto, flash4, flash2 or cudnn, or '
@@ -629,6 +669,9 @@ class TrainConfig(Section):
         if self.parallel.activation_checkpointing != "attention":
             why = 'without parallel.activation_checkpointing = "attention"'
             yield from changed("parallel", self.parallel, {"offload"}, why)
+        if self.parallel.activation_checkpointing != "auto":
+            why = 'without parallel.activation_checkpointing = "auto"'
+            yield from changed("parallel", self.parallel, {"memory_gib"}, why)
         if self.optimizer.kind != "muon":
             muon = {"adamw_lr", "muon_momentum", "muon_scale"}
             yield from changed("optimizer", self.optimizer, muon, 'without optimizer.kind = "muon"')

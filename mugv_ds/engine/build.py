@@ -74,7 +74,7 @@ def build_stage(config: TrainConfig, process: Process, shape: tuple[int, int, in
         ulysses=Ulysses(process.group, layout.sequence, process.coordinates.sequence, attention),
         loss=objective,
         terms=objective.terms,
-        recompute=config.parallel.activation_checkpointing,
+        recompute=config.parallel.levels(dit.depth),
         lora=config.lora,
         seed=config.data.seed,
         dtype=DTYPES[config.model.dtype],
@@ -96,9 +96,9 @@ def pick_attention(config: TrainConfig, process: Process, shape: tuple[int, int,
     Raises:
         ConfigError: the recompute level keeps what the backend that is named does not give.
     """
-    level, name = config.parallel.activation_checkpointing, config.model.attention
+    levels, name = config.parallel.levels(config.model.dit().depth), config.model.attention
     backends = None
-    if level == "attention":
+    if "attention" in levels:
         check_kept(name, process.device)
         backends = {name: KeptAttention(of) for name, of in statistics_of(process.device).items()}
     return named_attention(

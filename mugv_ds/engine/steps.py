@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from mugv_ds.data.loader import loader
 from mugv_ds.data.plan import Plan
 from mugv_ds.data.quarantine import Reading, Replacing
 from mugv_ds.data.readers import Sources
+from mugv_ds.engine.goodput import Timeline
 from mugv_ds.engine.guard.guard import Guard, Prefetched, Rollback, StepResult
 from mugv_ds.engine.metrics import Recorder, peak_tflops, quartile_means
 from mugv_ds.engine.process import Process
@@ -78,6 +80,7 @@ class StepLoop(ABC):
         self.config, self.process, self.plan, self.readers = config, process, plan, readers
         self.store, self.shown = store, shown
         self.waited = 0.0
+        self.timeline = Timeline(Path(config.logging.dir), process.rank)
 
     @abstractmethod
     def _train_step(self, step: int, batches: list[Any] | None, recorder: Recorder) -> StepResult:
@@ -102,11 +105,11 @@ class StepLoop(ABC):
         """The end of the data steps from `position` on, `stop` at most, that can be made ready at once."""
         return stop
 
-    def run(self, start: int) -> bool:
+    def run(self, start: int, restored: float = 0.0) -> bool:
         """Trains from step `start` to the config's last, with records, validations and checkpoints as it says.
 
         Args:
-            start: steps taken.
+            start: steps taken. restored: seconds in which the checkpoint of them was loaded.
 
         Returns:
             Whether the run was asked to stop, and saved, before its last step.
@@ -115,21 +118,27 @@ class StepLoop(ABC):
             InputError: a sample and all that would replace it cannot be used, or a checkpoint could not be saved.
             TrainingError: the run cannot go on. PeerError: another rank says why.
         """
+        self.timeline.started(start, restored)
         self.guard.start(self.store.state)
         self._facts = self._run_facts()
         if start == 0 and self.config.checkpoint.save_every:
-            self.store.save(0, self.guard.state())  # so that there is a step to go back to before the first is due
+            with self.timeline.phase("save"):
+                self.store.save(0, self.guard.state())  # so that there is a step to go back to before the first is due
         while True:
             try:
                 stopped = self._run_from(start)
             except Rollback as cause:
                 # One that is saved on schedule, so that a run that was stopped in between goes back as far.
                 every = max(self.config.checkpoint.save_every, 1)
-                start = self.store.restore(before=cause.before // every * every + 1)
+                with self.timeline.phase("restore"):
+                    start = self.store.restore(before=cause.before // every * every + 1)
                 self.guard.rolled_back(cause, start, self.store.state)
+                self.timeline.went_back(start)
             else:
-                self.store.wait()
+                with self.timeline.phase("save"):
+                    self.store.wait()
                 self.guard.close()
+                self.timeline.ended()
                 return stopped
 
     def _run_facts(self) -> State:
@@ -170,15 +179,18 @@ class StepLoop(ABC):
                 if stop:
                     self._save(step, recorder, result, stop=True)
                     return True
-                with profiled(logging, step + 1, self.process):
+                with self.timeline.phase("step"), profiled(logging, step + 1, self.process):
                     result = self._train_step(step, batches, recorder)
                 step += 1
+                self.timeline.step(step, self._kind(self.guard.history.position(step - 1)), result.applied)
+                if recorder.due(step - 1):
+                    recorder.write(step, self.timeline.scalars().items())
 
     def _make_ready(self, step: int, recorder: Recorder) -> tuple[int, Iterator[list[Reading]]]:
         """Makes the coming steps ready; returns after which step others have to be, and what is read for these."""
         position = self.guard.history.position(step)
         stop = self._ready_until(position, position + self.config.schedule.steps - step)
-        with recorder.excluded():
+        with recorder.excluded(), self.timeline.phase("make ready"):
             self._complete(step, position, stop, recorder)
         return step + stop - position, self._readings(position, stop)
 
@@ -191,18 +203,19 @@ class StepLoop(ABC):
         self.store.poll()
         every = self.config.checkpoint.save_every
         if result and (self._due(step, every) or (stop and every)):
-            with recorder.excluded():
+            with recorder.excluded(), self.timeline.phase("save"):
                 self.store.save(step, self.guard.state())
 
     def _look(self, step: int, recorder: Recorder, result: StepResult | None) -> None:
         """Validates and writes what is to be looked at, if they are due after `step` steps."""
         steps = self.config.schedule.steps
         if self._due(step, self.config.logging.eval_every or steps) if result else step < steps:
-            self._validate(recorder, step)
+            with self.timeline.phase("validation"):
+                self._validate(recorder, step)
         # Also where the run goes on from: it may have ended before they were written.
         for every, shown in self.shown:
             if shown is not None and step and self._due(step, every):
-                with recorder.excluded():
+                with recorder.excluded(), self.timeline.phase("previews"):
                     shown.write(step, recorder, partial(self.guard.alive, step))
 
     def _readings(self, first: int, stop: int) -> Iterator[list[Reading]]:
@@ -234,11 +247,17 @@ class StepLoop(ABC):
             return None, Prefetched()
         begin = time.perf_counter()
         try:
-            read = next(readings)
+            with self.timeline.phase("data"):
+                read = next(readings)
         except Exception as failure:
             return None, Prefetched(failure=failure)
         self.waited += time.perf_counter() - begin
         return [batch for batch, _ in read], Prefetched([bad for _, found in read if self.reports for bad in found])
+
+    def _kind(self, position: int) -> str:
+        """A name that data steps share which take equally long."""
+        step = self.plan.step(position)
+        return f"{step.stream} {'×'.join(map(str, step.shape))}"
 
     def _items(self, position: int) -> list[tuple[int, int]]:
         """The (source, item)s of a data step."""

@@ -8,6 +8,8 @@ With adapters (`lora`) a frozen linear takes two thirds of what a trained one do
 not computed, and the embedders a third. The first block is counted as the others, though its input has no gradient.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -108,18 +110,23 @@ def layer_flops(config: DiTConfig, tokens: int, text_tokens: int, lora: LoraSect
 
 
 def train_flops(
-    config: DiTConfig, tokens: int, text_tokens: int, recompute: str = "off", lora: LoraSection | None = None
+    config: DiTConfig,
+    tokens: int,
+    text_tokens: int,
+    recompute: str | Sequence[str] = "off",
+    lora: LoraSection | None = None,
 ) -> float:
     """Returns the FLOPs of one sample's forward and backward pass, and what is recomputed.
 
     Without adapters both passes are three times the forward one.
 
     Args:
-        recompute: see `layers.Block.forward`. With "off" the result is the model FLOPs (MFU), whatever the run
-            recomputes; with the run's own level it is the hardware FLOPs (HFU).
+        recompute: see `layers.Block.forward`; of all blocks, or of each. With "off" the result is the model FLOPs
+            (MFU), whatever the run recomputes; with the run's own levels it is the hardware FLOPs (HFU).
         lora: adapters of the blocks, which alone are trained.
     """
-    again = config.depth * recomputed_flops(config, tokens, text_tokens, recompute, lora)
+    levels = Counter((recompute,) * config.depth if isinstance(recompute, str) else recompute)
+    again = sum(n * recomputed_flops(config, tokens, text_tokens, level, lora) for level, n in levels.items())
     forward = layer_flops(config, tokens, text_tokens, lora)
     if lora is None:
         return 3.0 * sum(forward) + again
@@ -153,7 +160,7 @@ def step_flops(run: TrainConfig, shape: tuple[int, int, int], *, samples: int, c
         again += preferred * sum(layer_flops(*sizes))  # the reference: adapters off
     return StepFlops(
         samples * train_flops(*sizes, lora=run.lora),
-        samples * train_flops(*sizes, run.parallel.activation_checkpointing, run.lora) + again,
+        samples * train_flops(*sizes, run.parallel.levels(sizes[0].depth), run.lora) + again,
     )
 
 

@@ -16,10 +16,18 @@ if TYPE_CHECKING:
 
 
 class RunBlocks(Protocol):
-    """Runs a model's blocks one after the other: tokens [B, N, D] → [B, N, D]."""
+    """Runs a model's blocks one after the other: tokens [B, N, D] → [B, N, D].
+
+    recompute: level of all blocks, or of each, see `Block.forward`.
+    """
 
     def __call__(
-        self, blocks: Sequence["Block"], x_BND: Tensor, condition: "Condition", attention: "Attention", recompute: str
+        self,
+        blocks: Sequence["Block"],
+        x_BND: Tensor,
+        condition: "Condition",
+        attention: "Attention",
+        recompute: str | Sequence[str],
     ) -> Tensor: ...
 
 
@@ -32,11 +40,16 @@ class Model(Protocol):
 
 
 def run_blocks(
-    blocks: Sequence["Block"], x_BND: Tensor, condition: "Condition", attention: "Attention", recompute: str
+    blocks: Sequence["Block"],
+    x_BND: Tensor,
+    condition: "Condition",
+    attention: "Attention",
+    recompute: str | Sequence[str],
 ) -> Tensor:
-    """Runs all blocks, see `Block.forward`."""
-    for block in blocks:
-        x_BND = block(x_BND, condition, attention, recompute)
+    """Runs all blocks, see `RunBlocks`."""
+    levels = [recompute] * len(blocks) if isinstance(recompute, str) else recompute
+    for block, level in zip(blocks, levels, strict=True):
+        x_BND = block(x_BND, condition, attention, level)
     return x_BND
 
 

@@ -9,7 +9,7 @@ rank, L text tokens, D hidden size, P = 2·2 pixels of a patch, K = 2 token clas
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -143,7 +143,8 @@ class DiTPipeline(PipelineModule):
         ulysses: this rank's part of the sequence, and the self-attention.
         loss: (velocity [B, n, P, 24], `Labels`) → (this rank's scalar loss, scalars to report); None to predict alone.
         terms: names of the scalars that `loss` reports.
-        recompute: level of `parallel.activation_checkpointing`, see `Block.forward`.
+        recompute: level of `parallel.activation_checkpointing`, of all the model's blocks or of each, see
+            `Block.forward`.
         lora: adapters of the blocks, which alone are trained; None trains all weights.
         seed: seed of the initial weights, which do not depend on the layout; None leaves them as they happen to be.
         dtype, device: of the weights.
@@ -158,7 +159,7 @@ class DiTPipeline(PipelineModule):
         ulysses: Ulysses,
         loss: Callable[[Tensor, Labels], tuple[Tensor, dict[str, Tensor]]] | None = None,
         terms: Iterable[str] = (),
-        recompute: str = "off",
+        recompute: str | Sequence[str] = "off",
         lora: LoraSection | None = None,
         seed: int | None,
         dtype: torch.dtype,
@@ -173,7 +174,10 @@ class DiTPipeline(PipelineModule):
         topology = PipeDataParallelTopology(num_pp=layout.pipeline, num_dp=layout.replicas)
         with _building(dtype, device):
             super().__init__(specs, topology=topology, loss_fn=self._record_loss)
-        self.config, self.ulysses, self.recompute, self.loss = config, ulysses, recompute, loss
+        self.config, self.ulysses, self.loss = config, ulysses, loss
+        levels = [recompute] * config.depth if isinstance(recompute, str) else recompute
+        first = max(boundaries[self.stage_id] - 1, 0)  # layer 0 is the embedders
+        self.recompute = tuple(levels[first : first + len(self.blocks)])
         self.terms = dict.fromkeys(terms)
         self.grid: Grid | None = None
         self.size = 0
@@ -245,7 +249,8 @@ class DiTPipeline(PipelineModule):
             tokens_BnD = tokens_BnD.detach() if self.is_first else tokens_BnD
         if self.held_text is not None:
             self.held_text.use(condition.text_BLD)
-        tokens_BnD = self.run_blocks(self.blocks, tokens_BnD, condition, self.ulysses, self.recompute)
+        recompute = self.recompute if torch.is_grad_enabled() else "off"  # samplers may run fewer blocks
+        tokens_BnD = self.run_blocks(self.blocks, tokens_BnD, condition, self.ulysses, recompute)
         return layers[-1](tokens_BnD, condition) if self.is_last else pack(tokens_BnD, condition, x_mask)
 
     def _record_loss(self, output: Tensor, given: tuple[Tensor, ...]) -> Tensor:

@@ -5,10 +5,11 @@ m + p − 1 of them take on the slowest stage. Each micro-batch's bf16 gradients
 pass runs, and after the step the weights are gathered while AdamW runs.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import pairwise
+from itertools import groupby, pairwise
 from math import prod
 
 import torch
@@ -92,13 +93,29 @@ def _boundaries(dit: DiTConfig, stages: int, tokens: int, text_tokens: int) -> t
     return tuple(stage_boundaries(dit, stages, tokens, text_tokens))
 
 
+Runs = tuple[tuple[str, int], ...]  # levels of blocks that follow one another, each with how many have it
+
+
+@lru_cache(4096)
+def runs_of(levels: tuple[str, ...]) -> Runs:
+    """Returns the levels of blocks that follow one another."""
+    return tuple((level, len(list(group))) for level, group in groupby(levels))
+
+
+def level_name(levels: tuple[str, ...]) -> str:
+    """Says the level of all blocks, or how many have which."""
+    counts = Counter(levels)
+    return levels[0] if len(counts) == 1 else " + ".join(f"{count} {level}" for level, count in counts.items())
+
+
 @dataclass(frozen=True)
 class Setup:
     """A model and how it is trained.
 
     Attributes:
         dit, trained: its sizes, and the parameters of each layer that are trained. has_muon: whether Muon moves some.
-        text_tokens: L. layout: of the ranks. level, offload: of activations. gradients: "fp32" or "bf16".
+        text_tokens: L. layout: of the ranks. levels: of recomputation, of each block. offload: of activations.
+        gradients: "fp32" or "bf16".
         averages: of the weights. bucket: elements of gradients that are reduced together.
         typical_tokens: of the sample by whose cost stages are balanced. reduced_bytes: of a gradient on its way.
         is_adapted: whether adapters alone are trained. reference_passes: forward passes beside, of a preference sample.
@@ -108,7 +125,7 @@ class Setup:
     trained: tuple[int, ...]
     text_tokens: int
     layout: Layout
-    level: str
+    levels: tuple[str, ...]
     offload: str
     gradients: str
     averages: int
@@ -133,7 +150,7 @@ class Setup:
             trained=trained_parameters(config),
             text_tokens=config.data.max_text_tokens,
             layout=layout,
-            level=config.parallel.activation_checkpointing,
+            levels=config.parallel.levels(config.model.dit().depth),
             offload=config.parallel.offload,
             gradients=engine.get("data_types", {}).get("grad_accum_dtype", "fp32"),
             averages=len(config.ema.sigma_rel) + (config.reward is not None),  # the old policy is one too
@@ -172,19 +189,34 @@ class Setup:
     @cached_property
     def unlike_stages(self) -> list[Stage]:
         """Returns the stages that differ in what they compute, one of each."""
-        return list({(s.blocks, s.has_embedders, s.has_final): s for s in reversed(self.stages)}.values())
+        unlike = {(self.runs(s), s.has_embedders, s.has_final): s for s in reversed(self.stages)}
+        return list(unlike.values())
 
-    def memory(self, stage: Stage, buckets: Iterable[Bucket]) -> Memory:
+    def runs(self, stage: Stage) -> Runs:
+        """Returns the levels of a stage's blocks."""
+        first = max(stage.first - 1, 0)
+        return runs_of(self.levels[first : first + stage.blocks])
+
+    @property
+    def level(self) -> str:
+        """Returns the levels in words."""
+        return level_name(self.levels)
+
+    def memory(self, stage: Stage, buckets: Iterable[Bucket], runs: Runs | None = None) -> Memory:
         """Predicts the memory of a device of a stage, in those steps in which it is the most.
 
         Args:
             buckets: kinds of steps; where there are none nothing is trained meanwhile.
+            runs: levels in the place of the stage's own.
         """
         sizes = self.text_tokens, self.dit.caption_channels
         held = _held(tuple(buckets), self.layout.sequence, self.layout.pipeline - stage.number, *sizes)
-        return max((self._memory(stage, *of) for of in held), key=lambda memory: memory.peak)
+        runs = self.runs(stage) if runs is None else runs
+        return max((self._memory(stage, runs, *of) for of in held), key=lambda memory: memory.peak)
 
-    def _memory(self, stage: Stage, tokens_held: int, text_held: int, in_flight: int, batch_bytes: float) -> Memory:
+    def _memory(
+        self, stage: Stage, runs: Runs, tokens_held: int, text_held: int, in_flight: int, batch_bytes: float
+    ) -> Memory:
         return predict_memory(
             self.dit,
             parameters=stage.trained,
@@ -195,7 +227,7 @@ class Setup:
             tokens_held=tokens_held,
             text_held=text_held,
             in_flight=in_flight,
-            recompute=self.level,
+            recompute=runs,
             offload=self.offload,
             fp32_accumulation=self.gradients == "fp32",
             averages=self.averages,
@@ -239,19 +271,23 @@ def step_time(setup: Setup, bucket: Bucket, timing: Timing) -> StepTime:
         InputError: the calibration has no group of devices, and the layout has.
     """
     layout, dit, count = setup.layout, setup.dit, bucket.accumulation
-    piece = Piece(dit.hidden_size, dit.num_heads, bucket.micro, bucket.tokens, layout.sequence, setup.text_tokens)
-    forward, backward = timing.block(piece, setup.level, setup.is_adapted)
+    piece = piece_of(setup, bucket)
     ends = timing.ends(dit.hidden_size, piece.rows, bucket.micro)
-    stage = max(setup.unlike_stages, key=lambda stage: _stage_pass(stage, forward, backward, ends).both)
+
+    def seconds_of(stage: Stage) -> tuple[Terms, Terms]:
+        return blocks_pass(setup, setup.runs(stage), piece, timing)
+
+    stage = max(setup.unlike_stages, key=lambda stage: _stage_pass(stage, *seconds_of(stage), ends).both)
+    forward, backward = seconds_of(stage)
     passes = _stage_pass(stage, forward, backward, ends)
     whole = forward.plus(backward)
     terms = {
-        "products": count * stage.blocks * whole.products,
-        "attention forward": count * stage.blocks * whole.attention_forward,
-        "attention backward": count * stage.blocks * whole.attention_backward,
-        "kernels": count * (stage.blocks * whole.kernels + _share_of_ends(stage) * ends.both),
-        "exchange": count * stage.blocks * whole.exchange,
-        "host": count * stage.blocks * whole.host,
+        "products": count * whole.products,
+        "attention forward": count * whole.attention_forward,
+        "attention backward": count * whole.attention_backward,
+        "kernels": count * (whole.kernels + _share_of_ends(stage) * ends.both),
+        "exchange": count * whole.exchange,
+        "host": count * whole.host,
     }
     if layout.pipeline > 1:
         terms["pipeline bubble"] = (layout.pipeline - 1) * passes.both
@@ -295,12 +331,25 @@ def _share_of_ends(stage: Stage) -> float:
     return (stage.has_embedders + stage.has_final) / 2
 
 
+def piece_of(setup: Setup, bucket: Bucket) -> Piece:
+    """Returns what a block is given in these steps."""
+    dit, sequence = setup.dit, setup.layout.sequence
+    return Piece(dit.hidden_size, dit.num_heads, bucket.micro, bucket.tokens, sequence, setup.text_tokens)
+
+
+def blocks_pass(setup: Setup, runs: Runs, piece: Piece, timing: Timing) -> tuple[Terms, Terms]:
+    """Seconds of a micro-batch's passes through blocks of these levels, forward and backward."""
+    forward = backward = Terms()
+    for level, count in runs:
+        one = timing.block(piece, level, setup.is_adapted)
+        forward, backward = forward.plus(one[0], count), backward.plus(one[1], count)
+    return forward, backward
+
+
 def _stage_pass(stage: Stage, forward: Terms, backward: Terms, ends: Pass) -> Pass:
-    """Seconds of a micro-batch's passes through a stage."""
+    """Seconds of a micro-batch's passes through a stage. forward, backward: through its blocks."""
     share = _share_of_ends(stage)
-    return Pass(
-        stage.blocks * forward.total + share * ends.forward, stage.blocks * backward.total + share * ends.backward
-    )
+    return Pass(forward.total + share * ends.forward, backward.total + share * ends.backward)
 
 
 def _reduction(
@@ -330,13 +379,13 @@ def _reduction(
 def _offload(
     setup: Setup, stage: Stage, piece: Piece, forward: Terms, backward: Terms, count: int, timing: Timing
 ) -> tuple[float, float]:
-    """Seconds that copies to and from the host are waited for, and that they take beside other work."""
+    """Seconds that copies to and from the host are waited for, and that they take beside the blocks' passes."""
     if setup.offload == "none":
         return 0.0, 0.0
     moved = ON_HOST[setup.offload] * _BF16 * piece.rows * piece.width
-    out, back = timing.copy("to_host", moved), timing.copy("to_device", moved)
+    out, back = (stage.blocks * timing.copy(kind, moved) for kind in ("to_host", "to_device"))
     waited = max(out - forward.total, 0.0) + max(back - backward.total, 0.0)
-    return count * stage.blocks * waited, count * stage.blocks * (out + back - waited)
+    return count * waited, count * (out + back - waited)
 
 
 def _sample_bytes(shape: Shape, text_tokens: int, caption_channels: int) -> float:

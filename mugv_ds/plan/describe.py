@@ -15,8 +15,9 @@ from mugv_ds.models.rope import patch_grid
 from mugv_ds.models.videovae import VideoVAE
 from mugv_ds.models.videovae.vae import WINDOW
 from mugv_ds.parallel.layout import Layout
-from mugv_ds.plan.calibration import calibration_of
+from mugv_ds.plan.calibration import Calibration, calibration_of
 from mugv_ds.plan.cost import Setup, layer_parameters, sample_cost, step_time, trained_parameters
+from mugv_ds.plan.levels import fill_device, with_levels
 from mugv_ds.plan.memory import GIB, Memory, predict_decoding, predict_sampling
 from mugv_ds.plan.steps import Bucket, Kind, expected_shapes, given_kinds, kinds_of, missing_manifests
 from mugv_ds.plan.timing import Timing
@@ -57,11 +58,17 @@ def describe(
     buckets = [kind.bucket(config, config.data, cost, layout.data) for kind in kinds]
     typical = typical_shape(kinds, cost.cost) if data is None else data.typical_shape
     setup = Setup.of(config, layout, typical)
+    if config.parallel.activation_checkpointing == "auto":
+        calibration = _calibration(config, card)
+        memory, timing = (calibration.machine.memory_bytes, Timing(calibration)) if calibration else (None, None)
+        config = with_levels(config, fill_device(config, setup, buckets, memory, timing))
+        setup = Setup.of(config, layout, typical)
     trained = sum(trained_parameters(config))
     adapters = f", and {trained:,} of the adapters, which alone are trained" if config.lora is not None else ""
     lines = [
         f"layout: {layout.world_size} processes = data {layout.data} × sequence {layout.sequence} "
         f"× pipeline {layout.pipeline}",
+        f"recomputes: {setup.level}",
         f"parameters: {sum(layer_parameters(setup.dit)):,} ({config.model.preset}, {config.model.precision}){adapters}",
         *_missing_lines(config, missing),
         *_stage_lines(config, setup, buckets),
@@ -107,13 +114,17 @@ def _parts(memory: Memory) -> str:
     return ", ".join(f"{name} {size / GIB:.1f}" for name, size in memory.parts().items() if size / GIB >= 0.05)
 
 
+def _calibration(config: TrainConfig, card: str | None) -> Calibration | None:
+    """That of the card; without one that of `data.budget.machine`, or the first that is shipped."""
+    return calibration_of(card, config.data.budget.machine if config.data.budget is not None and card is None else None)
+
+
 def _time_lines(config: TrainConfig, setup: Setup, buckets: list[Bucket], card: str | None) -> Iterator[str]:
     """A line for each kind of step with its predicted time, where a calibration says it."""
     if config.model.precision != "bf16":
         yield f"  time not predicted in {config.model.precision}"
         return
-    machine = config.data.budget.machine if config.data.budget is not None and card is None else None
-    calibration = calibration_of(card, machine)
+    calibration = _calibration(config, card)
     if calibration is None:
         yield f"  time not predicted: no calibration of {card or 'any machine'} is shipped; `make calibrate` makes one"
         return

@@ -3,6 +3,7 @@
 docs/performance.md compares it with measured peaks.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from mugv_ds.config.deepspeed import BUCKET_ELEMENTS
@@ -40,9 +41,16 @@ SAMPLING = 16.4
 # with four frames at once, and 3.2 without the weights with one.
 DECODING, DECODING_WORKSPACE = 3, 1.5
 BUCKETS = 3  # of gradients at once in the backward pass: one that is made, and the optimizer's two buffers
-HOST_BASE = (
-    3 * GIB
-)  # of a process of a run beside what is offloaded: CUDA, PyTorch, the libraries; measured, 2.8 to 3.1
+HOST_BASE = 3 * GIB  # of a process beside what is offloaded: CUDA, PyTorch, the libraries; measured, 2.8 to 3.1
+# Of a device beside PyTorch's memory: CUDA's context and, in a run on several, NCCL's buffers. On 4 H200 (PyTorch 2.11)
+# 4.65 GiB were taken when a run at 54,002 tokens had no more, and 4.95 at 579,602.
+CONTEXT, COLLECTIVES = 0.75 * GIB, 4.0 * GIB
+MARGIN = 0.01  # share of what is allocated that PyTorch reserves beside when there is no more; 0.5% were seen
+
+
+def usable_bytes(total: float, devices: int) -> float:
+    """Returns what a run on so many devices can allocate of one that has `total` bytes."""
+    return (total - CONTEXT - COLLECTIVES * (devices > 1)) / (1 + MARGIN)
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ def predict_memory(
     replicas: int,
     tokens_held: int,
     in_flight: int,
-    recompute: str,
+    recompute: str | Sequence[tuple[str, int]],
     offload: str = "none",
     fp32_accumulation: bool,
     averages: int,
@@ -107,7 +115,8 @@ def predict_memory(
         replicas: ranks over which optimizer and gradients are sharded.
         tokens_held: tokens of a micro-batch on one rank, all its samples together.
         in_flight: micro-batches whose activations a stage holds at once: as many as stages are left, itself included.
-        recompute, offload: `parallel.activation_checkpointing` and `parallel.offload`.
+        recompute: level of all blocks, or the levels of some from the first block on, each with how many have it.
+        offload: `parallel.offload`.
         fp32_accumulation: whether gradients are accumulated in fp32, in place of bf16.
         averages: fp32 averages of the weights that are kept, sharded as the optimizer is.
         is_sharded: whether ranks share a sequence; where they do not, o of self-attention is kept once.
@@ -119,21 +128,27 @@ def predict_memory(
         batch_bytes: of a step's samples of a data rank. bucket: elements of gradients that are reduced together.
     """
     tensor = 2.0 * tokens_held * config.hidden_size
-    kept, moved = KEPT[recompute] - (recompute in _O_TWICE and not is_sharded), 0.0
-    if offload != "none":
-        kept, moved = ON_DEVICE[offload], ON_HOST[offload]
     text = 2.0 * text_held * config.hidden_size
-    working = WORKING[recompute] + EXCHANGED * is_sharded + min(OFFLOAD_BUFFERS, blocks * in_flight) * moved
-    is_text_kept = recompute == "off"
+    kept = {level: (KEPT[level] - (level in _O_TWICE and not is_sharded)) * tensor for level in KEPT}
+    kept["off"] += text
+    moved = 0.0
+    if offload != "none":
+        kept["attention"], moved = ON_DEVICE[offload] * tensor, ON_HOST[offload] * tensor
+    activations = working = let_go = 0.0
+    for level, count in reversed([(recompute, blocks)] if isinstance(recompute, str) else recompute):
+        needed = (WORKING[level] + EXCHANGED * is_sharded) * tensor + text * (level != "off")
+        working = max(working, needed - let_go)
+        let_go += count * kept[level]  # once those are done, in the backward pass of this micro-batch
+        activations += count * kept[level] * in_flight
     return Memory(
         weights=2.0 * (parameters + frozen),
         optimizer=(12.0 * parameters - 4.0 * matrices) / replicas,
         averages=4.0 * averages * parameters / replicas,
         gradients=(4.0 if fp32_accumulation else 2.0) * parameters / replicas,
         buckets=2.0 * min(BUCKETS * bucket, 2 * parameters),
-        activations=(kept * tensor + text * is_text_kept) * blocks * in_flight,
-        working=working * tensor + text * (not is_text_kept),
-        host=HOST_BASE + READ_AHEAD * batch_bytes + moved * blocks * in_flight * tensor,
+        activations=activations,
+        working=working + min(OFFLOAD_BUFFERS, blocks * in_flight) * moved,
+        host=HOST_BASE + READ_AHEAD * batch_bytes + moved * blocks * in_flight,
     )
 
 

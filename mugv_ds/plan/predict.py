@@ -1,5 +1,6 @@
 """What is predicted of a run's steps on the machine that it runs on, and of runs that were recorded."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from mugv_ds.data.run_data import RunData
 from mugv_ds.parallel.layout import Layout
 from mugv_ds.plan.calibration import calibration_of
 from mugv_ds.plan.cost import Setup, StepTime, sample_cost, step_time
+from mugv_ds.plan.levels import fill_device
 from mugv_ds.plan.memory import GIB, Memory
 from mugv_ds.plan.records import RunRecord
 from mugv_ds.plan.steps import Bucket, given_kinds, kinds_of
@@ -54,6 +56,26 @@ def predict_steps(config: TrainConfig, layout: Layout, data: RunData, card: str)
     return Steps(by_kind, f"{line}, {mean:.3g} s a step on average")
 
 
+def run_levels(
+    config: TrainConfig,
+    layout: Layout,
+    data: RunData,
+    *,
+    card: str | None,
+    memory: float | None,
+    keeping: Sequence[str],
+) -> tuple[str, ...]:
+    """Chooses the level of each block of a run whose recompute level is "auto".
+
+    Args:
+        card: name of the device, whose calibration is taken if one is shipped. memory: bytes of it, None where there
+            is no bound. keeping: backends of self-attention that give a log-sum-exp on it.
+    """
+    buckets, setup = _planned(config, layout, data)
+    calibration = None if card is None else calibration_of(card)
+    return fill_device(config, setup, buckets, memory, calibration and Timing(calibration), keeping)
+
+
 def predict_host_memory(config: TrainConfig, layout: Layout, data: RunData) -> float:
     """Predicts the bytes of host memory that a process of a run takes at most."""
     buckets, setup = _planned(config, layout, data)
@@ -82,7 +104,7 @@ def predict_record(record: RunRecord, timing: Timing) -> Prediction:
     Raises:
         InputError: its config cannot be used.
     """
-    config = record.train_config()
+    config = record.train_config().fitted(record.world_size)
     layout = Layout.fit(config.parallel, record.world_size)
     (kind, *_) = given_kinds(config, [record.shape])
     bucket = kind.bucket(config, config.data, sample_cost(config), layout.data)

@@ -12,7 +12,8 @@ from mugv_ds.models.flops import card_peak_tflops, step_flops
 from mugv_ds.parallel.layout import Layout
 from mugv_ds.plan.cost import Setup, StepTime, sample_cost, step_time
 from mugv_ds.plan.describe import typical_shape
-from mugv_ds.plan.memory import GIB, Memory
+from mugv_ds.plan.levels import fill_device, usable_levels
+from mugv_ds.plan.memory import GIB, MARGIN, Memory, usable_bytes
 from mugv_ds.plan.steps import Bucket, Kind
 from mugv_ds.plan.timing import Timing
 
@@ -26,8 +27,6 @@ LEVELS = (
     ("attention", "all"),
     ("full", "none"),
 )
-_WITHOUT_STATISTICS = ("flash4_padded", "te")  # backends of self-attention that give no log-sum-exp
-MARGIN = 0.01  # share of the predicted memory that is left free, beside what PyTorch does not allocate
 _MOST_MICRO = 64  # samples (or pairs) of a micro-batch
 _MULTIPLES = (1, 2, 3, 4, 6, 8)  # of the longest sample's tokens on a device, that `device_tokens` may be
 _MORE_GPUS = 1 << 16  # at which the search for what would fit ends
@@ -40,7 +39,7 @@ class Limits:
     """What there is.
 
     Attributes:
-        device: bytes of a device that a run can have. host: bytes of host memory for each device.
+        device: bytes of a device. host: bytes of host memory for each device.
     """
 
     device: float
@@ -50,15 +49,11 @@ class Limits:
     def of(cls, timing: Timing, device: float | None = None, host: float | None = None) -> "Limits":
         """Returns those of the calibrated machine. device, host: bytes that take the place of its own."""
         machine = timing.calibration.machine
-        beside = timing.calibration.context_bytes or 0
-        return cls(
-            (device or machine.memory_bytes) - beside,
-            host or machine.host_memory_bytes / machine.devices,
-        )
+        return cls(device or machine.memory_bytes, host or machine.host_memory_bytes / machine.devices)
 
-    def hold(self, memory: Memory) -> bool:
-        """Whether a device and its part of the host hold this, with `MARGIN`."""
-        return memory.peak * (1 + MARGIN) <= self.device and memory.host * (1 + MARGIN) <= self.host
+    def hold(self, memory: Memory, devices: int) -> bool:
+        """Whether one of so many devices and its part of the host hold this."""
+        return memory.peak <= usable_bytes(self.device, devices) and memory.host * (1 + MARGIN) <= self.host
 
 
 @dataclass(frozen=True)
@@ -97,6 +92,11 @@ class Way:
         return sums
 
     @property
+    def asked_level(self) -> str:
+        """Returns what the config has to ask for to get these levels."""
+        return self.setup.levels[0] if len(set(self.setup.levels)) == 1 else "auto"
+
+    @property
     def name(self) -> str:
         """Returns the layout and the level in words."""
         layout = self.setup.layout
@@ -115,10 +115,10 @@ class Way:
         """Returns the overrides that make a config train this way, as `--set` takes them; none that change nothing."""
         layout, data = self.setup.layout, self.data
         values = {
-            "parallel.data": (config.parallel.data, layout.data),
+            "parallel.data": (config.fitted(layout.world_size).parallel.data, layout.data),
             "parallel.sequence": (config.parallel.sequence, layout.sequence),
             "parallel.pipeline": (config.parallel.pipeline, layout.pipeline),
-            "parallel.activation_checkpointing": (config.parallel.activation_checkpointing, self.setup.level),
+            "parallel.activation_checkpointing": (config.parallel.activation_checkpointing, self.asked_level),
             "parallel.offload": (config.parallel.offload, self.setup.offload),
             "data.micro_batch_size": (config.data.micro_batch_size, data.micro_batch_size),
         }
@@ -193,8 +193,8 @@ class Planner:
         own = self._base.averages, self._base.gradients
         for layout in layouts(self._base.dit.num_heads, self._base.dit.depth, gpus):
             options = list(self._options(layout, refused))
-            for level, offload in self._levels():
-                setup = replace(self._base, layout=layout, level=level, offload=offload)
+            for levels, offload in self._levels():
+                setup = replace(self._base, layout=layout, levels=levels, offload=offload)
                 for data, buckets in options:
                     ways.append(self._way(setup, data, buckets))
                     for averages, gradients in self._variants() if not ways[-1].does_fit else ():
@@ -202,6 +202,10 @@ class Planner:
                         name = _difference(averages, gradients, own)
                         if less.does_fit and (name not in others or less.seconds < others[name].seconds):
                             others[name] = less
+            for data, buckets in options:
+                mixed = self._way(self._filled(replace(self._base, layout=layout), buckets), data, buckets)
+                if mixed.asked_level == "auto":
+                    ways.append(mixed)
         ways.sort(key=lambda way: (way.seconds, way.memory.peak, way.name))
         return Search(gpus, tuple(_one_of_each(ways)), others, refused)
 
@@ -211,27 +215,30 @@ class Planner:
         Raises:
             ConfigError: it cannot run on so many.
         """
-        config = self.config
+        config = self.config.fitted(gpus)
         layout = Layout.fit(config.parallel, gpus)
-        setup = replace(
-            self._base,
-            layout=layout,
-            level=config.parallel.activation_checkpointing,
-            offload=config.parallel.offload,
-        )
+        setup = replace(self._base, layout=layout, offload=config.parallel.offload)
         costs = replace(self._cost, sequence=layout.sequence)
         buckets = tuple(kind.bucket(config, config.data, costs, layout.data) for kind in self.kinds)
+        if config.parallel.activation_checkpointing == "auto":
+            setup = self._filled(setup, buckets)
         return self._way(setup, config.data, buckets)
+
+    def _filled(self, setup: Setup, buckets: tuple[Bucket, ...]) -> Setup:
+        """Returns the setup with the levels of "auto"."""
+        return replace(setup, levels=fill_device(self.config, setup, buckets, self.limits.device, self.timing))
 
     def _way(self, setup: Setup, data: DataSection, buckets: tuple[Bucket, ...]) -> Way:
         memory = setup.largest_memory(buckets)
-        return Way(setup, data, buckets, memory, self.limits.hold(memory), self.timing)
+        does_fit = self.limits.hold(memory, setup.layout.world_size)
+        return Way(setup, data, buckets, memory, does_fit, self.timing)
 
-    def _levels(self) -> Iterator[tuple[str, str]]:
-        """Those that the config's attention can run."""
+    def _levels(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Those that the config's attention can run, the same for all blocks; and what is offloaded with them."""
+        usable = usable_levels(self.config)
         for level, offload in LEVELS:
-            if level != "attention" or self.config.model.attention not in _WITHOUT_STATISTICS:
-                yield level, offload
+            if level in usable:
+                yield (level,) * self._base.dit.depth, offload
 
     def _variants(self) -> Iterator[tuple[int, str]]:
         """(averages, gradients) that take less than what the config has."""
@@ -308,7 +315,8 @@ class Planner:
             lines.append(
                 f"the least that {search.gpus} GPUs can do with is {least.memory.peak / GIB:.1f} GiB a device and "
                 f"{least.memory.host / GIB:.1f} GiB of host memory for each ({least.name}); there are "
-                f"{self.limits.device / GIB / (1 + MARGIN):.1f} and {self.limits.host / GIB / (1 + MARGIN):.1f}"
+                f"{usable_bytes(self.limits.device, search.gpus) / GIB:.1f} and "
+                f"{self.limits.host / GIB / (1 + MARGIN):.1f}"
             )
         lines += [
             f"{name}: {way.name} fits, {way.memory.peak / GIB:.1f} GiB a device" for name, way in search.others.items()
@@ -338,7 +346,7 @@ def _one_of_each(ways: Sequence[Way]) -> Iterator[Way]:
     """Of ways that differ in their micro-batches alone, the fastest that fits, or else the one that takes the least."""
     chosen: dict[tuple, Way] = {}
     for way in ways:
-        key = way.setup.layout, way.setup.level, way.setup.offload
+        key = way.setup.layout, way.asked_level, way.setup.offload
         before = chosen.get(key)
         if before is None or (not before.does_fit and (way.does_fit or way.memory.peak < before.memory.peak)):
             chosen[key] = way

@@ -223,6 +223,26 @@ def test_fewer_and_more_data_ranks_play_the_same_samples(tmp_path, manifest, ref
 
 
 @pytest.mark.long
+def test_a_run_that_lost_ranks_goes_on_with_those_that_are_left_and_grows_back(tmp_path, manifest, reference, report):
+    """4 ranks, of which one is killed; 3, of which one is left over, as a step's 4 samples take 2; and 4 again."""
+    config = configure(tmp_path, manifest, parallel={"data": "fit"}, checkpoint={"save_every": 2})
+    lost = run(config, 4, faults={3: partial(inject.at_step, step=5, act=inject.die)})
+    assert lost.codes[3] == -signal.SIGKILL and 0 not in lost.codes, lost.output
+    fewer = run(config, 3, faults={0: partial(inject.signal_in_step, step=6, number=signal.SIGTERM)})
+    assert fewer.codes == [75, 75, 0], fewer.output
+    assert re.search("going on after step [24]\n", fewer.output), fewer.output  # the save of 4 may not be complete
+    assert (
+        "note: 1 of 3 processes are left over and end: the samples of a step are split over 2 replicas" in fewer.output
+    )
+    done = run(config, 4)
+    assert done.codes == [0] * 4 and "going on after step 7\n" in done.output, done.output
+    assert [position for position, _ in done.losses()] == [position for position, _ in reference.losses()]
+    losses = [[float.fromhex(loss) for _, loss in of.losses()] for of in (done, reference)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    report(35, "4 ranks, one lost; 3; 4 again, with parallel.data = fit", "as 18", done.restarted_in())
+
+
+@pytest.mark.long
 def test_data_that_vanishes_ends_the_run_which_resumes_when_it_is_back(tmp_path, reference, report):
     data = tmp_path / "data"
     config = configure(tmp_path / "run", write_dataset(data, SHAPES))

@@ -1,5 +1,7 @@
 """FLOPs in closed form against the matrix products that PyTorch runs."""
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mugv_ds.config import PRESETS
 from mugv_ds.config.model import DiTConfig
 from mugv_ds.config.post_training_schema import LoraSection
-from mugv_ds.config.schema import ParallelSection, TrainConfig
+from mugv_ds.config.schema import Level, TrainConfig
 from mugv_ds.models.dit import Embedders, patchify
 from mugv_ds.models.flops import (
     RECOMPUTED,
@@ -138,8 +140,13 @@ def test_hardware_flops_add_what_every_block_recomputes(recompute, by_width, by_
 
 
 def test_every_mode_is_counted():
-    modes = ParallelSection.model_json_schema()["properties"]["activation_checkpointing"]["enum"]
-    assert set(modes) == set(RECOMPUTED)
+    assert set(get_args(Level)) == set(RECOMPUTED)
+
+
+def test_blocks_of_several_levels_run_again_what_each_of_them_does():
+    levels = ["full", "light", *["off"] * (CONFIG.depth - 2)]
+    again = sum(recomputed_flops(CONFIG, N, L, level) for level in levels)
+    assert train_flops(CONFIG, N, L, levels) == pytest.approx(train_flops(CONFIG, N, L) + again)
 
 
 def test_full_recomputation_of_the_10b_costs_a_third_more():

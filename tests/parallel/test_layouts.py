@@ -28,7 +28,7 @@ BETA1 = 0.9
 
 
 def config(
-    layout: tuple[int, int, int], recompute: str = "off", precision: str = "fp32", offload: str = "none"
+    layout: tuple[int, int, int], recompute: str | list[str] = "off", precision: str = "fp32", offload: str = "none"
 ) -> TrainConfig:
     data, sequence, pipeline = layout
     return TrainConfig.model_validate(
@@ -190,6 +190,8 @@ def results(tmp_path_factory) -> dict[str, list[dict]]:
     cases = {name_of(layout): (config(layout), STEPS) for layout in LAYOUTS}
     for recompute in ("light", "selective", "full"):
         cases[recompute] = (config((1, 2, 2), recompute), 2)
+    for recompute, layout in MIXED.items():
+        cases[recompute] = (config(layout, recompute.split("-")), 2)
     for layout, offload in KEPT:
         cases[kept_name(layout, offload)] = (config(layout, "attention", offload=offload), 2)
     for layout in BF16_LAYOUTS:
@@ -204,7 +206,8 @@ def kept_name(layout: tuple[int, int, int], offload: str) -> str:
     return f"{name_of(layout)}-attention-{offload}"
 
 
-CASES = [*map(name_of, LAYOUTS), "light", "selective", "full", *(kept_name(*case) for case in KEPT)]
+MIXED = {"attention-light": (1, 1, 1), "full-off": (1, 2, 1), "selective-attention": (1, 2, 2)}
+CASES = [*map(name_of, LAYOUTS), "light", "selective", "full", *MIXED, *(kept_name(*case) for case in KEPT)]
 
 
 @pytest.mark.parametrize("case", KEPT, ids=lambda case: kept_name(*case))

@@ -22,7 +22,7 @@ SETUP = Setup(
     trained=layer_parameters(DIT),
     text_tokens=6,
     layout=Layout(),
-    level="off",
+    levels=("off",) * DIT.depth,
     offload="none",
     gradients="fp32",
     averages=0,
@@ -61,7 +61,7 @@ def test_one_device(timing):
 
 @pytest.mark.parametrize("level", ["light", "selective", "attention", "full"])
 def test_what_levels_run_again(timing, level):
-    off, found = terms(timing), terms(timing, level=level)
+    off, found = terms(timing), terms(timing, levels=(level,) * DIT.depth)
     again = {name: found[name] - off[name] for name in off}
     forward = machine.products(288, TOKENS)
     light = level == "light"
@@ -80,7 +80,7 @@ def test_sequence_ranks_share_tokens_and_heads_and_exchange(timing):
     tensor = 2 * rows * 288
     once = (3 * 80 / 72 + 1) * tensor * 3 / 4 / machine.LINK + tensor / machine.MEMORY
     assert found["exchange"] == pytest.approx(8 * 2 * once)
-    repeated = terms(timing, layout=Layout(1, 4, 1), level="attention")
+    repeated = terms(timing, layout=Layout(1, 4, 1), levels=("attention",) * DIT.depth)
     assert repeated["exchange"] == pytest.approx(8 * 3 * once)
 
 
@@ -121,7 +121,7 @@ def _shorter(whole, parameters):
 
 
 def test_offload_is_waited_for_only_where_it_takes_longer_than_a_block(timing):
-    setup = replace(SETUP, level="attention", offload="all")
+    setup = replace(SETUP, levels=("attention",) * DIT.depth, offload="all")
     moved = (2 + 1 / 36) * 2 * TOKENS * 288
     quick = step_time(setup, BUCKET, timing)
     assert quick.terms["offload"] == 0

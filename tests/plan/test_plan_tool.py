@@ -10,6 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 from mugv_ds.cli.plan import main
 from mugv_ds.config import load_config
 from mugv_ds.plan import compare
+from mugv_ds.plan.cost import level_name
 from mugv_ds.plan.records import Measured, RunMachine, RunRecord, kernel_seconds, read_record, read_scalars, steady
 from tests.helpers.browser import chromium
 from tests.helpers.machine import ideal_machine
@@ -80,7 +81,7 @@ def test_the_page_fits_the_window_and_its_charts_have_what_they_show(capsys, cal
             assert page.evaluate("document.documentElement.scrollWidth") == width
         assert page.locator("svg").count() == 3
         titles = [page.locator("svg rect title").nth(i).text_content() for i in range(4)]
-        label = f"{best['data']} × {best['sequence']} × {best['pipeline']}, {best['activation_checkpointing']}"
+        label = f"{best['data']} × {best['sequence']} × {best['pipeline']}, {level_name(tuple(best['levels']))}"
         assert titles[0].startswith(f"{label}") and "weights" in titles[0]
         labels = page.evaluate("[...document.querySelectorAll('svg .label')].map(e => e.getBoundingClientRect().left)")
         assert min(labels) >= page.locator("svg").first.bounding_box()["x"], "no label is cut off"
