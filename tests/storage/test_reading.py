@@ -13,14 +13,16 @@ from tests.helpers.dataset import shard_dataset, write_config, write_dataset
 from tests.helpers.distributed import free_port
 
 ROOT = Path(__file__).parents[2]
-SHAPE = (4, 16, 16)  # 256 tokens: of the smallest the loader hands a batch over for longer than a hundredth of a step
-ROWS, BATCH, STEPS = 48, 16, 12  # an epoch is 3 steps; the debug config has 16 samples a rank and step
+# 512 tokens. A loader worker hands a batch over in some 10 ms, wherever it has read it: the step has to be longer than
+# a hundred times that.
+SHAPE = (8, 16, 16)
+ROWS, BATCH, STEPS = 24, 8, 12  # an epoch is 3 steps
 
 
 @pytest.fixture
 def manifest(tmp_path, server, bucket) -> str:
     """The URL of a CSV, with all of its samples in shards beside it."""
-    sharded = shard_dataset(write_dataset(tmp_path / "set", [SHAPE] * ROWS), range(ROWS), size=16)
+    sharded = shard_dataset(write_dataset(tmp_path / "set", [SHAPE] * ROWS), range(ROWS), size=8)
     for file in [sharded, *sharded.parent.glob("*/*.*")]:
         store.put(server, f"{bucket}/set/{file.relative_to(sharded.parent)}", file.read_bytes())
     return f"{bucket}/set/{sharded.name}"
@@ -43,14 +45,14 @@ def train(config: Path, endpoint: str, copies: Path) -> None:
 
 @pytest.mark.long
 def test_after_the_first_epoch_training_waits_less_than_a_hundredth_of_a_step(tmp_path, manifest, proxy):
-    """At the debug size, with two loader workers and a cache, out of which the later epochs come."""
+    """The debug model, two loader workers and a cache, out of which the later epochs come."""
     config = write_config(
         tmp_path / "run",
         manifest,
         model={"preset": "mugdit_debug", "hidden_size": None, "num_heads": None},
         data={
             "global_batch_size": BATCH,
-            "micro_batch_size": 16,
+            "micro_batch_size": BATCH,
             "num_workers": 2,
             "cache_dir": str(tmp_path / "cache"),
             "cache_gib": 1.0,
