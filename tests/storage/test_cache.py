@@ -183,7 +183,13 @@ def test_a_damaged_object_is_not_kept(remote, cached, proxy):
 
 
 @pytest.mark.parametrize(
-    "act", [fails(500, "InternalError"), fails(503, "SlowDown"), cuts_answer], ids=["500", "503", "cut"]
+    "act",
+    [
+        fails(500, "InternalError"),
+        pytest.param(fails(503, "SlowDown"), marks=pytest.mark.long),
+        pytest.param(cuts_answer, marks=pytest.mark.long),
+    ],
+    ids=["500", "503", "cut"],
 )
 def test_a_store_that_fails_for_a_moment_costs_no_sample(remote, cached, proxy, act, monkeypatch):
     monkeypatch.setattr("mugv_ds.data.patience.time.sleep", lambda _: None)

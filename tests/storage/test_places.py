@@ -200,6 +200,7 @@ def test_a_marker_that_is_damaged_or_of_another_step_is_broken(place, url, tmp_p
         place.manifest(3)
 
 
+@pytest.mark.long
 def test_an_upload_that_is_lost_for_good_is_not_committed(place, proxy, tmp_path):
     proxy.fault(lambda request: request.method == "PUT" and FILES[0] in request.path, loses, times=100)
     with pytest.raises(OSError, match=f"0 bytes are there.*{FILES[0]}"):
@@ -284,6 +285,7 @@ def test_another_store_is_told_apart(place):
         place.join("0" * 32)
 
 
+@pytest.mark.long
 def test_a_store_that_is_away_ends_with_its_name(url, proxy, tmp_path):
     proxy.fault(lambda request: True, fails(503, "SlowDown"), times=100)
     with pytest.raises(OSError, match=rf"{url}/lock"):
