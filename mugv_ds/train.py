@@ -21,6 +21,7 @@ from mugv_ds.config import ConfigError, Status, TrainConfig
 from mugv_ds.config.command import fit_to_launch, leave, training_command
 from mugv_ds.config.console import say
 from mugv_ds.config.environment import read_environment
+from mugv_ds.config.run import overview
 
 if TYPE_CHECKING:  # the rest of the package is imported when it is needed: a wrong command line answers at once
     import numpy as np
@@ -109,7 +110,7 @@ def settled(config: TrainConfig, process: "Process", data: "RunData") -> TrainCo
 
     is_gpu = process.device.type == "cuda"
     memory = torch.cuda.get_device_properties(process.device).total_memory if is_gpu else None
-    machine = {"card": _card(), "memory": memory, "keeping": list(statistics_of(process.device))}
+    machine = {"card": process.card, "memory": memory, "keeping": list(statistics_of(process.device))}
     levels = process.host.first(lambda: list(run_levels(config, process.layout, data, **machine)))
     return with_levels(config, levels)
 
@@ -206,32 +207,20 @@ def _sampler(run: Start, ema: "PowerEma", sigma_rel: float | None) -> tuple[Any,
     return sample_latents, load_codec, nullcontext if sigma_rel is None else average
 
 
-def overview(config: TrainConfig, run: Start) -> list[str]:
-    """Returns what a run begins with on the terminal: what runs, on what, with what, and where its files go."""
+def own_overview(config: TrainConfig, run: Start) -> dict[str, str]:
+    """Returns what runs, on what and with what; see `config.run.overview`."""
     from mugv_ds.plan.cost import layer_parameters, level_name
 
-    layout, data, section = run.process.layout, run.data, config.logging
-    number = sum(layer_parameters(config.model.dit()))
-    device = _card() if run.process.device.type == "cuda" else "CPU"
+    layout, data = run.process.layout, run.data
     held_out = "none held out" if data.validation is None else f"{len(data.validation):,} held out"
-    warmup = f"{config.schedule.warmup_steps:,} steps of warm-up"
-    saved = f"every {config.checkpoint.save_every:,} steps" if config.checkpoint.save_every else "never"
-    shown = f"every {config.preview.every:,} steps, to {config.preview.dir}" if config.preview.every else "none"
-    rows = {
-        "model": f"{config.model.preset}, {number:,} parameters, {config.model.precision}"
-        + ("" if config.lora is None else f", adapters of rank {config.lora.rank}"),
-        "device": f"{layout.world_size} × {device}",
+    return {
+        "model": f"{config.model.preset}, {sum(layer_parameters(config.model.dit())):,} parameters, "
+        f"{config.model.precision}" + ("" if config.lora is None else f", adapters of rank {config.lora.rank}"),
+        "device": f"{layout.world_size} × {run.process.card or 'CPU'}",
         "layout": f"data {layout.data} × sequence {layout.sequence} × pipeline {layout.pipeline}; "
         f"recomputes {level_name(config.parallel.levels(config.model.dit().depth))}",
         "data": f"{config.data.manifest}: {len(data.train):,} rows, {len(data.shapes)} shapes; {held_out}",
-        "steps": f"{config.schedule.steps:,} of {config.data.global_batch_size} samples",
-        "learning rate": f"{config.schedule.kind}, {config.optimizer.lr:g} after {warmup}",
-        "checkpoints": f"{config.checkpoint.dir}, {saved}",
-        "curves": f"{section.dir} ({', '.join(section.trackers) or 'nowhere'}), every {section.every:,} steps",
-        "previews": shown,
-        "logs": f"{section.dir}/rank<k>.log",
     }
-    return [f"{name:<14} {value}" for name, value in rows.items()]
 
 
 def expected_steps(config: TrainConfig, run: Start) -> "dict[tuple[str, Shape], Expected]":
@@ -239,19 +228,12 @@ def expected_steps(config: TrainConfig, run: Start) -> "dict[tuple[str, Shape], 
     from mugv_ds.engine.metrics import Expected
     from mugv_ds.plan.predict import predict_steps
 
-    card = None if run.process.device.type != "cuda" else _card()
+    card = run.process.card
     if card is None or config.model.precision != "bf16":
         return {}
     steps = predict_steps(config, run.process.layout, run.data, card)
     say(steps.line)
     return {kind: Expected(step.seconds, step.peak_gib) for kind, step in steps.by_kind.items()}
-
-
-def _card() -> str | None:
-    """The name of the GPU of this machine; None where there is none."""
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def train(config: TrainConfig) -> int:
@@ -292,7 +274,8 @@ def train(config: TrainConfig) -> int:
         restored = time.perf_counter() - began
         if process.rank == 0:
             fresh = f"starting fresh, from {run.weights.path or 'initial weights'}"
-            say("\n".join([*overview(config, run), f"going on after step {taken}" if taken else fresh]))
+            say(overview(config, own_overview(config, run)))
+            say(f"going on after step {taken}" if taken else fresh)
         reference = None
         if config.preference is not None and config.lora is None:  # with adapters it is the base, at every step
             reference = reference_model(config, run, fresh=not taken)
@@ -326,10 +309,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def dry_run(config: TrainConfig, world_size: int | None) -> str:
     """Returns what `--dry-run` prints."""
+    import torch
+
     from mugv_ds.plan.describe import describe
     from mugv_ds.weights.codec import read_codec_sizes
 
-    return describe(config.fitted(world_size or 1), world_size, read_codec_sizes, _card())
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return describe(config.fitted(world_size or 1), world_size, read_codec_sizes, card)
 
 
 if __name__ == "__main__":

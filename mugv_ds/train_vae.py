@@ -12,11 +12,31 @@ if __name__ == "__main__" and "RANK" in os.environ:
     SIGNALS.listen()  # from here on a signal ends nothing half-way: what is imported below takes seconds
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 from mugv_ds.config import Status
 from mugv_ds.config.command import leave, training_command
 from mugv_ds.config.console import say
+from mugv_ds.config.run import overview
 from mugv_ds.config.vae_schema import VaeTrainConfig
+
+if TYPE_CHECKING:  # the rest of the package is imported when it is needed: a wrong command line answers at once
+    from mugv_ds.data.clips import ClipData
+    from mugv_ds.engine.process import Process
+    from mugv_ds.models.videovae import VideoVAE
+
+
+def own_overview(config: VaeTrainConfig, process: "Process", data: "ClipData", vae: "VideoVAE") -> dict[str, str]:
+    """Returns what runs, on what and with what; see `config.run.overview`."""
+    trained = sum(p.numel() for p in vae.parameters() if p.requires_grad)
+    held_out = "none held out" if data.validation is None else f"{len(data.validation):,} held out"
+    lengths = ", ".join(str(reader.frames) for reader in data.readers.readers)
+    return {
+        "model": f"VideoVAE, {sum(p.numel() for p in vae.parameters()):,} parameters, {trained:,} of them trained, "
+        f"{config.model.precision}" + ("" if config.gan is None else ", with a discriminator"),
+        "device": f"{process.layout.world_size} × {process.card or 'CPU'}",
+        "data": f"{config.data.manifest}: {len(data.train):,} rows, clips of {lengths} frames; {held_out}",
+    }
 
 
 def train(config: VaeTrainConfig) -> int:
@@ -57,6 +77,7 @@ def train(config: VaeTrainConfig) -> int:
         restored = time.perf_counter() - began
         if process.rank == 0:
             begins = f"starting fresh, from {start.path or 'initial weights'}"
+            say(overview(config, own_overview(config, process, data, engines.vae.module.vae)))
             say(f"going on after step {taken}" if taken else begins)
         trainer = VaeTrainer(config, process, engines, data=data, store=store, previews=previews)
         stopped = trainer.run(taken, restored)

@@ -28,7 +28,8 @@ _IMPORTED = (
 
 
 def pytest_sessionstart(session):
-    if session.config.option.collectonly:
+    hands_out = getattr(session.config.option, "dist", "no") != "no"  # xdist's workers run the tests then
+    if session.config.option.collectonly or hands_out:
         return
     forkserver.set_forkserver_preload([*_IMPORTED])
     kept = [os.dup(number) for number in (1, 2)]

@@ -10,6 +10,7 @@ import venv
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import mugv_ds
 from mugv_ds.cli.main import COMMANDS, main
@@ -109,6 +110,13 @@ def test_configs_are_found_by_name(tmp_path, monkeypatch):
 def test_too_many_processes_are_refused(capsys):
     assert main(["train", "--nproc", "1000", "--config", "debug"]) == 2
     assert "--nproc 1000: must be 1 to 64" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("extra", ["wandb", "trackio", "mlflow"])
+def test_no_ancient_tracker_is_taken(setup, extra):
+    """Where versions conflict, as trackio's Pillow with the pinned one, pip goes back to the first release."""
+    requirement = Requirement(setup["options.extras_require"][extra].strip())
+    assert not requirement.specifier.contains("0.0.6")
 
 
 @pytest.mark.long

@@ -11,7 +11,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status, 2 where there is no usable allocation."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", help="hostfile to write")
-    parser.add_argument("--slots", type=int, help="processes a host (default: SLURM_GPUS_ON_NODE)")
+    parser.add_argument(
+        "--slots", type=int, help="processes a host (default: its GPUs in the allocation, or else its CPUs)"
+    )
     args = parser.parse_args(argv)
     try:
         hosts = write_slurm_hostfile(args.file, args.slots)

@@ -182,7 +182,7 @@ def write_slurm_hostfile(path: str | Path, slots: int | None = None) -> dict[str
 
     Args:
         path: file to write.
-        slots: processes a host; by default SLURM_GPUS_ON_NODE.
+        slots: processes a host; by default SLURM_GPUS_ON_NODE or, in an allocation without GPUs, SLURM_CPUS_ON_NODE.
 
     Returns:
         The slots of each host, as `parse_hostfile`.
@@ -191,9 +191,13 @@ def write_slurm_hostfile(path: str | Path, slots: int | None = None) -> dict[str
         HostfileError: this is not inside an allocation, the number of slots is not known, `scontrol` fails, the file
             cannot be written, or a host or number is bad.
     """
-    count = os.environ.get("SLURM_GPUS_ON_NODE") if slots is None else slots
+    given = (os.environ.get(f"SLURM_{what}_ON_NODE") for what in ("GPUS", "CPUS"))
+    count = next((number for number in given if number not in (None, "", "0")), None) if slots is None else slots
     if count is None:
-        raise HostfileError("SLURM_GPUS_ON_NODE is not set: ask SLURM for GPUs, or give the slots of a host")
+        raise HostfileError(
+            "neither SLURM_GPUS_ON_NODE nor SLURM_CPUS_ON_NODE is set: run this inside a SLURM allocation (sbatch or "
+            "salloc), or give the slots of a host (--slots)"
+        )
     lines = [f"{host} slots={count}\n" for host in _slurm_hosts()]
     try:
         Path(path).write_text("".join(lines), encoding="utf-8")

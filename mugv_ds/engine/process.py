@@ -231,6 +231,11 @@ class Process:
         """The global rank that reads for this one's sequence group."""
         return self.rank - self.coordinates.sequence
 
+    @property
+    def card(self) -> str | None:
+        """Returns the name of this process's GPU; None on a CPU."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
+
 
 def start_process(config: RunConfig) -> Process:
     """Joins the process group that the launcher describes in the environment, for a training run.

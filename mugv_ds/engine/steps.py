@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from mugv_ds.config.errors import Stopped
 from mugv_ds.config.run import RunConfig
 from mugv_ds.data.loader import loader
@@ -143,11 +141,10 @@ class StepLoop(ABC):
 
     def _run_facts(self) -> State:
         """What trackers note of the run once; on rank 0, all ranks take part."""
-        hosts, device = self.process.host.gather(socket.gethostname()), self.process.device
+        hosts = self.process.host.gather(socket.gethostname())
         if self.process.rank != 0:
             return {}
-        card = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-        return run_facts(self.config.model_dump(mode="json"), hosts, card)
+        return run_facts(self.config.model_dump(mode="json"), hosts, self.process.card)
 
     def _run_from(self, start: int) -> bool:
         """Trains from step `start` until the last step, a stop or a Rollback; returns whether it was stopped."""

@@ -224,6 +224,9 @@ def test_slurm_hostfile(tmp_path, slurm):
     assert parse_hostfile(tmp_path / "hosts") == {"n1": 8, "n2": 8}
     assert tool("slurm_hostfile.py", tmp_path / "hosts", "--slots=4", **slurm).returncode == 0
     assert parse_hostfile(tmp_path / "hosts") == {"n1": 4, "n2": 4}
+    cpus = slurm | {"SLURM_GPUS_ON_NODE": "", "SLURM_CPUS_ON_NODE": "3"}
+    assert tool("slurm_hostfile.py", tmp_path / "hosts", **cpus).returncode == 0
+    assert parse_hostfile(tmp_path / "hosts") == {"n1": 3, "n2": 3}, "without GPUs as many as CPUs"
 
 
 @pytest.mark.parametrize(
@@ -231,7 +234,8 @@ def test_slurm_hostfile(tmp_path, slurm):
     [
         ({"SLURM_JOB_NODELIST": ""}, "SLURM_JOB_NODELIST is not set"),
         ({"SLURM_JOB_NODELIST": "x["}, "scontrol show hostnames x[: Invalid hostlist: x["),
-        ({"SLURM_GPUS_ON_NODE": "0"}, "hosts:1: slots = 0"),
+        ({"SLURM_GPUS_ON_NODE": "0"}, "neither SLURM_GPUS_ON_NODE nor SLURM_CPUS_ON_NODE is set"),
+        ({"SLURM_GPUS_ON_NODE": "0", "SLURM_CPUS_ON_NODE": "x"}, "hosts:1: "),
         ({"PATH": "/nowhere"}, "No such file or directory: 'scontrol'"),
     ],
 )

@@ -43,6 +43,7 @@ def set_environment(rank: int, world_size: int, port: int) -> None:
 
 def _start(rank: int, world_size: int, port: int, function: Callable, args: tuple) -> None:
     set_environment(rank, world_size, port)
+    torch.set_num_threads(max((os.cpu_count() or 1) // world_size, 1))  # as in a run; more wait for one another
     try:
         function(*args)
     finally:

@@ -95,6 +95,20 @@ def test_a_run_writes_its_scalars(straight):
     assert found["speed/frames_per_second"][6] > 0 and found["train/grad_norm"][6] > 0
 
 
+def test_a_run_begins_with_what_it_will_do(straight):
+    (log,) = straight.glob("output-*")
+    said = [line for line in log.read_text().splitlines() if not line.startswith(("note:", "warning:"))]
+    names = ["model", "device", "data", "steps", "learning rate", "checkpoints", "curves", "previews", "logs"]
+    assert [line[:15].rstrip() for line in said[: len(names)]] == names
+    model, device, data = (line[15:] for line in said[:3])
+    sizes = {n: v.numel() for n, v in weights_of(straight, 6).items() if not n.startswith("discriminator.")}
+    trained = sum(size for name, size in sizes.items() if name not in UNUSED)
+    number = f"{sum(sizes.values()):,} parameters, {trained:,} of them trained"
+    assert model == f"VideoVAE, {number}, fp32, with a discriminator"
+    assert device == "2 × CPU" and data.endswith("train.csv: 7 rows, clips of 1, 9, 16 frames; 3 held out")
+    assert said[len(names)] == "starting fresh, from initial weights"
+
+
 def test_a_run_shows_reconstructions(straight):
     folder = straight / "previews/step-000006"
     assert sorted(path.name for path in folder.iterdir()) == ["00-val-0.mp4", "01-val-1.mp4", "sheet.png"]
