@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 # Ranks and loader workers of all tests are forked from one server that has imported what they need: importing takes a
 # process of its own several seconds. It is started before a test starts one that knows less.
 _IMPORTED = (
+    "s3fs",
     "tests.faults.observe",
     "tests.helpers.trainer",
     "mugv_ds.parallel.codec",

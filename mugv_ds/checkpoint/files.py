@@ -41,16 +41,21 @@ _STEP = re.compile(r"step-([0-9]{8,12})")
 _LEFT_OVER = re.compile(r"step-[0-9]{8,12}(\.removed)?\.tmp")
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 _CHUNK = 1 << 20  # bytes that are hashed and written at once: few enough to be read from memory only once
-_MAX_MANIFEST_BYTES = 1 << 28
+MAX_MANIFEST_BYTES = 1 << 28
 _TOKEN_WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds
-_MAX_NAME_BYTES = 256  # of what is in `latest`
+MAX_NAME_BYTES = 256  # of what is in `latest`
 
 _retried = partial(retried, waits=STORE_WAITS, raises=OSError)
 
 
+def step_name(step: int) -> str:
+    """The name of the checkpoint after `step` steps."""
+    return f"step-{step:08d}"
+
+
 def step_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint after `step` steps is."""
-    return run / f"step-{step:08d}"
+    """Where it is."""
+    return run / step_name(step)
 
 
 def unfinished_folder(run: Path, step: int) -> Path:
@@ -58,10 +63,15 @@ def unfinished_folder(run: Path, step: int) -> Path:
     return run / f"step-{step:08d}.tmp"
 
 
+def step_of(name: str) -> int | None:
+    """The step that a checkpoint's folder is named by; None: it is no such name."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match else None
+
+
 def saved_steps(run: Path) -> list[int]:
     """The steps with a checkpoint, newest first; whether it is sound is another question."""
-    matches = (_STEP.fullmatch(path.name) for path in run.glob("step-*") if path.is_dir() and not path.is_symlink())
-    steps = {int(match[1]) for match in matches if match}
+    steps = {step_of(path.name) for path in run.glob("step-*") if path.is_dir() and not path.is_symlink()} - {None}
     return sorted((step for step in steps if step_folder(run, step).is_dir()), reverse=True)
 
 
@@ -87,7 +97,7 @@ def _odd_latest(run: Path, steps: list[int]) -> str | None:
     latest = run / LATEST
     try:
         with open_regular(latest) as file:
-            name = file.read(_MAX_NAME_BYTES).decode(errors="replace").strip()
+            name = file.read(MAX_NAME_BYTES).decode(errors="replace").strip()
     except FileNotFoundError:
         return f"{latest}: missing; the folder is scanned" if steps else None
     except NotRegularError as error:
@@ -122,16 +132,6 @@ def check_token(run: Path, name: str) -> None:
         f"{run}: {socket.gethostname()} does not see what rank 0 wrote there; all hosts need one folder as "
         "checkpoint.dir, on a shared file system"
     )
-
-
-def newest_manifest(run: Path) -> Manifest | None:
-    """Returns the manifest of the newest checkpoint in a run's folder that has a sound one; None: there is none."""
-    for step in saved_steps(run):
-        try:
-            return read_manifest(step_folder(run, step))
-        except BrokenCheckpointError:
-            continue  # who restores it says so
-    return None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
@@ -279,7 +279,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     try:
-        text = read_bytes_file(path, _MAX_MANIFEST_BYTES)
+        text = read_bytes_file(path, MAX_MANIFEST_BYTES)
     except OSError as error:
         raise BrokenCheckpointError(f"{path}: {error.strerror}") from None
     except InputError as error:
@@ -344,7 +344,7 @@ class Lock:
             self._hold()
             return
         self._file.truncate(0)
-        self._file.write(f"{_own_name()}\n")
+        self._file.write(f"{own_name()}\n")
         self._file.flush()
 
     def _hold(self) -> None:
@@ -363,7 +363,7 @@ class Lock:
             except OSError as error:
                 raise CheckpointError(f"{self._path}: {error.strerror}; name another checkpoint.dir") from None
             with os.fdopen(descriptor, "w") as file:
-                file.write(_own_name())
+                file.write(own_name())
             threading.Thread(target=self._beat, name="lock", daemon=True).start()
             return
         raise self._taken("one that was quicker")
@@ -402,7 +402,8 @@ class Lock:
             self._path.unlink(missing_ok=True)
 
 
-def _own_name() -> str:
+def own_name() -> str:
+    """What locks call this process."""
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 

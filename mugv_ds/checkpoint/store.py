@@ -1,7 +1,7 @@
 """The checkpoints of one run: saving in the background, and resuming from the newest sound one, on any layout.
 
-Every rank writes what it owns; all agree that everything is on the disk; rank 0 writes the manifest and renames the
-folder. A checkpoint is there as a whole or not at all.
+Every rank writes what it owns; all agree that everything is on the disk, or in the object store; rank 0 writes the
+manifest, and renames the folder. A checkpoint is there as a whole or not at all; `places` says how.
 """
 
 import contextlib
@@ -34,6 +34,7 @@ from mugv_ds.checkpoint.manifest import (
     digest,
     file_name,
 )
+from mugv_ds.checkpoint.places import place_of
 from mugv_ds.checkpoint.reader import CheckpointReader
 from mugv_ds.checkpoint.snapshot import HostMemory, first_non_finite
 from mugv_ds.config.console import say
@@ -86,7 +87,7 @@ class Store:
         others: further engines that are saved too, by the prefix of their parameters' names.
 
     Attributes:
-        fragments: what this rank owns.
+        place: where the checkpoints are. fragments: what this rank owns.
         extra_kinds: more tensors to save: kind → a tensor [numel] for each of `fragments`, in their order. Set it
             before `restore`, which fills them; all ranks have the same kinds.
         state: what was given to `save` with the checkpoint that was restored; empty after a fresh start.
@@ -107,7 +108,7 @@ class Store:
         shapes: Mapping[str, tuple[int, ...]] | None = None,
         others: Mapping[str, Engine] | None = None,
     ) -> None:
-        self.dir = Path(config.checkpoint.dir)
+        self.place = place_of(config.checkpoint, process.host.rank)
         self._engine, self._others = engine, dict(others or {})
         self.fragments: list[Fragment] = [
             piece for prefix, of in [("", engine), *self._others.items()] for piece in fragments(of, prefix)
@@ -120,7 +121,6 @@ class Store:
         self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_yield_to_training)
         self._pending: Future | None = None
         self._newest: int | None = None
-        self._lock: files.Lock | None = None
         self._run, self._data = config, dict(data)
         self._began: dict[str, int] = {}  # averages that were switched on during the run → after which step
         self._shapes = dict(_dit_shapes(config) if shapes is None else shapes)
@@ -133,17 +133,15 @@ class Store:
             "config": run_config,
             "config_sha256": digest(run_config),
         }
-        self._first(self._open)
-        token = self._first(lambda: files.write_token(self.dir))
-        self._agree(lambda: files.check_token(self.dir, token))
-        self._first(lambda: (self.dir / token).unlink())
+        token = self._first(self._open)
+        self._agree(lambda: self.place.join(token))
+        self._first(lambda: self.place.joined(token))
 
-    def _open(self) -> None:
-        self.dir.mkdir(parents=True, exist_ok=True)
-        self._lock = files.Lock(self.dir)
-        files.sweep(self.dir)
+    def _open(self) -> str:
+        token = self.place.open()
         self._constant["versions"] = {name: _version(name) for name in _PACKAGES}
         self._constant["git_commit"] = _git_commit()
+        return token
 
     def save(self, step: int, state: Mapping[str, Any] | None = None) -> None:
         """Saves what there is after `step` steps; in the background if the config says so, once it is copied.
@@ -212,9 +210,7 @@ class Store:
         if pending is not None and (failure := pending.exception()) is not None:
             self._say(f"error: {failure}")
         self._memory.release()
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        self.place.release()
 
     def _tensors(self) -> dict[str, Tensor]:
         """What this rank saves, by key in its file."""
@@ -246,29 +242,32 @@ class Store:
                 raise problem
             return _bytes(tensors)
 
-        host, folder = self._background, files.unfinished_folder(self.dir, step)
+        host = self._background
         sizes = self._agree(size, host)
         try:
-            self._first(lambda: files.start_folder(self.dir, step, sum(sizes)), host)
-            saved = self._agree(lambda: self._write_files(folder, tensors), host)
+            self._first(lambda: self.place.start(step, sum(sizes)), host)
+            saved = self._agree(lambda: self._write_files(step, tensors), host)
             self._first(lambda: self._commit(step, saved, about), host)
         except BaseException:
             if self._rank == 0:
                 with contextlib.suppress(OSError):  # the next start sweeps it
-                    files.discard(self.dir, step)
+                    self.place.discard(step)
             raise
         self._newest = step
 
-    def _write_files(self, folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """Writes this rank's files, one for each kind."""
+    def _write_files(self, step: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """Writes this rank's files, one for each kind, each to where it belongs before the next."""
+        folder = self.place.unfinished(step, _bytes(tensors))
         by_kind: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             name, _, kind = key.rpartition("/")
             by_kind.setdefault(kind, {})[name] = tensor
-        entries = {
-            kind: files.write_tensors(folder / file_name(self._rank, kind), held).model_dump()
-            for kind, held in sorted(by_kind.items())
-        }
+        entries = {}
+        for kind, held in sorted(by_kind.items()):
+            name = file_name(self._rank, kind)
+            entries[kind] = files.write_tensors(folder / name, held).model_dump()
+            self.place.put(step, name)
+        self.place.written(step)
         return {"entries": entries, "held": [(piece.name, piece.start, piece.numel) for piece in self.fragments]}
 
     def _commit(self, step: int, saved: list[dict[str, Any]], about: dict[str, Any]) -> None:
@@ -290,14 +289,13 @@ class Store:
             },
             **about,
         )
-        files.commit(self.dir, step, manifest)
-        files.point_latest(self.dir, step)
-        steps = files.saved_steps(self.dir)
-        for old in files.expired(steps, step, self._config.keep_last, self._config.keep_every):
+        self.place.commit(step, manifest)
+        self.place.point_latest(step)
+        for old in files.expired(self.place.steps(), step, self._config.keep_last, self._config.keep_every):
             try:
-                files.remove(self.dir, old)
+                self.place.remove(old)
             except OSError as error:  # what was saved is saved
-                self._say(f"warning: {files.step_folder(self.dir, old)}: could not be removed: {error}")
+                self._say(f"warning: {self.place.name(old)}: could not be removed: {error}")
 
     def restore(self, before: int | None = None) -> int:
         """Loads the newest sound checkpoint, as `checkpoint.resume` says; broken ones are named and passed over.
@@ -314,11 +312,13 @@ class Store:
                 way round; or it is of another model, other data, or a newer format.
         """
         self.wait()
-        steps, note = self._first(lambda: files.candidates(self.dir))
+        steps, note = self._first(self.place.candidates)
         mode = "must" if before is not None else self._config.resume
         wanted = steps if before is None else [step for step in steps if step < before]
         if mode == "never" and steps:
-            raise self._refusal(f"{self.dir}: holds step {steps[0]}, and checkpoint.resume is 'never'; use another dir")
+            raise self._refusal(
+                f"{self.place}: holds step {steps[0]}, and checkpoint.resume is 'never'; use another dir"
+            )
         if note is not None:
             self._say(note)
         if before is None:
@@ -330,7 +330,7 @@ class Store:
             what = "none of its checkpoints is sound" if wanted else "no checkpoint"
             limit = "checkpoint.resume is 'must'" if before is None else f"one before step {before} is wanted"
             why = f"{what}; remove them to start afresh, or use another dir" if wanted else f"{what}, and {limit}"
-            raise self._refusal(f"{self.dir}: {why}")
+            raise self._refusal(f"{self.place}: {why}")
         self._agree(lambda: self._load(manifest, resuming=before is None))
         counted = {"": manifest.counters, **manifest.other_counters}
         for prefix, engine in (("", self._engine), *self._others.items()):
@@ -343,13 +343,13 @@ class Store:
 
     def _sound(self, step: int) -> Manifest | None:
         """The manifest of a checkpoint that is as it was written; each rank reads its share of the files."""
-        folder, found = files.step_folder(self.dir, step), []
+        found = []
 
         def check() -> str | None:
             try:
-                manifest = files.read_manifest(folder)
-                for name in sorted(manifest.files)[self._rank :: self._host.world_size]:
-                    files.verify(folder / name, manifest.files[name])
+                manifest = self.place.manifest(step)
+                share = sorted(manifest.files)[self._rank :: self._host.world_size]
+                self.place.verify(manifest, share, self._needed(manifest))
             except BrokenCheckpointError as error:
                 return str(error)
             found.append(manifest)
@@ -358,11 +358,25 @@ class Store:
         problems = dict.fromkeys(filter(None, self._agree(check)))
         for problem in problems:
             self._say(f"passed over: {problem}")
-        return None if problems else found[0]
+        if not problems:
+            return found[0]
+        self.place.read(step)
+        return None
+
+    def _needed(self, manifest: Manifest) -> list[str]:
+        """The files of a checkpoint that hold what this rank owns."""
+        needed = set()
+        for i, fragment in enumerate(self.fragments):
+            kinds = {kind if kind in manifest.kinds else WEIGHT for kind in self._kinds(i)}
+            pieces = manifest.parameters[fragment.name].pieces if fragment.name in manifest.parameters else ()
+            for piece in pieces:
+                if piece.start < fragment.start + fragment.numel and fragment.start < piece.start + piece.numel:
+                    needed |= {file_name(piece.rank, kind) for kind in kinds}
+        return sorted(needed)
 
     def _load(self, manifest: Manifest, resuming: bool) -> None:
         """Checks that the checkpoint fits this run, and fills the tensors that this rank owns."""
-        folder = files.step_folder(self.dir, manifest.step)
+        folder = self.place.name(manifest.step)
         if resuming:
             self._check_config(manifest, folder)
         self._check_model(manifest, folder)
@@ -378,12 +392,13 @@ class Store:
         unused = sorted(set(manifest.kinds) - kept) if self.fragments else []
         if unused:
             self._say(f"{folder}: holds {', '.join(unused)}, which this run does not keep; left out")
-        with CheckpointReader(folder, manifest) as saved:
+        with CheckpointReader(self.place.folder(manifest.step), manifest) as saved:
             for i, fragment in enumerate(self.fragments):
                 for kind, tensor in self._kinds(i).items():
                     saved.read_into(tensor, fragment.name, WEIGHT if kind in missing else kind, fragment.start)
+        self.place.read(manifest.step)
 
-    def _check_model(self, manifest: Manifest, folder: Path) -> None:
+    def _check_model(self, manifest: Manifest, folder: str) -> None:
         saved = {name: parameter.shape for name, parameter in manifest.parameters.items()}
         for name in chain(self._shapes, saved):
             here, there = self._shapes.get(name), saved.get(name)
@@ -393,7 +408,7 @@ class Store:
                     "model as it was, or use another checkpoint.dir"
                 )
 
-    def _check_data(self, manifest: Manifest, folder: Path) -> None:
+    def _check_data(self, manifest: Manifest, folder: str) -> None:
         differing = [key for key in {**manifest.data, **self._data} if manifest.data.get(key) != self._data.get(key)]
         if differing:
             there_here = ((key, _short(manifest.data.get(key)), _short(self._data.get(key))) for key in differing)
@@ -403,12 +418,12 @@ class Store:
                 "left out: set it as it was, or checkpoint.accept_changed_data to go on with a new order"
             )
         agree(
-            {str(folder): manifest.text_encoder, "the data now": self._constant["text_encoder"]},
+            {folder: manifest.text_encoder, "the data now": self._constant["text_encoder"]},
             "use the features as they were, or checkpoint.accept_changed_data to go on with others",
             CheckpointError,
         )
 
-    def _check_config(self, manifest: Manifest, folder: Path) -> None:
+    def _check_config(self, manifest: Manifest, folder: str) -> None:
         """Says which settings are not those that the checkpoint was saved with; refuses what cannot be meant."""
         then, now = (dict(leaves(config)) for config in (manifest.config, self._run.model_dump(mode="json")))
         steps = self._run.schedule.steps
@@ -436,22 +451,23 @@ class Store:
                 f"{folder}: is of a run with lora = {json.dumps(adapters[0])}, this one has {json.dumps(adapters[1])}; "
                 "set the section as it was, or use another checkpoint.dir, and name this one as checkpoint.init_from"
             )
+        name = files.step_name(manifest.step)
         for key in sorted(then.keys() | now.keys()):
             if then.get(key) != now.get(key):
-                self._say(f"changed since {folder.name}: {key} = {_short(then.get(key))} → {_short(now.get(key))}")
+                self._say(f"changed since {name}: {key} = {_short(then.get(key))} → {_short(now.get(key))}")
 
     def _give_up(self, steps: list[int]) -> None:
         for step in steps:
-            self._say(f"{files.step_folder(self.dir, step)}: given up")
-            files.remove(self.dir, step)
-        files.point_latest(self.dir, self._newest)
+            self._say(f"{self.place.name(step)}: given up")
+            self.place.remove(step)
+        self.place.point_latest(self._newest)
 
     def _warn_of_space(self) -> None:
         needed = sum(self._host.gather(_bytes(self._tensors())))
-        free = self._first(lambda: files.free_bytes(self.dir))
-        if free < 2 * needed:
+        free = self._first(self.place.free_bytes)
+        if free is not None and free < 2 * needed:
             room = f"{files.gib(free)} are free, less than two checkpoints of {files.gib(needed)}"
-            self._say(f"warning: {self.dir}: {room}")
+            self._say(f"warning: {self.place}: {room}")
 
     def _agree(self, function: Callable[[], Any], host: Host | None = None) -> list[Any]:
         """Calls `function` on all ranks and returns what each gave; `host` is the main thread's if not given."""

@@ -1,4 +1,4 @@
-"""Prints `checkpoint.dir` of a run, given the arguments of mugv_ds/train.py."""
+"""Prints the local folder of a run, given the arguments of mugv_ds/train.py; `latest` is in it once it has saved."""
 
 import argparse
 import sys
@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     def run() -> int:
-        print(load_config(arguments.config, arguments.set).checkpoint.dir)
+        print(load_config(arguments.config, arguments.set).checkpoint.folder)
         return 0
 
     return exit_status(run)

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from mugv_ds.config import InputError
+from mugv_ds.weights.located import located
 from mugv_ds.weights.lora import export_adapter
 from mugv_ds.weights.published import export
 
@@ -18,7 +19,7 @@ from mugv_ds.weights.published import export
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status, 2 where the checkpoint cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ckpt", type=Path, required=True, help="a run's checkpoint folder, or a step-<n> in it")
+    parser.add_argument("--ckpt", required=True, help="a run's checkpoint folder or URL, or a step-<n> in it")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--format", choices=["pt", "bin", "safetensors"], help="one .pt (default), or shards")
     parser.add_argument("--layout", choices=["flat", "diffusers"], default="flat", help="of the folder")
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         layout = "diffusers" if args.layout == "diffusers" else args.format or "pt"
         write = partial(export, layout=layout, licence=args.license, evaluation=args.evaluation)
         write = export_adapter if args.adapter else write
-        print(write(args.ckpt, args.out))
+        print(write(located(args.ckpt), args.out))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -17,6 +17,7 @@ from mugv_ds.config.errors import ConfigError
 from mugv_ds.config.regular_file import read_text_file
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.config.section import Section
+from mugv_ds.config.url import hidden
 
 Json = dict[str, Any]
 Schema = TypeVar("Schema", bound=Section)
@@ -137,7 +138,7 @@ def _read_file(path: Path) -> Json:
 
 
 def _read_override(text: str) -> _Layer:
-    origin = f"override {text!r}"
+    origin = f"override {hidden(text)!r}"
     key, equals, value_text = text.partition("=")
     parts = key.split(".")
     if not equals or len(parts) < 2 or not all(parts):
@@ -263,5 +264,5 @@ def _suggest(key: tuple, schema: type[Section]) -> str:
 
 
 def _show(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = hidden(json.dumps(value, ensure_ascii=False))
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

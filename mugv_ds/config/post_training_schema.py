@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from mugv_ds.config.section import Count, Decay, Name, Samples, Section, Weight
+from mugv_ds.config.url import Place
 
 # The linears of a block, by published name.
 LORA_TARGETS = (
@@ -23,14 +24,14 @@ class SourceSection(Section):
     """One set of preference annotations."""
 
     name: str = Field(description="What TensorBoard calls it.", pattern="^[A-Za-z0-9_-]+$")
-    manifest: str = Field(description="CSV with pair_id and rank (dpo; the lower rank is the better) or label (kto).")
+    manifest: Place = Field(description="CSV with pair_id and rank (dpo; the lower rank is the better) or label (kto).")
     weight: Weight = Field(1.0, description="Share of the preference samples, relative to the other sources'.")
     reference: str | None = Field(
         None,
         description="Parquet file of the reference's errors, which `make reference` writes. null: they are computed at "
         "the start of the run, before the weights change; for small sets.",
     )
-    val_manifest: str | None = Field(
+    val_manifest: Place | None = Field(
         None, description="CSV of held-out annotations; their reference is always computed."
     )
 
@@ -158,7 +159,7 @@ class RewardSection(Section):
     data.manifest is then the real data whose flow loss keeps the policy near to them, as in DDRL (arXiv 2512.04332).
     """
 
-    manifest: str = Field(
+    manifest: Place = Field(
         description="CSV of prompts: a rollout takes a row's text features, size, fps and, if asked, first frame."
     )
     dir: str = Field(description="Folder of the rounds' rollouts and rewards, which all hosts share.")
@@ -247,7 +248,7 @@ class LoraSection(Section):
         description="Linears of every block that get an adapter, by published name; by default all (Dettmers et al. "
         "2023, QLoRA, section 4: adapters on all linears are needed to match full training).",
     )
-    init_from: str | None = Field(
+    init_from: Place | None = Field(
         None,
         description="Adapter in peft's format (folder, or its adapter_model.safetensors with adapter_config.json "
         "beside it) to start from; by default A is random and B zero, so that the run starts at its base.",

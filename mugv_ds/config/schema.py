@@ -5,6 +5,7 @@ Unknown keys are errors. Each section is a pydantic model; its fields' descripti
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -13,6 +14,7 @@ from mugv_ds.config.model import PRESETS, DiTConfig
 from mugv_ds.config.post_training_schema import LoraSection, PreferenceSection, RewardSection
 from mugv_ds.config.power_profile import MAX_SIGMA_REL
 from mugv_ds.config.section import Count, Decay, Ranks, Samples, Section, Share, Size, Steps, StepsOrNever, Tokens
+from mugv_ds.config.url import Place, is_url
 
 
 class ModelSection(Section):
@@ -121,19 +123,32 @@ class GroupSection(Section):
 class DataSection(Section):
     """The training set, and the batches that are made of it."""
 
-    manifest: str = Field(
-        description="CSV of the training set; paths in it are relative to its folder, or to data.root."
+    manifest: Place = Field(
+        description="CSV of the training set; paths in it are relative to its folder, or to data.root. Of a URL "
+        "(s3://bucket/set/train.csv), as all CSVs of a run may be, each host keeps a copy, with the text_encoder.json "
+        "beside it."
     )
-    val_manifest: str | None = Field(None, description="CSV of held-out samples for the validation loss.")
-    root: str | None = Field(
+    val_manifest: Place | None = Field(None, description="CSV of held-out samples for the validation loss.")
+    root: Place | None = Field(
         None,
         description="Folder or fsspec URL (s3://bucket/set) that the paths in all CSVs of the run, and "
-        "data.null_text_path, are relative to; by default each CSV's folder. The CSVs themselves, their index and "
-        "text_encoder.json stay local. Credentials and options are those that fsspec finds in the environment; they "
-        "must permit to list and to read. s3:// needs s3fs, gs:// gcsfs, https:// aiohttp.",
+        "data.null_text_path, are relative to; by default each CSV's folder. Credentials and options are those that "
+        "fsspec finds in the environment; they must permit to list and to read. s3:// needs s3fs, gs:// gcsfs, "
+        "https:// aiohttp.",
+    )
+    cache_dir: str | None = Field(
+        None,
+        description="Folder on the disk of each host in which the samples that come from a URL are kept, for all ranks "
+        "and loader workers of the host. By default they are fetched every time.",
+    )
+    cache_gib: float | None = Field(
+        None,
+        gt=0,
+        le=1 << 20,
+        description="What is kept in cache_dir at most; what was not used for longest makes room. Required with it.",
     )
     index_dir: str | None = Field(
-        None, description="Folder of the memory-mapped index; by default .index beside the CSV."
+        None, description="Folder of the memory-mapped index; by default .index beside the CSV, or beside its copy."
     )
     null_text_path: str | None = Field(
         None,
@@ -163,6 +178,12 @@ class DataSection(Section):
     )
     num_workers: int = Field(10, ge=0, le=1024, description="Loader processes of a rank that reads (published: 10).")
     seed: int = Field(6309, ge=0, lt=1 << 63, description="Seed of the order, the noise and the initial weights.")
+
+    @model_validator(mode="after")
+    def _bounds_its_cache(self) -> "DataSection":
+        if (self.cache_dir is None) != (self.cache_gib is None):
+            raise ValueError("data.cache_dir, data.cache_gib: one says nothing without the other; give both or neither")
+        return self
 
 
 class FlowSection(Section):
@@ -296,7 +317,16 @@ class EmaSection(Section):
 class CheckpointSection(Section):
     """When checkpoints are saved, which are kept, and what a run starts from."""
 
-    dir: str = Field(description="Folder of the run's checkpoints.")
+    dir: Place = Field(
+        description="Folder of the run's checkpoints, or an fsspec URL (s3://bucket/run): docs/storage.md says how "
+        "they are kept there."
+    )
+    local_dir: str | None = Field(
+        None,
+        description="Folder on the disk of each host through which checkpoints pass on their way to a URL and back, "
+        "with room for what the host's ranks save; incidents.jsonl and `latest` are there too. Required when dir is a "
+        "URL.",
+    )
     save_every: StepsOrNever = Field(
         100,
         description="Steps between checkpoints; the last step is saved too, and that at which a run is told to stop. "
@@ -319,11 +349,27 @@ class CheckpointSection(Section):
         description="Resume although the data's manifest, data.seed, data.global_batch_size or what made the text "
         "features have changed; start from weights that were trained on features of another text encoder.",
     )
-    init_from: str | None = Field(
+    init_from: Place | None = Field(
         None,
         description="Weights to start from, with a fresh schedule: published-format ones (.pt, .safetensors, folder), "
-        "or a run's checkpoints, of which the newest is taken.",
+        "or a run's checkpoints, of which the newest is taken. Of a URL each host keeps a copy, see docs/storage.md.",
     )
+
+    @model_validator(mode="after")
+    def _has_a_local_folder(self) -> "CheckpointSection":
+        if is_url(self.dir) != (self.local_dir is not None):
+            raise ValueError(
+                "checkpoint.local_dir: required when checkpoint.dir is a URL, and has no effect otherwise; name a "
+                "folder on the hosts' own disks, or leave it out"
+            )
+        if self.dir.startswith(("file://", "local://")):
+            raise ValueError(f"checkpoint.dir = {self.dir}: name the folder itself")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Returns the local folder of the run: of its checkpoints or, where these are at a URL, of all else."""
+        return Path(self.dir if self.local_dir is None else self.local_dir)
 
 
 class LoggingSection(Section):
@@ -357,7 +403,7 @@ class SampledSection(Section):
     """Videos of the first rows of a manifest that are sampled during training."""
 
     every: StepsOrNever = Field(0, description="Steps between them; after the last step there are some too. 0: never.")
-    manifest: str | None = Field(
+    manifest: Place | None = Field(
         None,
         description="CSV whose first rows are sampled: their text features, size, fps and caption. "
         "data.null_text_path, which guidance subtracts, lies where its rows' features do. Required when every > 0.",

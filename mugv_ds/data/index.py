@@ -210,7 +210,7 @@ class Index:
         text = [(row.text_feat_path, row.text_entry)] if with_text else []
         for path, entry in [(row.latent_path, row.latent_entry), *text]:
             if entry is not None:
-                yield Range(split_key(path)[0], entry.offset, entry.size)
+                yield Range(split_key(path)[0], entry.offset, entry.size, entry.crc)
 
     def shapes(self) -> np.ndarray:
         """(T, H, W) of every row's latent: int32 [n, 3], memory-mapped and read-only; zeros where it could not be read.

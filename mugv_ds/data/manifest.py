@@ -24,11 +24,14 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from mugv_ds.config.errors import InputError
+from mugv_ds.config.errors import InputError, TransientError
 from mugv_ds.config.model import LATENT_STRIDE as STRIDE
 from mugv_ds.config.model import MAX_LATENT_SIDE
 from mugv_ds.config.regular_file import open_regular
+from mugv_ds.config.text_encoder import TEXT_ENCODER_NAME
+from mugv_ds.config.url import is_url, parent_url
 from mugv_ds.data.buckets import Shape as Shape  # what others take from here
+from mugv_ds.data.cache import Cache, CachedBucket
 from mugv_ds.data.headers import SIZES, Latents, declared_shapes, prepare_processes, read_shapes
 from mugv_ds.data.index import (
     PLACES,
@@ -46,8 +49,10 @@ from mugv_ds.data.index import Row as Row
 from mugv_ds.data.paths import ManifestError, PathError, check_lexically, distinct_files
 from mugv_ds.data.places import Rows, read_places, shard_numbers
 from mugv_ds.data.progress import Progress
-from mugv_ds.data.storage import Files, Folder, files_below
+from mugv_ds.data.storage import Bucket, Files, Folder, files_below
 from mugv_ds.files.atomic import write_atomically
+from mugv_ds.files.copies import copied
+from mugv_ds.files.objects import ObjectFolder
 
 REQUIRED_COLUMNS = ("sample_id", "source", "latent_path", "text_feat_path")
 _PATHS = ("latent_path", "text_feat_path")
@@ -74,20 +79,29 @@ logger = logging.getLogger(__name__)
 Record = dict[str, Any]
 
 
-def open_index(csv_path: str | Path, index_dir: str | Path | None = None, root: str | None = None) -> Index:
+def open_index(
+    csv_path: str | Path, index_dir: str | Path | None = None, root: str | None = None, cache: Cache | None = None
+) -> Index:
     """Opens the index of a manifest, building it first where there is none for the CSV's present content.
 
     Args:
-        csv_path: the manifest.
+        csv_path: the manifest, a file or a URL, of which the index is one of a copy on this host.
         index_dir: folder of the index; by default `.index` beside the CSV.
         root: folder or URL that the manifest's paths are relative to; by default the CSV's folder.
+        cache: keeps what comes from a URL; by default nothing does.
 
     Raises:
         ManifestError, PathError, UnsafeFileError, TrainingError, ConfigError: see `build_index`.
     """
+    if is_url(csv_path):
+        root = root or parent_url(str(csv_path))[0]
+        csv_path = _copy(str(csv_path))
     csv_path = Path(csv_path)
     path = build_index(csv_path, index_dir, root)
-    index = Index(path, csv_path.parent, _files(csv_path, root))
+    files = _files(csv_path, root)
+    if cache is not None and isinstance(files, Bucket):
+        files = CachedBucket(files, cache)
+    index = Index(path, csv_path.parent, files)
     unreadable = int((~index.shapes().any(axis=1)).sum())
     if unreadable:
         logger.warning(
@@ -99,6 +113,22 @@ def open_index(csv_path: str | Path, index_dir: str | Path | None = None, root: 
             path.with_suffix(".json"),
         )
     return index
+
+
+def _copy(url: str) -> Path:
+    """A copy of the CSV at a URL, with the text_encoder.json beside it, if there is one.
+
+    Raises:
+        ManifestError: there is no CSV. TrainingError: the store failed.
+    """
+    folder_url, name = parent_url(url)
+    try:
+        folder, there = copied(ObjectFolder(folder_url, "data.manifest"), (name, TEXT_ENCODER_NAME))
+    except OSError as error:
+        raise TransientError(f"{error.filename or url}: {error.strerror}") from error
+    if name not in there:
+        raise ManifestError(f"{url}: missing")
+    return folder / name
 
 
 def _files(csv_path: Path, root: str | None) -> Files:

@@ -1,17 +1,19 @@
 """Reading files whose disk or store may fail: whose fault a failure is, and how long it is waited for."""
 
 import logging
+import random
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
 from mugv_ds.config.errors import TransientError
 from mugv_ds.data.paths import PathError
-from mugv_ds.data.storage import Files
+from mugv_ds.data.storage import Files, Folder
 from mugv_ds.files.retry import READ_WAITS, TRANSIENT
 from mugv_ds.files.tensor_file import SampleError
 
 _LONG_WAITS = (10.0, 20.0, 40.0, 60.0, 60.0, 60.0)  # seconds; a file system that is restarted comes back within these
+_random = random.Random()  # of its own: training's randomness is a function of the seed alone
 
 T = TypeVar("T")
 
@@ -45,5 +47,7 @@ def read_patiently(read: Callable[[], T], files: Files) -> T:
             if wait is None:
                 raise TransientError(f"{files}: {error}; the file system has been away for minutes") from error
             logger.warning("%s; trying again in %g s", error, wait)
+            if not isinstance(files, Folder):  # of those that a store turned away not all come back together
+                wait *= _random.uniform(1.0, 1.25)
             time.sleep(wait)
     raise AssertionError("unreachable: the last attempt returns or raises")

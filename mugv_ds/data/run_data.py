@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from math import ceil
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ from mugv_ds.config.schema import TrainConfig
 from mugv_ds.config.text_encoder import TEXT_ENCODER_NAME, TextEncoderInfo, agree, read_text_encoder
 from mugv_ds.data.buckets import group_by_shape
 from mugv_ds.data.budget import BatchSize, Workload, batch_sizes
+from mugv_ds.data.cache import Cache
 from mugv_ds.data.manifest import Index, Shape, open_index
 from mugv_ds.data.mixture import group_shapes, row_weights
 from mugv_ds.data.pairs import labels, pairs
@@ -68,9 +70,14 @@ class RunData:
         self._config = config
         self._load = Workload(cost.tokens, cost.cost, data_ranks)
         sources = config.preference.sources if config.preference else ()
+        section, cache = config.data, None
+        if section.cache_dir is not None:
+            cache = Cache(Path(section.cache_dir), int(section.cache_gib * 2**30))
 
         def open_(path: str | None) -> Index | None:
-            return None if path is None else opener(partial(open_index, path, config.data.index_dir, config.data.root))
+            if path is None:
+                return None
+            return opener(partial(open_index, path, section.index_dir, section.root, cache))
 
         self.train: Index = open_(config.data.manifest)
         self.validation = open_(config.data.val_manifest)

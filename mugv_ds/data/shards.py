@@ -121,7 +121,7 @@ def read_tensor(blob: Blob, key: str, entry: Entry) -> Tensor:
         SampleError: its bytes are not those that were written; the message names file and key.
         OSError: the file system failed.
     """
-    content = blob.read(entry.offset, entry.size)
+    content = blob.read(entry.offset, entry.size, entry.crc)
     if (found := zlib.crc32(content)) != entry.crc:
         raise SampleError(
             f"{blob.name}#{key}: damaged, or written anew since the index was built: the CRC-32 of its {entry.size} "

@@ -1,6 +1,5 @@
 """Where the files of a manifest lie: in a folder, or under a URL that fsspec opens, of which ranges are fetched."""
 
-import errno
 import os
 import posixpath
 import re
@@ -11,26 +10,28 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
-from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from mugv_ds.config.errors import ConfigError, InputError
+from mugv_ds.config.errors import InputError
 from mugv_ds.config.regular_file import NotRegularError, open_regular
+from mugv_ds.config.url import is_url
 from mugv_ds.data.paths import PathError, check_lexically, resolve
+from mugv_ds.files.objects import as_os_error, open_url
 from mugv_ds.files.tensor_file import SampleError
 
-_MAX_FILE_BYTES = 1 << 30  # of a file that is fetched as a whole; a shard is read by ranges
+_KEY = "data.root"  # what a URL that cannot be opened is called
+MAX_FILE_BYTES = 1 << 30  # of a file that is fetched as a whole; a shard is read by ranges
 # What a server or fsspec may read as more than a name: a query, a fragment, an escape, a pattern, a chain of URLs.
 _NOT_PLAIN = re.compile(r"[%?#*\[\]{}\\]|::|[\x00-\x1f\x7f]")
 
 
 class Range(NamedTuple):
-    """Bytes of a file. path: relative to where the files lie."""
+    """Bytes of a file. path: relative to where the files lie. crc: their CRC-32; None where it is not known."""
 
     path: str
     start: int
     length: int
+    crc: int | None = None
 
 
 class Blob(Protocol):
@@ -45,8 +46,11 @@ class Blob(Protocol):
     def size(self) -> int:
         """Its bytes."""
 
-    def read(self, start: int, length: int) -> np.ndarray:
+    def read(self, start: int, length: int, crc: int | None = None) -> np.ndarray:
         """`length` bytes from byte `start` on, uint8 [length].
+
+        Args:
+            crc: CRC-32 that they should have, by which a cache knows them; who reads checks it.
 
         Raises:
             SampleError: it has not so many. OSError: the file system failed.
@@ -88,7 +92,7 @@ class FileBlob:
         """Its bytes."""
         return os.fstat(self.file.fileno()).st_size
 
-    def read(self, start: int, length: int) -> np.ndarray:
+    def read(self, start: int, length: int, crc: int | None = None) -> np.ndarray:
         """See `Blob.read`. Nothing is allocated that the file does not have."""
         if start + length > (size := self.size()):
             raise SampleError(f"{self.name}: truncated: {size} bytes, and those up to {start + length} are wanted")
@@ -159,7 +163,7 @@ class Bucket:
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
-        self._system, self._folder = _open_url(self._url)
+        self._system, self._folder = open_url(self._url, _KEY)
         self._fetched: dict[Range, bytes] = {}
 
     def __reduce__(self) -> tuple:
@@ -177,20 +181,19 @@ class Bucket:
     @contextmanager
     def whole(self, path: str) -> Iterator[Path]:
         """See `Files.whole`; the file is kept in memory."""
-        with self.open(path) as blob:
-            size = blob.size()
-            if size > _MAX_FILE_BYTES:
-                raise SampleError(f"{blob.name}: {size} bytes; a file of one sample has at most {_MAX_FILE_BYTES}")
-            content = blob.read(0, size)
-        descriptor = os.memfd_create("sample", os.MFD_CLOEXEC)
-        with os.fdopen(descriptor, "r+b") as file:
-            file.write(content)
-            file.flush()
-            local = Path(f"/proc/self/fd/{descriptor}")
-            try:
-                yield local
-            except SampleError as error:
-                raise type(error)(str(error).replace(str(local), blob.name)) from error
+        with in_memory(self.content(path), f"{self._url}/{path}") as local:
+            yield local
+
+    def content(self, path: str) -> np.ndarray:
+        """A whole file, uint8 [bytes].
+
+        Raises:
+            PathError, SampleError, OSError: see `Files.open` and `Blob.read`; it may also be too large.
+        """
+        size = self.size_of(path)
+        if size > MAX_FILE_BYTES:
+            raise SampleError(f"{self._url}/{path}: {size} bytes; a file of one sample has at most {MAX_FILE_BYTES}")
+        return self.read(Range(path, 0, size))
 
     def fetch(self, ranges: Iterable[Range]) -> None:
         """Gets ranges at once and keeps each for the next `read` of it; what fails is left to that one."""
@@ -223,7 +226,7 @@ class Bucket:
 
     def read(self, wanted: Range) -> np.ndarray:
         """See `Blob.read`."""
-        path, start, length = wanted
+        path, start, length, _ = wanted
         content = self._fetched.pop(wanted, None)
         if content is None:
             content = self._asked(path, lambda full: self._system.cat_file(full, start=start, end=start + length))
@@ -243,18 +246,17 @@ class Bucket:
         return f"{self._folder}/{posixpath.normpath(path)}"
 
     def _asked(self, path: str, ask: Callable[[str], Any]) -> Any:
-        """What the store says of a file, its errors turned into OSError; those without a number may pass again."""
+        """What the store says of a file, its errors turned into OSError; all but a denial may pass again."""
         full, name = self._full(path), f"{self._url}/{path}"
         try:
             return ask(full)
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-            raise SampleError(f"{name}: missing") from error
         except InputError:
             raise
         except Exception as error:  # each store has errors of its own
-            denied = isinstance(error, PermissionError)
-            number = getattr(error, "errno", None) or (errno.EACCES if denied else errno.EIO)
-            raise OSError(number, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", name) from error
+            failure = as_os_error(error, name)
+            if isinstance(failure, FileNotFoundError):
+                raise SampleError(f"{name}: missing") from None
+            raise failure from None
 
 
 @dataclass(frozen=True)
@@ -268,8 +270,22 @@ class _Object:
     def size(self) -> int:
         return self.bucket.size_of(self.path)
 
-    def read(self, start: int, length: int) -> np.ndarray:
-        return self.bucket.read(Range(self.path, start, length))
+    def read(self, start: int, length: int, crc: int | None = None) -> np.ndarray:
+        return self.bucket.read(Range(self.path, start, length, crc))
+
+
+@contextmanager
+def in_memory(content: np.ndarray, name: str) -> Iterator[Path]:
+    """A local file with a content, in memory, as long as the context lasts; what messages call it is `name`."""
+    descriptor = os.memfd_create("sample", os.MFD_CLOEXEC)
+    with os.fdopen(descriptor, "r+b") as file:
+        file.write(content)
+        file.flush()
+        local = Path(f"/proc/self/fd/{descriptor}")
+        try:
+            yield local
+        except SampleError as error:
+            raise type(error)(str(error).replace(str(local), name)) from error
 
 
 def files_below(root: str | Path) -> Files:
@@ -278,15 +294,7 @@ def files_below(root: str | Path) -> Files:
     Raises:
         ConfigError: see `Bucket`.
     """
-    if isinstance(root, Path) or "://" not in root:
+    if not is_url(root):
         return Folder(Path(root))
-    system, folder = _open_url(root)
+    system, folder = open_url(root, _KEY)
     return Folder(Path(folder)) if isinstance(system, LocalFileSystem) else Bucket(root)
-
-
-def _open_url(url: str) -> tuple[AbstractFileSystem, str]:
-    """The file system of a URL, one for each in a process, and the folder in it."""
-    try:
-        return url_to_fs(url)
-    except (ValueError, ImportError) as error:
-        raise ConfigError(f"data.root = {url!r}: {error}") from error

@@ -26,6 +26,7 @@ from mugv_ds.config.regular_file import read_text_file
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.models.lora import adapter_shapes, is_factor, merged
 from mugv_ds.weights.base import Weights, check_state
+from mugv_ds.weights.located import located
 from mugv_ds.weights.published import PublishedWeights, TrainedWeights
 from mugv_ds.weights.save import new_folder
 
@@ -110,7 +111,7 @@ def _open_base(manifest: Manifest) -> Weights:
             "these adapters were trained on initial weights, which no file holds; start the run from weights "
             "(checkpoint.init_from) to be able to merge them"
         )
-    return open_start(Path(manifest.start.path))
+    return open_start(located(manifest.start.path))
 
 
 def check_base(manifest: Manifest) -> None:
@@ -132,7 +133,7 @@ def check_start(start: StartWeights, remedy: str) -> None:
     Raises:
         CheckpointError: they are gone, or are others now.
     """
-    path = Path(start.path)
+    path = located(start.path)
     if not path.exists():
         raise CheckpointError(f"{path}: the weights that the run started from are gone; {remedy}")
     if weights_digest(path) != start.digest:
@@ -264,7 +265,7 @@ def load_adapter(
     Raises:
         CheckpointError: see `PeftAdapter`.
     """
-    adapter = PeftAdapter(path, config, lora)
+    adapter = PeftAdapter(located(path), config, lora)
     for prefix, layer in layers:
         with torch.no_grad():
             for name, parameter in layer.named_parameters():

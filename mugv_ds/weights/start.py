@@ -11,14 +11,17 @@ from torch import Tensor, nn
 
 from mugv_ds.checkpoint import files
 from mugv_ds.checkpoint.manifest import StartWeights
+from mugv_ds.checkpoint.places import newest_manifest
 from mugv_ds.checkpoint.reader import open_checkpoint
 from mugv_ds.config.errors import CheckpointError
 from mugv_ds.config.model import DiTConfig
 from mugv_ds.config.schema import TrainConfig
 from mugv_ds.config.text_encoder import TextEncoderInfo, agree
+from mugv_ds.config.url import is_url
 from mugv_ds.models.dit import init_weights
 from mugv_ds.models.lora import is_factor
 from mugv_ds.weights.base import check_weights
+from mugv_ds.weights.located import located, resolved
 from mugv_ds.weights.lora import check_base, check_start, load_adapter, open_start, weights_digest
 
 Layers = Iterable[tuple[str, nn.Module]]
@@ -31,7 +34,7 @@ def saved_start(config: TrainConfig) -> dict[str, Any] | None:
     Raises:
         CheckpointError: another version wrote the checkpoint.
     """
-    manifest = files.newest_manifest(Path(config.checkpoint.dir))
+    manifest = newest_manifest(config.checkpoint)
     return None if manifest is None else manifest.start.model_dump()
 
 
@@ -91,7 +94,7 @@ class FrozenWeights:
         Raises:
             CheckpointError: the weights are gone, or do not fit.
         """
-        weights, moved, size = open_start(Path(self.start.path)), 0.0, 0.0
+        weights, moved, size = open_start(located(self.start.path)), 0.0, 0.0
         for name, first, now in pieces:
             start = weights[name].flatten()[first : first + now.numel()].to(now)
             moved += float((now - start).square().sum(dtype=torch.float64))
@@ -144,8 +147,8 @@ def put_start(start: StartWeights, config: TrainConfig, fresh: bool) -> Callable
     return put
 
 
-def find_start(path: str | Path) -> Path:
-    """What `checkpoint.init_from` means: of a run's folder the newest sound checkpoint, else `path` itself.
+def find_start(path: str | Path) -> Path | str:
+    """What `checkpoint.init_from` means: of a run's folder or URL the newest sound checkpoint, else `path` itself.
 
     Of a checkpoint the weights' files are verified, which reads them; so one rank asks and tells the others. Where it
     holds adapters, so is their base.
@@ -153,6 +156,11 @@ def find_start(path: str | Path) -> Path:
     Raises:
         CheckpointError: it is a run's folder without a sound checkpoint, or a checkpoint that is not sound.
     """
+    if is_url(path):
+        url = resolved(str(path))
+        if (manifest := located(url) / files.MANIFEST_NAME).exists():
+            check_base(files.read_manifest(manifest.parent))
+        return url
     path = Path(path)
     if (path / files.MANIFEST_NAME).exists() or (path.is_dir() and files.saved_steps(path)):
         with open_checkpoint(path) as saved:
@@ -172,7 +180,7 @@ def load_into(path: str | Path, config: DiTConfig, layers: Layers) -> None:
     Raises:
         CheckpointError: a tensor is missing, unexpected, or has another shape.
     """
-    weights = open_start(Path(path))
+    weights = open_start(located(path))
     check_weights(weights, config)
     for prefix, layer in layers:
         own = layer.state_dict()
@@ -190,7 +198,7 @@ def check_start_features(path: str | Path, text_encoder: TextEncoderInfo | None)
         CheckpointError: they are of different encoders.
     """
     agree(
-        {f"checkpoint.init_from = {path}": open_start(Path(path)).text_encoder, "the data": text_encoder},
+        {f"checkpoint.init_from = {path}": open_start(located(path)).text_encoder, "the data": text_encoder},
         "make the features anew, or set checkpoint.accept_changed_data to train with others from here on",
         CheckpointError,
     )
@@ -207,4 +215,4 @@ def start_digest(path: str | Path | None, config: TrainConfig) -> str:
     """
     if path is None:
         return hashlib.sha256(f"{config.model.dit()} {config.data.seed}".encode()).hexdigest()
-    return weights_digest(Path(path))
+    return weights_digest(located(path))

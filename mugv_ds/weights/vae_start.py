@@ -12,14 +12,17 @@ from torch import Tensor
 
 from mugv_ds.checkpoint import files
 from mugv_ds.checkpoint.manifest import StartWeights
+from mugv_ds.checkpoint.places import newest_manifest
 from mugv_ds.checkpoint.reader import CheckpointReader
 from mugv_ds.config.errors import CheckpointError
+from mugv_ds.config.schema import CheckpointSection
 from mugv_ds.config.vae_schema import VaeTrainConfig
 from mugv_ds.config.videovae import VideoVAEConfig
 from mugv_ds.files.atomic import write_atomically
 from mugv_ds.models.videovae.training import load_image_vae
 from mugv_ds.models.videovae.vae import VideoVAE
 from mugv_ds.weights.base import Weights, check_state
+from mugv_ds.weights.located import located
 from mugv_ds.weights.published import PublishedWeights, TrainedWeights
 from mugv_ds.weights.start import find_start
 
@@ -36,7 +39,7 @@ def find_vae_weights(config: VaeTrainConfig, first: First) -> tuple[StartWeights
     Raises:
         CheckpointError: there are no sound weights.
     """
-    saved = first(lambda: _saved_start(Path(config.checkpoint.dir)))
+    saved = first(lambda: _saved_start(config.checkpoint))
     if saved is not None:
         return StartWeights(**saved), False
     init = config.checkpoint.init_from
@@ -44,8 +47,8 @@ def find_vae_weights(config: VaeTrainConfig, first: First) -> tuple[StartWeights
     return StartWeights(path=path, digest=None), True
 
 
-def _saved_start(run: Path) -> dict[str, Any] | None:
-    manifest = files.newest_manifest(run)
+def _saved_start(section: CheckpointSection) -> dict[str, Any] | None:
+    manifest = newest_manifest(section)
     return None if manifest is None else manifest.start.model_dump()
 
 
@@ -60,7 +63,7 @@ def put_in(config: VaeTrainConfig, start: StartWeights, vae: VideoVAE) -> None:
     if config.checkpoint.init_from is None:
         load_image_vae(vae, start.path)
         return
-    load_vae_parameters(Path(start.path), vae)
+    load_vae_parameters(located(start.path), vae)
 
 
 def load_vae_parameters(path: Path, vae: VideoVAE) -> None:

@@ -180,7 +180,7 @@ def measure_resources(rank: int, *, every: int) -> None:
         taken = train_step(self, step, *args)
         if step % every == 0:
             gc.collect()
-            with (Path(self.config.checkpoint.dir).parent / "resources").open("a") as file:
+            with (self.config.checkpoint.folder.parent / "resources").open("a") as file:
                 file.write(f"{step} {process.memory_info().rss} {process.num_fds()}\n")
         return taken
 

@@ -42,4 +42,4 @@ def steps(rank: int) -> None:
 
 
 def _file(trainer: Trainer, name: str) -> Path:
-    return Path(trainer.config.checkpoint.dir).parent / name
+    return trainer.config.checkpoint.folder.parent / name

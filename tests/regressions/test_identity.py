@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mugv_ds.checkpoint import files
+from mugv_ds.checkpoint.places import newest_manifest
 from mugv_ds.config import ConfigError, PeerError, load_config
+from mugv_ds.config.schema import CheckpointSection
 from mugv_ds.data.run_data import RunData
 from mugv_ds.engine.process import check_same, start_process
 from mugv_ds.models.flops import SampleCost
@@ -166,7 +168,7 @@ def test_a_run_goes_on_though_its_start_weights_are_gone(tmp_path):
     assert status == 0 and "going on after step 2" in output, output
     assert "changed since step-00000002: optimizer.lr = 0.001 → 0.0005" in output
     assert "changed since step-00000002: schedule.steps = 2 → 3" in output
-    saved = files.newest_manifest(tmp_path / "run/checkpoints")
+    saved = newest_manifest(CheckpointSection(dir=str(tmp_path / "run/checkpoints")))
     assert saved.step == 3 and saved.start.path == str(weights)
     status, output = train(path, "schedule.steps=1")
     assert status == 2 and "has taken 3 steps, and schedule.steps = 1" in output, output
@@ -226,7 +228,7 @@ def test_averages_switched_on_later_are_marked_in_every_checkpoint_after(tmp_pat
     assert train(path)[0] == 0
     for stop in (2, 3):
         assert train(path, "ema.sigma_rel=[0.1]", f"schedule.steps={stop}")[0] == 0
-    saved = files.newest_manifest(tmp_path / "run/checkpoints")
+    saved = newest_manifest(CheckpointSection(dir=str(tmp_path / "run/checkpoints")))
     assert saved.step == 3 and saved.began == {"ema_0.100": 1}
 
 

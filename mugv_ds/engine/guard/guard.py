@@ -9,7 +9,6 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from signal import Signals
 from typing import Any, NoReturn
 
@@ -84,7 +83,7 @@ class Guard:
         self._watchdog = Watchdog(process.host, name, config.guard.timeout_s)
         self._stopwatch = Stopwatch(timed, process.device)
         self._stragglers = Stragglers(config.guard.straggler_factor, config.guard.straggler_window)
-        self._incidents = Incidents(Path(config.checkpoint.dir), process.rank)
+        self._incidents = Incidents(config.checkpoint.folder, process.rank)
 
     def start(self, state: dict[str, Any]) -> None:
         """Begins to watch; `state` is what `state` gave for the checkpoint that the run goes on from, or empty.

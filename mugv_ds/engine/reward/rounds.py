@@ -102,7 +102,7 @@ class Rounds:
         self._velocities: dict[int, list[Tensor]] = {}  # of the old policy, by position
         self._seconds: dict[str, float] = {}
         self._ready: float | None = None  # when the last round was
-        mark = Path(config.checkpoint.dir) / "reward.run"
+        mark = config.checkpoint.folder / "reward.run"
         process.host.first(lambda: claim_folder(Path(self._section.dir), mark))
 
     def end_of(self, position: int) -> int:
