@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -166,7 +167,10 @@ def test_the_command_serves_until_ctrl_c_and_then_reports(compared):
     folder, comparison = compared
     tool = Path(__file__).parents[3] / "tools/compare.py"
     command = [sys.executable, str(tool), "serve", str(folder), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell has what it starts with & ignore it
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard
+    ) as process:
         try:
             address = process.stdout.readline().split()[-1]
             asking = Asking(address, folder, comparison)
