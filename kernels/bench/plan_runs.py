@@ -229,7 +229,7 @@ def make_record(case: Case, config, memory: Sequence[float], is_first: bool):
     import deepspeed
     import torch
 
-    from mugv_ds.plan.records import Measured, RunMachine, RunRecord, kernel_seconds, read_scalars, steady
+    from mugv_ds.plan.records import Measured, RunMachine, RunRecord, kernel_seconds, later, read_scalars, steady
 
     scalars = {tag: [value for _, value in points] for tag, points in read_scalars(Path(config.logging.dir)).items()}
     steps = scalars["speed/seconds_per_step"]
@@ -258,20 +258,15 @@ def make_record(case: Case, config, memory: Sequence[float], is_first: bool):
         measured=Measured(
             step_seconds=steady(counted),
             steps=tuple(steps),
-            peak_gib=max(_later(scalars["memory/peak_gib"][: len(counted)])) - memory[3] if is_gpu else None,
+            peak_gib=max(later(scalars["memory/peak_gib"][: len(counted)])) - memory[3] if is_gpu else None,
             host_gib=memory[0] if is_first else None,
             pinned_gib=memory[1],
             reserved_gib=memory[2],
-            data_wait_seconds=max(_later(scalars["speed/data_wait_seconds"])),
+            data_wait_seconds=max(later(scalars["speed/data_wait_seconds"])),
             losses=tuple(scalars["train/loss"]),
             kernels=kernel_seconds(profiles[-1]) if profiles and is_gpu else {},
         ),
     )
-
-
-def _later(values: Sequence[float]) -> Sequence[float]:
-    """Those of the steps from the third on, of fewer the last."""
-    return values[2:] or values[-1:]
 
 
 def work_as_rank(args: argparse.Namespace, cases: Sequence[Case]) -> None:

@@ -38,7 +38,8 @@ _DOWNLOADS = 2  # of a file whose hash is wrong: it may have been damaged on the
 class Place(Protocol):
     """The checkpoints of one run, for one rank. `str` of it names the place.
 
-    What says "first" is called on rank 0 alone, the others on all ranks.
+    What says "first" is called on rank 0 alone, the others on all ranks. Those that a place has nothing to do for it
+    takes from here, where they do nothing.
     """
 
     def open(self) -> str:
@@ -156,7 +157,7 @@ def newest_manifest(section: CheckpointSection) -> Manifest | None:
     return None
 
 
-class FolderPlace:
+class FolderPlace(Place):
     """A `Place` that is a folder of a file system; see `files` for what is in it. run: the folder."""
 
     def __init__(self, run: Path) -> None:
@@ -202,20 +203,11 @@ class FolderPlace:
     def folder(self, step: int) -> Path:
         return files.step_folder(self._run, step)
 
-    def read(self, step: int) -> None:
-        pass
-
     def start(self, step: int, needed: int) -> None:
         files.start_folder(self._run, step, needed)
 
     def unfinished(self, step: int, needed: int) -> Path:
         return files.unfinished_folder(self._run, step)
-
-    def put(self, step: int, name: str) -> None:
-        pass
-
-    def written(self, step: int) -> None:
-        pass
 
     def commit(self, step: int, manifest: Manifest) -> None:
         files.commit(self._run, step, manifest)
@@ -233,7 +225,7 @@ class FolderPlace:
         return files.free_bytes(self._run)
 
 
-class ObjectPlace:
+class ObjectPlace(Place):
     """A `Place` in an object store.
 
     Args:
@@ -267,9 +259,6 @@ class ObjectPlace:
         self._own.mkdir(parents=True, exist_ok=True)
         self._own_lock = files.Lock(self._own)
         files.sweep(self._own)
-
-    def joined(self, token: str) -> None:
-        pass
 
     def release(self) -> None:
         for lock in filter(None, (self._lock, self._own_lock)):

@@ -243,7 +243,7 @@ class ParallelSection(Section):
     )
 
     def levels(self, depth: int) -> tuple[str, ...]:
-        """Returns the level of each of so many blocks; "off" while "auto" has not chosen, see `plan.levels.settled`."""
+        """Returns the level of each of so many blocks; "off" while "auto" has not chosen, see `plan.levels`."""
         asked = self.activation_checkpointing
         return tuple(asked) if isinstance(asked, list) else ("off" if asked == "auto" else asked,) * depth
 

@@ -192,8 +192,7 @@ class Timeline:
     def _go_on(self) -> None:
         """Takes in what earlier processes wrote, and takes off a line that was cut off."""
         try:
-            for line in read_lines(self._path):
-                self._account.add(line)
+            self._account = read_account(self._path)
         except InputError as error:
             raise OSError(str(error)) from None
         with self._path.open("rb+") as file:
@@ -211,29 +210,21 @@ def process_age() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(after_name[19]) / os.sysconf("SC_CLK_TCK")
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a run; a last one that was cut off when its process was killed is left out.
+def read_account(path: Path) -> Account:
+    """Returns the account of a run; a last line that was cut off when its process was killed is left out.
 
     Raises:
-        InputError: the file is none of a run's.
+        InputError: the file is none of a run's. FileNotFoundError: there is none.
     """
     with open_regular(path) as file:
         text = file.read(_MOST_BYTES + 1)
     if len(text) > _MOST_BYTES:
         raise InputError(f"{path}: more than {_MOST_BYTES:,} bytes")
+    account = Account()
     *lines, _ = text.split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
-            parsed = json.loads(line)
-            Account().add(parsed)  # refuses what is no line
+            account.add(json.loads(line))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{path}: line {number} is none of a run's: {error!r}") from None
-        yield parsed
-
-
-def read_account(path: Path) -> Account:
-    """Returns the account of a run; raises InputError as `read_lines` does."""
-    account = Account()
-    for line in read_lines(path):
-        account.add(line)
     return account

@@ -7,7 +7,7 @@ import gzip
 import json
 import re
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -144,8 +144,12 @@ def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def steady(steps: Iterable[float]) -> float:
     """Returns the median of the steps from the third on, as the first ones compile; of fewer the last."""
-    steps = list(steps)
-    return statistics.median(steps[2:] or steps[-1:])
+    return statistics.median(later(list(steps)))
+
+
+def later(values: Sequence[float]) -> Sequence[float]:
+    """Returns those of the steps from the third on; of fewer the last."""
+    return values[2:] or values[-1:]
 
 
 def kernel_seconds(trace: Path) -> dict[str, float]:
