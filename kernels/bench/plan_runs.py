@@ -43,6 +43,7 @@ class Case:
     averages: int = 0
     steps: int = 6
     is_profiled: bool = True  # one step more
+    memory_gib: float | None = None  # that the levels of "auto" fill, by default the device's
 
     @property
     def gpus(self) -> int:
@@ -67,6 +68,7 @@ class Case:
             "parallel.pipeline": pipeline,
             "parallel.activation_checkpointing": self.level,
             "parallel.offload": self.offload,
+            "parallel.memory_gib": self.memory_gib,
             "deepspeed.data_types.grad_accum_dtype": self.gradients,
             "ema.sigma_rel": [0.05, 0.1][: self.averages],
             "optimizer.lr": 1e-4,
@@ -109,7 +111,7 @@ CASES = (
     Case("4-360p2s-data", (4, 1, 1), CLIP_2S, 8, "selective", micro=3, averages=2),
     Case("4-299k-offload", (1, 4, 1), (83, 90, 160), 4, "attention", "all", steps=3, is_profiled=False),
     Case("4-580k-offload", (1, 4, 1), (161, 90, 160), 2, "attention", "all", steps=3, is_profiled=False),
-    Case("4-10b-720p5s", (1, 4, 1), HD_5S, 56, "auto"),
+    Case("4-10b-720p5s", (1, 4, 1), HD_5S, 56, "auto", memory_gib=129.0, steps=5, is_profiled=False),
     Case("4-10b-720p5s-selective", (1, 4, 1), HD_5S, 56, "selective", steps=4, is_profiled=False),
     Case("4-10b-580k", (1, 4, 1), (161, 90, 160), 56, "attention", "all", steps=2, is_profiled=False),
 )

@@ -30,7 +30,13 @@ class ModelSection(Section):
     precision: Literal["bf16", "fp8", "fp32"] = Field(
         "bf16",
         description="Dtype of weights and activations; fp32 for tests. fp8 is bf16 with the products of the blocks' "
-        "large linears in fp8, through Transformer Engine; experimental: never measured here.",
+        "large linears in fp8, each factor scaled by its own largest value (docs/performance.md, fp8).",
+    )
+    fp8_backend: Literal["native", "te"] = Field(
+        "native", description="What computes in fp8: kernels of this package, or Transformer Engine."
+    )
+    fp8_blocks: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] | None = Field(
+        None, description="First and last block, counted from 0, that compute in fp8; null for all of them."
     )
     attention: Literal["auto", "flash4", "flash4_padded", "flash2", "cudnn", "sdpa", "te"] = Field(
         "auto",
@@ -43,6 +49,11 @@ class ModelSection(Section):
     def dtype(self) -> Literal["bf16", "fp32"]:
         """Returns the dtype of weights and activations; with fp8 that is bf16."""
         return "fp32" if self.precision == "fp32" else "bf16"
+
+    def blocks_in_fp8(self) -> range:
+        """Returns the numbers of the blocks that compute in fp8, if `precision` is fp8."""
+        first, last = self.fp8_blocks or (0, self.dit().depth - 1)
+        return range(first, last + 1)
 
     def dit(self) -> DiTConfig:
         """Returns the sizes of the model: the preset with this section's overrides.
@@ -554,6 +565,12 @@ class TrainConfig(Section):
             raise ValueError(
                 f'model.precision = "fp8": takes widths that are multiples of 16, hidden_size is {dit.hidden_size}; '
                 "use an even model.num_heads, or bf16"
+            )
+        in_fp8 = self.model.blocks_in_fp8()
+        if not in_fp8 or in_fp8[-1] >= dit.depth:
+            raise ValueError(
+                f"model.fp8_blocks = {list(self.model.fp8_blocks)}: must be the first and the last of some of the blocks "
+                f"0 to {dit.depth - 1}; or leave it out"
             )
         levels = self.parallel.activation_checkpointing
         if isinstance(levels, list) and len(levels) != dit.depth:

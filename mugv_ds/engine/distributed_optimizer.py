@@ -332,6 +332,8 @@ class DistributedOptimizer:
         """Rounds this rank's piece of a bucket, and starts to gather the others'; returns what to wait for."""
         with torch.no_grad():
             bucket.own.copy_(bucket.master)
+        # The parameters are views that autograd does not know of: what is kept of them elsewhere has to see the change.
+        torch.autograd.graph.increment_version([slot.parameter for slot in bucket.slots])
         if self._replicas == 1:
             return None
         return comm.all_gather_into_tensor(bucket.weights, bucket.own, group=self.dp_process_group, async_op=True)

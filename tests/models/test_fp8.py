@@ -1,4 +1,4 @@
-"""fp8 linears: through Transformer Engine where it and a GPU are there, else through a stand-in that rounds alike."""
+"""fp8 linears: ours, and Transformer Engine's: where it and a GPU are there, else a stand-in that rounds alike."""
 
 import sys
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from mugv_ds.config.post_training_schema import LoraSection
 from mugv_ds.engine import build
 from mugv_ds.engine.build import build_engine
 from mugv_ds.engine.process import start_process
-from mugv_ds.models import DiT
+from mugv_ds.models import DiT, fp8_products
 from mugv_ds.models.attention import sdpa
 from mugv_ds.models.dit import init_weights
 from mugv_ds.models.fp8 import check_fp8, use_fp8
@@ -111,6 +111,7 @@ def forget_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(
     params=[
+        "native",
         "stand-in",
         pytest.param(
             "library",
@@ -118,12 +119,20 @@ def forget_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     ]
 )
-def device(request, monkeypatch) -> torch.device:
-    """Where blocks can run in fp8."""
-    if request.param == "library":
-        return torch.device("cuda")
-    install_stand_in(monkeypatch, Float8CurrentScaling=Float8CurrentScaling, Linear=Linear, autocast=autocast)
-    return torch.device("cpu")
+def backend(request, monkeypatch) -> str:
+    """What computes in fp8."""
+    if request.param == "native":
+        return "native"
+    if request.param == "stand-in":
+        install_stand_in(monkeypatch, Float8CurrentScaling=Float8CurrentScaling, Linear=Linear, autocast=autocast)
+    return "te"
+
+
+@pytest.fixture
+def device(request) -> torch.device:
+    """Where it runs."""
+    on_gpu = request.node.callspec.params.get("backend") == "library" or torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu and "stand-in" not in request.node.name else "cpu")
 
 
 def make_block(device: torch.device) -> Block:
@@ -155,11 +164,11 @@ def run(block: Block, recompute: str = "off", backward: bool = True) -> dict[str
     return {"out": out.detach(), "x": x.grad, "modulation": modulation.grad, "text": text.grad, **gradients}
 
 
-def test_a_block_in_fp8_is_that_in_bf16_up_to_its_rounding(device):
+def test_a_block_in_fp8_is_that_in_bf16_up_to_its_rounding(device, backend):
     """E4M3 rounds a number by 2.6% in root mean square, E5M2 by 5.2%; four linears deep gradients add that up."""
     block = make_block(device)
     plain = run(block)
-    use_fp8(block)
+    use_fp8(block, backend)
     results = run(block)
     errors = {name: relative(results[name], plain[name]) for name in plain}
     assert 1e-3 < errors.pop("out") < 0.08
@@ -167,24 +176,39 @@ def test_a_block_in_fp8_is_that_in_bf16_up_to_its_rounding(device):
     assert max(errors.values()) < 0.2, max(errors.items(), key=lambda item: item[1])
 
 
-def test_each_linear_over_the_tokens_runs_in_fp8_once(device):
+def products_of(block: Block, backend: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of the weights of the products of forward passes that follow."""
+    shapes = []
+    if backend == "native":
+        product = fp8_products.product
+
+        def counting(a, b, *args, is_fast, **kwargs):
+            if is_fast:  # the forward pass's
+                shapes.append(tuple(b.shape))
+            return product(a, b, *args, is_fast=is_fast, **kwargs)
+
+        monkeypatch.setattr(fp8_products, "product", counting)
+    else:
+        for name in FP8_LAYERS:
+            block.get_submodule(name).register_forward_hook(lambda of, *_: shapes.append(tuple(of.weight.shape)))
+    return shapes
+
+
+def test_each_linear_over_the_tokens_runs_in_fp8_once(device, backend, monkeypatch):
     block = make_block(device)
-    use_fp8(block)
-    from mugv_kernels.fp8_linear import Fp8Linear
-
-    called = []
-    for name, module in block.named_modules():
-        if isinstance(module, Fp8Linear):
-            module.register_forward_hook(lambda *_, name=name: called.append(name))
+    linears = {name: block.get_submodule(name) for name in FP8_LAYERS}
+    use_fp8(block, backend)
+    assert [name for name, module in block.named_modules() if isinstance(module, nn.Linear)] == ["cross_attn.kv_linear"]
+    shapes = products_of(block, backend, monkeypatch)
     run(block)
-    assert sorted(called) == sorted(FP8_LAYERS)
+    assert sorted(shapes) == sorted(tuple(linear.weight.shape) for linear in linears.values())
 
 
-def test_parameters_and_state_dict_stay_what_they_are(device):
+def test_parameters_and_state_dict_stay_what_they_are(device, backend):
     block = make_block(device)
     names = list(block.state_dict())
     before = dict(block.named_parameters())
-    use_fp8(block)
+    use_fp8(block, backend)
     assert list(block.state_dict()) == names
     after = dict(block.named_parameters())
     assert list(after) == list(before) and all(after[name] is before[name] for name in before)
@@ -193,7 +217,7 @@ def test_parameters_and_state_dict_stay_what_they_are(device):
     assert all(torch.equal(value, other[name]) for name, value in before.items())
 
 
-def test_adapters_stay_in_bf16_beside_the_frozen_linears(device):
+def test_adapters_stay_in_bf16_beside_the_frozen_linears(device, backend):
     """Their gradients are those beside bf16 linears up to the rounding of what comes before and after."""
     block = make_block(device)
     add_adapters(block, LoraSection(rank=4, alpha=6.0))
@@ -203,7 +227,7 @@ def test_adapters_stay_in_bf16_beside_the_frozen_linears(device):
             nn.init.normal_(parameter, std=0.02, generator=torch.Generator(device).manual_seed(len(name)))
     plain = run(block)
     assert {name for name in plain if "." in name} == set(block_adapter_shapes(CONFIG, LoraSection(rank=4)))
-    use_fp8(block)
+    use_fp8(block, backend)
     results = run(block)
     errors = {name: relative(results[name], plain[name]) for name in plain}
     assert 1e-3 < errors["out"] < 0.08
@@ -213,18 +237,18 @@ def test_adapters_stay_in_bf16_beside_the_frozen_linears(device):
 
 
 @pytest.mark.parametrize("recompute", ["light", "selective", "full"])
-def test_recomputation_changes_nothing(device, recompute):
+def test_recomputation_changes_nothing(device, backend, recompute):
     block = make_block(device)
-    use_fp8(block)
+    use_fp8(block, backend)
     plain, again = run(block), run(block, recompute)
     # On a GPU the attention's backward pass adds up in any order.
     limit = 0.0 if device.type == "cpu" else 1e-2
     assert max(relative(again[name], plain[name]) for name in plain) <= limit
 
 
-def test_compiled_segments_leave_the_products_to_the_library(device):
+def test_compiled_segments_leave_the_products_to_the_library(device, backend):
     block = make_block(device)
-    use_fp8(block)
+    use_fp8(block, backend)
     plain = run(block)
     with patch("torch.compile", partial(torch.compile, backend=aot_eager)):
         block.compile_segments()
@@ -235,24 +259,24 @@ def test_compiled_segments_leave_the_products_to_the_library(device):
 def test_a_missing_library_is_named(monkeypatch):
     forget_kernel(monkeypatch)
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
-    with pytest.raises(ConfigError, match=r'precision = "fp8": needs Transformer Engine.*pip install.*set "bf16"'):
-        check_fp8(torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r'fp8_backend = "te": needs Transformer Engine.*pip install.*set "native"'):
+        check_fp8(torch.device("cpu"), "te")
 
 
 def test_a_library_without_the_recipe_is_refused(monkeypatch):
     install_stand_in(monkeypatch, Linear=Linear, autocast=autocast)
     with pytest.raises(ConfigError, match=r"with Float8CurrentScaling.*ImportError"):
-        check_fp8(torch.device("cpu"))
+        check_fp8(torch.device("cpu"), "te")
 
 
 def test_a_device_without_fp8_is_refused(monkeypatch):
     parts = {"Float8CurrentScaling": Float8CurrentScaling, "Linear": Linear, "autocast": autocast}
     install_stand_in(monkeypatch, **parts, is_fp8_available=lambda return_reason: (False, "too old"))
     with pytest.raises(ConfigError, match="this process runs on cpu"):
-        check_fp8(torch.device("cpu"))
+        check_fp8(torch.device("cpu"), "te")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A100")
     with pytest.raises(ConfigError, match=r"A100 cannot run it \(too old\)"):
-        check_fp8(torch.device("cuda"))
+        check_fp8(torch.device("cuda"), "te")
 
 
 def test_widths_that_fp8_cannot_take_are_refused(tmp_path):
@@ -276,14 +300,14 @@ def refuse_then_train(config_path: str) -> None:
             build_engine(config, process, (1, 4, 4))
     with pytest.MonkeyPatch.context() as monkeypatch:
         install_stand_in(monkeypatch, Float8CurrentScaling=Float8CurrentScaling, Linear=Linear, autocast=autocast)
-        monkeypatch.setattr(build, "check_fp8", lambda _: None)
+        monkeypatch.setattr(build, "check_fp8", lambda *_: None)
         train(config)
 
 
 def test_ranks_refuse_together_and_an_fp8_run_writes_ordinary_checkpoints(tmp_path):
     manifest = write_dataset(tmp_path / "data", [(1, 4, 4)] * 4)
     sections = {
-        "model": {"precision": "fp8", "hidden_size": 288, "num_heads": 4},
+        "model": {"precision": "fp8", "fp8_backend": "te", "hidden_size": 288, "num_heads": 4},
         "parallel": {"data": 1, "sequence": 2, "activation_checkpointing": "light"},
         "schedule": {"steps": 2},
     }
