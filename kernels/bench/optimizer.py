@@ -3,8 +3,8 @@
 torchrun --nproc-per-node 2 kernels/bench/optimizer.py --depth 8 --data 2 --shape 6 45 80
 
 Blocks of the 10B's width on random samples, through the engine and feed of a run. All are measured in one launch, for
-gradients that are accumulated in fp32 and in bf16: milliseconds of a step and, of further steps, of the optimizer's part
-of it (with a synchronization before and after it), and a device's peak memory.
+gradients that are accumulated in fp32 and in bf16: milliseconds of a step and, of further steps, of the optimizer's
+part of it (with a synchronization before and after it), and a device's peak memory.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def timed(step: Callable, times: list[float]) -> Callable:
 
 
 def measure(args: argparse.Namespace, make, gradients: str, kind: str) -> tuple[float, float, float, float]:
-    """Returns the median seconds of a step and of the optimizer's in it, the peak GiB of a device, and the last loss."""
+    """Returns the median seconds of a step and of the optimizer in it, the peak GiB of a device, and the last loss."""
     build.make_engine = make
     settings, shape = config(args, gradients, kind), tuple(args.shape)
     process = start_process(settings)

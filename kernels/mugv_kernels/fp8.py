@@ -181,9 +181,7 @@ def modulated_largest(x_BNC: Tensor, shift: Tensor, scale: Tensor, clean: Tensor
     mean, rstd = (torch.empty(B, N, dtype=torch.float32, device=x_BNC.device) for _ in range(2))
     out = torch.zeros((), dtype=torch.float32, device=x_BNC.device)
     programs = min(N, max(1, _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x_BNC) // B))
-    _modulated_largest_kernel[(programs, B)](
-        x_BNC, shift, scale, clean, mean, rstd, out, N, EPS=EPS, **row_launch(C)
-    )
+    _modulated_largest_kernel[(programs, B)](x_BNC, shift, scale, clean, mean, rstd, out, N, EPS=EPS, **row_launch(C))
     return mean, rstd, out
 
 
@@ -306,8 +304,8 @@ if find_spec("triton"):  # not built for every platform; the references need non
 
     @triton.jit
     def _round_kernel(
-        x_ptr, shift_ptr, scale_ptr, clean_ptr, mean_ptr, rstd_ptr, largest_ptr, out_scale_ptr, values_ptr, transposed_ptr,
-        N, P,
+        x_ptr, shift_ptr, scale_ptr, clean_ptr, mean_ptr, rstd_ptr, largest_ptr, out_scale_ptr,
+        values_ptr, transposed_ptr, N, P,
         C: tl.constexpr, MAX: tl.constexpr, OF: tl.constexpr, VALUES: tl.constexpr, TRANSPOSED: tl.constexpr,
         TILE: tl.constexpr,
     ):  # fmt: skip
@@ -345,9 +343,7 @@ if find_spec("triton"):  # not built for every platform; the references need non
             tl.store(transposed_ptr + at, turned, mask=(c < C)[:, None] & (n < N)[None, :])
 
     @triton.jit
-    def _gelu_backward_kernel(
-        x_ptr, gradient_ptr, sums_ptr, out_ptr, rows, C: tl.constexpr, COLUMNS: tl.constexpr
-    ):
+    def _gelu_backward_kernel(x_ptr, gradient_ptr, sums_ptr, out_ptr, rows, C: tl.constexpr, COLUMNS: tl.constexpr):
         """Each program takes COLUMNS channels of every `row programs`-th row; partial sums go to [row programs, C]."""
         column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         mask = column < C

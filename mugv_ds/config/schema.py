@@ -569,8 +569,8 @@ class TrainConfig(Section):
         in_fp8 = self.model.blocks_in_fp8()
         if not in_fp8 or in_fp8[-1] >= dit.depth:
             raise ValueError(
-                f"model.fp8_blocks = {list(self.model.fp8_blocks)}: must be the first and the last of some of the blocks "
-                f"0 to {dit.depth - 1}; or leave it out"
+                f"model.fp8_blocks = {list(self.model.fp8_blocks)}: must be the first and the last of some of the "
+                f"blocks 0 to {dit.depth - 1}; or leave it out"
             )
         levels = self.parallel.activation_checkpointing
         if isinstance(levels, list) and len(levels) != dit.depth:
