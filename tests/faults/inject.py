@@ -24,6 +24,7 @@ from mugv_ds.engine.guard.guard import Guard
 from mugv_ds.engine.loop import Trainer
 from mugv_ds.models.layers import FeedForward
 from mugv_ds.parallel.pipeline import DiTPipeline
+from mugv_ds.preflight import probes, state
 
 
 def signal_in_step(rank: int, *, step: int, number: signal.Signals, again: bool = False) -> None:
@@ -212,7 +213,7 @@ def failing_write(rank: int, *, step: int) -> None:
     files.write_tensors = failing
 
 
-def limit_files(trainer: Trainer) -> None:
+def limit_files(_: object) -> None:
     """From now on this process may write no file of more than 64 KiB."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
@@ -240,3 +241,22 @@ def impatient(rank: int, *, then: Callable[[int], None] | None = None) -> None:
 def hide(trainer: Trainer, folder: Path) -> None:
     """A folder is gone."""
     folder.rename(folder.with_name("hidden"))
+
+
+def unfit(rank: int) -> None:
+    """A machine that multiplies slowly, has another PyTorch, a wrong clock, and no room for checkpoints."""
+    product_call, clock_ahead, versions = probes.product_call, state.clock_ahead, state.versions
+
+    def slow_product(*args):
+        call = product_call(*args)
+        return lambda: (time.sleep(0.5), call())
+
+    probes.product_call = slow_product
+    state.clock_ahead = lambda host: clock_ahead(host, now=lambda: time.time() + 100)
+    state.versions = lambda: versions() | {"torch": "1.0"}
+    limit_files(rank)
+
+
+def hang_in_product(rank: int) -> None:
+    """The matrix product of the preflight does not come back."""
+    probes.product_call = lambda *args: lambda: time.sleep(1000)
