@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from mugv_ds.config.model import PRESETS, DiTConfig
-from mugv_ds.config.operation_schema import PreflightSection
+from mugv_ds.config.operation_schema import MonitorSection, PreflightSection
 from mugv_ds.config.post_training_schema import LoraSection, PreferenceSection, RewardSection
 from mugv_ds.config.power_profile import MAX_SIGMA_REL
 from mugv_ds.config.section import Count, Decay, Ranks, Samples, Section, Share, Size, Steps, StepsOrNever, Tokens
@@ -527,6 +527,7 @@ class TrainConfig(Section):
     evaluation: EvaluationSection = EvaluationSection()
     guard: GuardSection = GuardSection()
     preflight: PreflightSection = PreflightSection()
+    monitor: MonitorSection = MonitorSection()
     preference: PreferenceSection | None = None
     reward: RewardSection | None = None
     lora: LoraSection | None = None
