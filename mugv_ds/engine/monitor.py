@@ -57,6 +57,7 @@ class BlockWatch:
     def on(self) -> Iterator[None]:
         """Looks at the first forward pass of each block within the context."""
         self._seen = {}
+        self._sample()
         handles = [
             block.register_forward_hook(lambda block, given, x, number=number: self._look(number, block, given, x))
             for number, block in self._blocks.items()
@@ -66,6 +67,16 @@ class BlockWatch:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _sample(self) -> None:
+        """Chooses the sampled tokens: which of them this rank holds, and where. On the host, so that no device waits."""
+        total = self._ulysses.tokens
+        self._count = min(self._tokens, total)
+        local = self._ulysses.local_tokens()
+        place = torch.arange(self._count) * total // self._count - local[0]
+        own = ((place >= 0) & (place < len(local))).nonzero().flatten()
+        device = next(self._blocks[min(self._blocks)].parameters()).device
+        self._own, self._places = own.to(device), place[own].to(device)
 
     @torch.no_grad()
     def _look(self, number: int, block: Block, given: tuple[Any, ...], x_BnD: Tensor) -> None:
@@ -84,19 +95,16 @@ class BlockWatch:
 
     def _largest_logit(self, block: Block, x_BnD: Tensor, condition: Condition) -> Tensor:
         """The largest q·k/√72 among sampled tokens of the first sample, over heads: of what a block is given."""
-        local, total = x_BnD.shape[1], self._ulysses.tokens
-        count = min(self._tokens, total)
-        chosen = torch.arange(count, device=x_BnD.device) * total // count - self._ulysses.rank * local
-        own = (chosen >= 0) & (chosen < local)
-        both = x_BnD.new_zeros(2, count, x_BnD.shape[-1], dtype=torch.float32)  # of the ranks each token has one
-        if (at := chosen[own]).numel():
+        both = x_BnD.new_zeros(2, self._count, x_BnD.shape[-1], dtype=torch.float32)  # of each token one rank has it
+        if len(self._own):
             given = condition._replace(
                 modulation_BKD=condition.modulation_BKD[:1],
-                clean_BN=condition.clean_BN[:1, at],
-                cos=condition.cos[:1, at],
-                sin=condition.sin[:1, at],
+                clean_BN=condition.clean_BN[:1, self._places],
+                cos=condition.cos[:1, self._places],
+                sin=condition.sin[:1, self._places],
             )
-            both[:, own] = torch.stack(block.queries_keys(x_BnD[:1, at], given)).float().flatten(-2).squeeze(1)
+            q_and_k = block.queries_keys(x_BnD[:1, self._places], given)
+            both[:, self._own] = torch.stack(q_and_k).float().flatten(-2).squeeze(1)
         q_sHd, k_sHd = self._ulysses.total(both).unflatten(-1, (-1, HEAD_DIM))
         return torch.einsum("qhd,khd->hqk", q_sHd, k_sHd).max() * HEAD_DIM**-0.5
 

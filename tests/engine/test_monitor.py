@@ -1,10 +1,14 @@
 """What the monitor reads in any layout is what a plain model in one process has, in fp32."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from mugv_ds.config.operation_schema import MonitorSection
 from mugv_ds.config.schema import TrainConfig
@@ -12,12 +16,14 @@ from mugv_ds.data.readers import Batch
 from mugv_ds.engine.build import build_engine
 from mugv_ds.engine.feed import Feed
 from mugv_ds.engine.guard.alarms import alarms
-from mugv_ds.engine.monitor import OF_BLOCKS, Monitor
+from mugv_ds.engine.monitor import OF_BLOCKS, BlockWatch, Monitor
 from mugv_ds.engine.process import start_process
 from mugv_ds.models.attention import sdpa
+from mugv_ds.models.compile import compile_blocks
 from mugv_ds.models.matrices import KINDS, kind_of
 from mugv_ds.models.rope import patch_grid
 from mugv_ds.objectives.flow import flow_loss
+from mugv_ds.parallel.ulysses import Ulysses
 from tests.helpers.distributed import run_ranks
 from tests.parallel.test_layouts import CHANNELS, GLOBAL_BATCH, SHAPE, config, global_batch, initial_model, perturb
 
@@ -33,6 +39,7 @@ CASES = {
     "dp2-sp1-pp1-selective": ((2, 1, 1), "selective"),
     "dp1-sp1-pp1-light": ((1, 1, 1), "light"),
 }
+LONG = {name for name, (_, recompute) in CASES.items() if recompute != "off"}
 
 
 def settings(name: str, kind: str = "adamw") -> TrainConfig:
@@ -44,6 +51,7 @@ def settings(name: str, kind: str = "adamw") -> TrainConfig:
 def watch(cases: list[tuple[TrainConfig, Path]]) -> None:
     """Takes three steps, of which the second is monitored; rank files hold what was read of it."""
     for made, out in cases:
+        torch.set_num_threads(1)  # which are as many as a run's ranks take where they share two cores
         process = start_process(made)
         engine = build_engine(made, process, SHAPE, weights=perturb)
         module, micro = engine.module, made.data.micro_batch_size
@@ -79,8 +87,17 @@ def results_of(made: dict[str, TrainConfig], folder: Path) -> dict[str, list[dic
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict[str, list[dict]]:
-    return results_of({name: settings(name) for name in CASES}, tmp_path_factory.mktemp("monitor"))
+def results(tmp_path_factory) -> Callable[[str], list[dict]]:
+    """What each rank read in a case; cases of one kind are started together, when the first is asked for."""
+    found: dict[str, list[dict]] = {}
+
+    def of(name: str) -> list[dict]:
+        if name not in found:
+            alike = [other for other in CASES if (other in LONG) == (name in LONG)]
+            found.update(results_of({other: settings(other) for other in alike}, tmp_path_factory.mktemp("monitor")))
+        return found[name]
+
+    return of
 
 
 @pytest.fixture(scope="module")
@@ -132,13 +149,15 @@ def read_plainly(model: torch.nn.Module, samples: slice) -> dict[str, list[float
     return found
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in CASES]
+)
 def test_readings_equal_those_of_the_plain_model(name, plain, results):
     model, norms = plain
     data = CASES[name][0][0]
     half, part = GLOBAL_BATCH // data, GLOBAL_BATCH // (2 * data)
     of_replicas = [read_plainly(model, slice(rank * half, rank * half + part)) for rank in range(data)]
-    for rank in results[name]:
+    for rank in results(name):
         assert rank["of_blocks"].keys() == set(OF_BLOCKS)
         for reading, of_blocks in rank["of_blocks"].items():
             largest = [max(values) for values in zip(*(of[reading] for of in of_replicas), strict=True)]
@@ -148,8 +167,33 @@ def test_readings_equal_those_of_the_plain_model(name, plain, results):
 
 
 def test_tags_name_block_and_kind(results):
-    (rank,) = results["dp1-sp1-pp1"]
+    (rank,) = results("dp1-sp1-pp1")
     assert {"monitor/activation/block_00", "monitor/logit/block_01", "monitor/update_norm/attention"} <= {*rank["tags"]}
+
+
+def test_compiled_blocks_are_not_compiled_again_and_give_the_same_bits():
+    counter, model, batch = CompileCounterWithBackend("eager"), initial_model(settings("dp1-sp1-pp1")), global_batch(1)
+    ulysses = Ulysses(None, 1, 0, sdpa)
+    ulysses.tokens = patch_grid(*SHAPE).tokens
+    watch = BlockWatch(dict(enumerate(model.blocks)), len(model.blocks), ulysses, tokens=TOKENS)
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        model(batch.x, batch.timestep, batch.text, batch.text_mask).square().mean().backward()
+        return model.blocks[0].attn.qkv.weight.grad.clone()
+
+    torch._dynamo.reset()
+    limits = {"recompile_limit": 8, "accumulated_recompile_limit": 256}  # PyTorch's own, which are restored
+    with torch._dynamo.config.patch(**limits), patch("torch.compile", partial(torch.compile, backend=counter)):
+        compile_blocks(list(model.blocks), 1)
+        before, compiled = gradient(), counter.frame_count
+        with watch.on():
+            watched = gradient()
+        after = gradient()
+    torch._dynamo.reset()
+    assert counter.frame_count == compiled > 0
+    assert torch.equal(before, watched) and torch.equal(before, after)
+    assert watch.rows().isfinite().all()
 
 
 @pytest.mark.long

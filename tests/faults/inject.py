@@ -260,3 +260,30 @@ def unfit(rank: int) -> None:
 def hang_in_product(rank: int) -> None:
     """The matrix product of the preflight does not come back."""
     probes.product_call = lambda *args: lambda: time.sleep(1000)
+
+
+def _after_block(number: int, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """The output of one block of the model is changed, in a run of one stage."""
+    init = DiTPipeline.__init__
+
+    def building(self, *args, **options):
+        init(self, *args, **options)
+        self.blocks[number].register_forward_hook(lambda block, given, x: change(x))
+
+    DiTPipeline.__init__ = building
+
+
+def collapsed(rank: int, *, block: int) -> None:
+    """A block gives every token the mean of all."""
+    _after_block(block, lambda x: x.mean(dim=1, keepdim=True).expand_as(x))
+
+
+def massive_channel(rank: int, *, block: int, channel: int) -> None:
+    """The weights of one channel of a block's feed-forward layer are far too large."""
+    init = DiTPipeline.__init__
+
+    def building(self, *args, **options):
+        init(self, *args, **options)
+        self.blocks[block].mlp.fc2.weight.data[channel] *= 1e5
+
+    DiTPipeline.__init__ = building
