@@ -69,7 +69,7 @@ class BlockWatch:
                 handle.remove()
 
     def _sample(self) -> None:
-        """Chooses the sampled tokens: which of them this rank holds, and where. On the host, so that no device waits."""
+        """Chooses the sampled tokens, which of them this rank holds and where; on the host, so that no device waits."""
         total = self._ulysses.tokens
         self._count = min(self._tokens, total)
         local = self._ulysses.local_tokens()
