@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 from mugv_ds.config.console import say
 from mugv_ds.config.environment import read_environment
-from mugv_ds.config.errors import PeerError, Status, TrainingError
+from mugv_ds.config.errors import Status, TrainingError
 from mugv_ds.config.run import RunConfig
 from mugv_ds.engine.guard.stopping import stop_if_asked
 from mugv_ds.engine.guard.watchdog import Watchdog
@@ -56,34 +56,35 @@ def preflight(config: RunConfig, process: Process, place: Writable) -> None:
         reports = [Report(**report) for report in host.gather(asdict(Report(**about, **found)))]
     finally:
         watchdog.close()
-    calibration = None if process.card is None else calibration_of(process.card)
-    expected = Expected()
+    seconds = time.monotonic() - began
+    host.attempt(lambda: _judge(reports, config, hosts, process.card, seconds) if process.rank == 0 else None)
+
+
+def _judge(reports: list[Report], config: RunConfig, hosts: list[list[int]], card: str | None, seconds: float) -> None:
+    """Prints what was measured; see `preflight` for the errors."""
+    calibration, expected = None if card is None else calibration_of(card), Expected()
     if calibration is not None:
         expected = Expected(calibrated_rates(calibration, max(map(len, hosts))), calibration.name)
-    shortfalls = judge(reports, config.preflight, expected)
-    if process.rank == 0:
-        _show(reports, config, expected, len(hosts), time.monotonic() - began)
-        for line in lines(shortfalls, reports):
-            say(line, error=True)
-    if shortfalls:
-        ranks = sorted({shortfall.rank for shortfall in shortfalls})
-        message = f"preflight: rank {', '.join(map(str, ranks))}: falls short, see above"
-        remedy = "leave these hosts out, or set preflight.… to other bounds"
-        raise TrainingError(f"{message}; {remedy}") if process.rank == 0 else PeerError("rank 0 says why")
-
-
-def _show(reports: list[Report], config: RunConfig, expected: Expected, hosts: int, seconds: float) -> None:
-    against = f"calibration {expected.calibration}" if expected.calibration else "no calibration of this device"
-    say(f"preflight: {len(reports)} ranks on {hosts} host{'s' * (hosts > 1)}, {seconds:.0f} s; {against}")
+    against = f"calibration {expected.calibration}" if calibration else "no calibration of this device"
+    say(f"preflight: {len(reports)} ranks on {len(hosts)} host{'s' * (len(hosts) > 1)}, {seconds:.0f} s; {against}")
     for line in table(reports, config.preflight, expected):
         say(f"  {line}")
+    shortfalls = judge(reports, config.preflight, expected)
+    for line in lines(shortfalls, reports):
+        say(line, error=True)
+    if shortfalls:
+        ranks = ", ".join(map(str, sorted({shortfall.rank for shortfall in shortfalls})))
+        raise TrainingError(
+            f"preflight: rank {ranks}: falls short, see above; leave its host out, or set other bounds in the "
+            "section preflight"
+        )
 
 
 def _hosts(local_ranks: list[int]) -> list[list[int]]:
     """The ranks of each host: one begins where the local ranks do."""
     hosts: list[list[int]] = []
     for rank, local in enumerate(local_ranks):
-        if local == 0:
+        if local == 0 or not hosts:
             hosts.append([])
         hosts[-1].append(rank)
     return hosts

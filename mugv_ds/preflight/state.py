@@ -24,9 +24,9 @@ _SMI_SECONDS = 20.0  # that nvidia-smi may take
 _QUERIES = {
     "driver_version": "driver",
     "clocks.sm": "clock_mhz",
-    "clocks.max.sm": "most_mhz",
     "ecc.errors.uncorrected.volatile.total": "ecc_errors",
-    "clocks_throttle_reasons.hw_slowdown": "slowed",
+    "clocks_event_reasons.hw_slowdown": "slowed",
+    "pci.bus_id": "place",
 }
 KMSG = Path("/dev/kmsg")
 _KMSG_RECORD = 1 << 13  # bytes; the kernel hands over one record a read
@@ -110,18 +110,17 @@ def look_at(device: torch.device, xid_hours: float) -> CardState:
     """
     if device.type != "cuda":
         return CardState({}, (), ("GPU clock, ECC and Xid errors: there is no GPU",))
-    unchecked, known, xids = [], {}, []
-    card = torch.cuda.get_device_properties(device)
     try:
-        known = ask_driver(f"GPU-{card.uuid}")
+        known = ask_driver(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
     except (OSError, subprocess.SubprocessError) as error:
-        unchecked.append(f"GPU clock and ECC errors: nvidia-smi: {error}")
-    unchecked += [f"{name}: the card does not say" for name, value in known.items() if "N/A" in value]
-    known = {name: value for name, value in known.items() if "N/A" not in value}
+        return CardState({}, (), (f"GPU clock, ECC and Xid errors: nvidia-smi: {error}",))
+    unchecked = [f"{name}: the card does not say" for name, value in known.items() if "N/A" in value]
+    xids: list[int] = []
     try:
-        xids = recent_xids(f"{card.pci_domain_id:04x}:{card.pci_bus_id:02x}", xid_hours)
+        xids = recent_xids(known.pop("place"), xid_hours)
     except OSError as error:
         unchecked.append(f"Xid errors: {KMSG}: {error.strerror}")
+    known = {name: value for name, value in known.items() if "N/A" not in value}
     return CardState(known, tuple(xids), tuple(unchecked))
 
 
@@ -140,18 +139,20 @@ def recent_xids(place: str, hours: float, log: Sequence[str] | None = None) -> l
     """Returns the numbers of the Xid errors that the kernel has logged of a card, but those that programs cause.
 
     Args:
-        place: domain and bus of the card, such as "0000:1b". hours: age at most. log: records in place of the kernel's.
+        place: of the card, as nvidia-smi has it, such as 00000000:1B:00.0. hours: age at most.
+        log: records in place of the kernel's.
 
     Raises:
         OSError: the kernel's log cannot be read.
     """
     oldest = (time.clock_gettime(time.CLOCK_MONOTONIC) - hours * 3600) * 1e6  # microseconds since the host started
+    domain_and_bus = place.lower().rpartition(":")[0][-7:]  # the kernel's names have four digits of the domain
     found = []
     for record in kernel_log() if log is None else log:
         match = _XID.search(record)
         if match is None or float(record.split(",")[2]) < oldest:
             continue
-        if match[1].lower().startswith(place) and int(match[2]) not in _OF_PROGRAMS:
+        if match[1].lower().startswith(domain_and_bus) and int(match[2]) not in _OF_PROGRAMS:
             found.append(int(match[2]))
     return found
 

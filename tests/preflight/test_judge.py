@@ -117,6 +117,6 @@ def test_xid_errors_are_those_of_the_card_that_are_recent_and_no_programs_fault(
         f"3,103,{now:.0f},-;NVRM: Xid (PCI:0000:1b:00): 31, pid=1, MMU Fault",
         f"6,104,{now:.0f},-;usb 1-1: new device",
     ]
-    assert state.recent_xids("0000:1b", 1.0, log) == [79]
-    assert state.recent_xids("0000:1b", 4.0, log) == [79, 48]
-    assert state.recent_xids("0000:1c", 1.0, log) == [95]
+    assert state.recent_xids("00000000:1B:00.0", 1.0, log) == [79]
+    assert state.recent_xids("00000000:1B:00.0", 4.0, log) == [79, 48]
+    assert state.recent_xids("00000000:1C:00.0", 1.0, log) == [95]
