@@ -213,7 +213,7 @@ class Monitor:
     ) -> None:
         section = config.monitor
         self._every, self._process = section.every, process
-        layers = [(prefix, layer) for prefix, layer in module.named_layers()]
+        layers = module.named_layers()
         blocks = {int(prefix.split(".")[1]): layer for prefix, layer in layers if isinstance(layer, Block)}
         # An fp8 linear takes numbers of tokens that not every rank has of the sampled ones.
         logits = config.model.precision != "fp8"

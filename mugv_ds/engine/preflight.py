@@ -107,7 +107,7 @@ class _Checks:
         found = {
             "versions": self._check("versions", state.versions),
             "is_gpu": device.type == "cuda",
-            "free_share": state.free_share(device),
+            "free_share": self._check("free memory", lambda: state.free_share(device)),
             "rates": {name: self._check(LABELS[name][0], probe) for name, probe in self._probes.all().items()},
             "checkpoint_mib_s": self._check("checkpoint.dir", self._write),
             "ahead_s": self._check("host's clock", lambda: state.clock_ahead(host)),
@@ -115,7 +115,6 @@ class _Checks:
         found["rates"] = {name: rate for name, rate in found["rates"].items() if rate is not None}
         if (card := self._check("GPU", self._look)) is not None:
             found |= asdict(card)
-            found["versions"] |= {name: card.card[name] for name in ("driver",) if name in card.card}
         return {name: value for name, value in found.items() if value is not None} | {"failed": self._failed}
 
     def _check(self, name: str, check: Callable[[], T]) -> T | None:

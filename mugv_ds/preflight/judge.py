@@ -78,8 +78,9 @@ def _failures(reports: Sequence[Report]) -> Iterator[Shortfall]:
 
 def _odd_versions(reports: Sequence[Report]) -> Iterator[Shortfall]:
     """Compares versions with those of most ranks, and of rank 0 where there is no majority."""
-    for name in sorted({name for report in reports for name in report.versions}):
-        found = [report.versions.get(name, "none") for report in reports]
+    of_ranks = [{**report.versions, "driver": report.card.get("driver", "none")} for report in reports]
+    for name in sorted({name for versions in of_ranks for name in versions}):
+        found = [versions.get(name, "none") for versions in of_ranks]
         usual = Counter(found).most_common(1)[0][0]
         for rank, own in enumerate(found):
             if own != usual:

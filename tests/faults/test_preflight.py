@@ -49,7 +49,7 @@ def test_a_rank_that_hangs_in_the_preflight_is_named_and_all_end(tmp_path, manif
     done = run(configure(tmp_path, manifest), 2, *ON, "preflight.timeout_s=4", faults={1: inject.hang_in_product})
     assert done.codes == [1, 1], done.output
     assert done.seconds < 40
-    held_up = re.findall(r"rank (\d) has not moved since check 2 for 4 s; held up by (.*)", done.output)
+    held_up = re.findall(r"rank (\d) has not moved since check 3 for 4 s; held up by (.*)", done.output)
     assert {rank for rank, _ in held_up} == {"0", "1"}
     assert all(by.startswith("rank 1 (host ") and "measure.py" in by for _, by in held_up), held_up
     report(40, "a rank hangs in the preflight, time-out 4 s", "the rank is named, status 1", done.seconds)

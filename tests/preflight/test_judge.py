@@ -48,6 +48,7 @@ def test_nothing_is_said_of_ranks_that_are_well():
         ({"rates": {**WELL.rates, "on_device": 500.0}}, "copy on the device: 500 GB/s, 0.25 × the median 2e+03 GB/s"),
         ({"versions": {**WELL.versions, "torch": "2.12"}}, "version of torch: 2.12, where others have 2.13"),
         ({"versions": {"torch": "2.13"}}, "version of code: none, where others have abc"),
+        ({"card": {**WELL.card, "driver": "570"}}, "version of driver: 570, where others have none"),
         ({"free_share": 0.5}, "GPU memory: 50% free, less than preflight.free_memory_share = 0.9"),
         ({"ahead_s": -3.5}, "host's clock: 3.5 s behind the median rank's, more than preflight.clock_skew_s = 1"),
         ({"card": {**WELL.card, "clock_mhz": "850"}}, "GPU clock: 850 MHz at work, 0.50 × the median 1700 MHz"),
