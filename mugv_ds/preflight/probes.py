@@ -53,6 +53,8 @@ class Probes:
         self._own = next(ranks for ranks in hosts if rank in ranks)
         self._sizes = ON_GPU if device.type == "cuda" else ON_CPU
         self._device, self._clock = device, Clock(device, _ENOUGH_SECONDS)
+        # NCCL makes a group's communicator at its first call, in which all of its ranks must take part.
+        dist.all_reduce(torch.zeros(1, device=device))
         made = [dist.new_group(ranks) for ranks in hosts] if len(hosts) > 1 else [None]
         self._group = made[hosts.index(self._own) if len(hosts) > 1 else 0]
 
