@@ -94,11 +94,13 @@ class Probes:
         return self._sizes.copied / seconds / _GIGA
 
     def collective(self, kind: str, group: dist.ProcessGroup | None) -> float | None:
-        """Measures a collective, in GB/s of what one rank sends or has."""
+        """Measures a collective, in GB/s of what one rank sends or has; of the ranks' times the longest is taken."""
         if dist.get_world_size(group) == 1:
             return None
-        (seconds,) = self._clock.fixed(collective_call(kind, self._sizes.exchanged, group, self._device))
-        return self._sizes.exchanged / seconds / _GIGA
+        seconds = self._clock.fixed(collective_call(kind, self._sizes.exchanged, group, self._device))
+        slowest = torch.tensor(seconds, device=self._device)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=group)
+        return self._sizes.exchanged / slowest.item() / _GIGA
 
     def exchange(self, ranks: list[int]) -> float | None:
         """Measures exchanges with the neighbours in a ring of ranks; returns the better, in GB/s in each direction."""

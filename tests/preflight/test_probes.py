@@ -27,4 +27,6 @@ def test_all_ranks_measure_the_same_and_take_part_where_they_can(tmp_path):
     on_host = {"host_exchange", "host_all_to_all", "host_all_reduce"}
     assert {name for name, rate in ranks[2].items() if rate is None} == on_host  # it is alone there
     assert {name for name, rate in ranks[1].items() if rate is None} == {"exchange"}  # no other host has a second rank
+    assert ranks[0]["host_all_reduce"] == ranks[1]["host_all_reduce"]
+    assert len({rank["all_to_all"] for rank in ranks}) == 1
     assert all(rate > 0 for rank in ranks for rate in rank.values() if rate is not None)
