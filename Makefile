@@ -14,7 +14,7 @@ GAMMA ?= 0.9
 LAUNCH = $(BIN)/python tools/launch.py --hostfile $(HOSTFILE)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart demo-data train dry-run balance convert-hf import-hf widen sample eval test test-long \
+.PHONY: help install quickstart demo-data preflight train dry-run balance convert-hf import-hf widen sample eval test test-long \
 	test-real cluster-test \
 	reliability-report house lint clean
 
@@ -40,6 +40,9 @@ quickstart: demo-data  ## The whole job on this machine: demo data, training on 
 
 demo-data: install  ## Draw, encode and write the demo clips of every stage to data/demo
 	$(BIN)/python tools/make_demo_data.py --out data/demo
+
+preflight: install  ## Check the machines of HOSTFILE before CONFIG is trained on them: speeds, versions, GPU errors, clocks, storage
+	$(LAUNCH) tools/preflight.py --config $(CONFIG) $(addprefix --set ,$(SET))
 
 train: install  ## Train CONFIG on the hosts of HOSTFILE; SET="section.key=value …" overrides
 	$(LAUNCH) mugv_ds/train.py --config $(CONFIG) $(addprefix --set ,$(SET))

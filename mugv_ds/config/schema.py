@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from mugv_ds.config.model import PRESETS, DiTConfig
+from mugv_ds.config.operation_schema import MonitorSection, PreflightSection
 from mugv_ds.config.post_training_schema import LoraSection, PreferenceSection, RewardSection
 from mugv_ds.config.power_profile import MAX_SIGMA_REL
 from mugv_ds.config.section import Count, Decay, Ranks, Samples, Section, Share, Size, Steps, StepsOrNever, Tokens
@@ -470,6 +471,9 @@ class EvaluationSection(SampledSection):
 class GuardSection(Section):
     """Limits at which a run skips, goes back or ends. All values are ours: the source gives none."""
 
+    preflight: bool = Field(
+        False, description="Check every rank's machine before the run, within the bounds of the section preflight."
+    )
     max_skips: Count = Field(
         5,
         description="Steps in a row without an update, because loss or gradient were not finite, after which the run "
@@ -533,6 +537,8 @@ class TrainConfig(Section):
     preview: PreviewSection = PreviewSection()
     evaluation: EvaluationSection = EvaluationSection()
     guard: GuardSection = GuardSection()
+    preflight: PreflightSection = PreflightSection()
+    monitor: MonitorSection = MonitorSection()
     preference: PreferenceSection | None = None
     reward: RewardSection | None = None
     lora: LoraSection | None = None

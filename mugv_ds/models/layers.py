@@ -301,6 +301,14 @@ class Block(nn.Module):
         modulation = Modulation(shift, scale, condition.clean_BN)
         return self.attn.project(x_BND, modulation, condition.cos, condition.sin, groups)
 
+    def queries_keys(self, x_BND: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """Returns q and k of self-attention, normalised and rotated, [B, N, H, 72] each, of what the block is given.
+
+        Each token's depend on that token alone, so that x and condition may be those of some tokens.
+        """
+        q_BNHd, k_BNHd, _ = self._before_attention(x_BND, condition, 1).squeeze(0).unbind(2)
+        return q_BNHd, k_BNHd
+
     def _after_attention(self, x_BND: Tensor, o: Tensor, condition: Condition) -> Tensor:
         """Adds self-attention's projected o [B, N, H, 72], then cross-attention, to x."""
         _, _, gate, *_ = self._rows(condition)

@@ -180,6 +180,8 @@ FULL = {
     "preview": {},
     "evaluation": {},
     "guard": {},
+    "preflight": {},
+    "monitor": {},
     "parallel": {},
     "preference": {"objective": "kto", "sources": [{"name": "a", "manifest": "a.csv"}]},
     "lora": {},
