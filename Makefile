@@ -253,14 +253,15 @@ bench-attention: install  ## Every attention backend at head_dim 72: time, TFLOP
 bench-kernels: install  ## The fused kernels against eager and torch.compile
 	for kernel in modulate gated_residual gelu head_norm qk_norm_rope; do $(BIN)/python kernels/bench/$$kernel.py || exit; done
 
-bench-block: install  ## A block of the 10B against the published one, eager and compiled
+bench-block: install  ## A block of the 10B against the published one, on the samples of every stage, bf16 and fp8
 	$(BIN)/python kernels/bench/block.py
 
 bench-videovae: install  ## The full-size VideoVAE: encode, decode and a training step, eager, compiled and channels last
 	$(BIN)/python kernels/bench/videovae.py
 
-bench-fp8: demo-data  ## Loss curves of the debug run in bf16 and fp8 on one GPU; needs Transformer Engine
-	$(BIN)/python kernels/bench/fp8.py
+bench-fp8: demo-data  ## Linears in fp8 against bf16, and loss curves of the debug run in both, on one GPU
+	$(BIN)/python kernels/bench/rounding.py
+	rm -rf runs/bench_fp8 && $(BIN)/python kernels/bench/fp8.py --out runs/bench_fp8
 
 GPUS ?= 4
 bench-scaling: install  ## The block under Ulysses on 1, 2 … GPUS GPUs

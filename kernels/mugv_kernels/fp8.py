@@ -227,6 +227,13 @@ def _round(
     wants_values: bool,
     wants_transposed: bool,
 ) -> Rounded:
+    if x_BNC.dtype == torch.float32 and wants_values and wants_transposed:
+        # Of fp32 the compiler writes one of two forms wrongly on a GPU (Triton 3.6). The model's tensors are bf16.
+        first, second = (
+            _round(x_BNC, modulated, largest, dtype, of, wants_values, not wants_values)
+            for wants_values in (True, False)
+        )
+        return first._replace(transposed=second.transposed)
     B, N, C = x_BNC.shape
     R, P = B * N, padded(B * N)
     scale = torch.empty_like(largest)

@@ -17,6 +17,8 @@ from mugv_ds.config.power_profile import MAX_SIGMA_REL
 from mugv_ds.config.section import Count, Decay, Ranks, Samples, Section, Share, Size, Steps, StepsOrNever, Tokens
 from mugv_ds.config.url import Place, is_url
 
+BlockNumber = Annotated[int, Field(ge=0, lt=1024)]
+
 
 class ModelSection(Section):
     """The sizes of the model, and how it computes."""
@@ -36,7 +38,7 @@ class ModelSection(Section):
     fp8_backend: Literal["native", "te"] = Field(
         "native", description="What computes in fp8: kernels of this package, or Transformer Engine."
     )
-    fp8_blocks: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] | None = Field(
+    fp8_blocks: tuple[BlockNumber, BlockNumber] | None = Field(
         None, description="First and last block, counted from 0, that compute in fp8; null for all of them."
     )
     attention: Literal["auto", "flash4", "flash4_padded", "flash2", "cudnn", "sdpa", "te"] = Field(
@@ -238,9 +240,10 @@ class ParallelSection(Section):
         "outputs of the large linears, that is qkv before its norm, GELU's input and the feed-forward layer's output; "
         "15.3. What lies between self-attention and the feed-forward layer (the projection of o, the residual, "
         "cross-attention) is computed again. off: that too is saved; 20.3. The outputs of modulated LayerNorms and of "
-        "GELU are saved at no level (but with fp8), as computing them again costs next to nothing. docs/performance.md "
-        "has times and peaks. A list has a level for each block of the model. auto: each block's level so that the "
-        "predicted memory fills the device (see memory_gib) and the step is predicted to be the fastest.",
+        "GELU are saved at no level (but through Transformer Engine), as computing them again costs next to nothing. "
+        "docs/performance.md has times and peaks. A list has a level for each block of the model. auto: each block's "
+        "level so that the predicted memory fills the device (see memory_gib) and the step is predicted to be the "
+        "fastest.",
     )
     memory_gib: Annotated[float, Field(gt=0, le=10_000)] | None = Field(
         None,

@@ -213,11 +213,11 @@ class Monitor:
     ) -> None:
         section = config.monitor
         self._every, self._process = section.every, process
-        layers = module.named_layers()
-        blocks = {int(prefix.split(".")[1]): layer for prefix, layer in layers if isinstance(layer, Block)}
-        # An fp8 linear takes numbers of tokens that not every rank has of the sampled ones.
-        logits = config.model.precision != "fp8"
+        blocks = dict(enumerate(module.blocks, start=module.first_block))
+        # Transformer Engine's linears take numbers of tokens that not every rank has of the sampled ones.
+        logits = config.model.precision != "fp8" or config.model.fp8_backend == "native"
         self._blocks = BlockWatch(blocks, module.config.depth, module.ulysses, tokens=section.tokens, logits=logits)
+        layers = module.named_layers()
         named = ((prefix + name, of) for prefix, layer in layers for name, of in layer.named_parameters())
         self._norms = KindNorms(optimizer, {parameter: kind_of(name) for name, parameter in named})
 

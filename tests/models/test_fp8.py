@@ -1,5 +1,6 @@
 """fp8 linears: ours, and Transformer Engine's: where it and a GPU are there, else a stand-in that rounds alike."""
 
+import copy
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +21,7 @@ from mugv_ds.engine import build
 from mugv_ds.engine.build import build_engine
 from mugv_ds.engine.process import start_process
 from mugv_ds.models import DiT, fp8_products
+from mugv_ds.models import fp8 as fp8_models
 from mugv_ds.models.attention import sdpa
 from mugv_ds.models.dit import init_weights
 from mugv_ds.models.fp8 import check_fp8, use_fp8
@@ -27,6 +29,8 @@ from mugv_ds.models.layers import Block, Condition
 from mugv_ds.models.lora import adapters_off, add_adapters, block_adapter_shapes
 from mugv_ds.train import train
 from mugv_ds.weights.published import export
+from mugv_kernels.fp8 import E4M3, E5M2
+from mugv_kernels.modulate import modulate_reference
 from tests.helpers.dataset import write_config, write_dataset
 from tests.helpers.distributed import run_ranks
 from tests.helpers.records import relative
@@ -319,3 +323,103 @@ def test_ranks_refuse_together_and_an_fp8_run_writes_ordinary_checkpoints(tmp_pa
         name: value.dtype for name, value in plain.state_dict().items()
     }
     assert weights["final_layer.linear.weight"].any(), "the last layer starts at zero: nothing was trained"
+
+
+def test_the_products_are_the_formula_of_what_is_rounded():
+    """Output and gradients of a linear after a modulated LayerNorm, from E4M3 and E5M2 factors in fp64."""
+    torch.manual_seed(0)
+    rows, width, made = 27, 48, 80
+    x, shift, scale = torch.randn(1, rows, width), torch.randn(1, 2, width), torch.randn(1, 2, width)
+    clean, weight, bias = torch.arange(rows)[None] < 5, torch.randn(made, width), torch.randn(made)
+    leaves = [tensor.requires_grad_() for tensor in (x, shift, scale, weight, bias)]
+    dy = torch.randn(1, rows, made)
+    y = fp8_products.fp8_modulated_linear(x, shift, scale, clean, fp8_products.Weight(weight), bias)
+    got = torch.autograd.grad(y, leaves, dy)
+
+    wide = [tensor.detach().double().requires_grad_() for tensor in leaves]
+    normed = modulate_reference(*wide[:3], clean)
+    normed8, weight8, dy8 = (
+        rounded(tensor, dtype).double()
+        for tensor, dtype in ((normed.detach(), E4M3), (weight.detach(), E4M3), (dy, E5M2))
+    )
+    exact = normed8 @ weight8.T + bias.double()
+    d_rows = torch.autograd.grad(normed, wide[:3], dy8 @ weight8)
+    expected = [*d_rows, (dy8.flatten(0, 1).T @ normed8.flatten(0, 1)), dy.double().sum((0, 1))]
+    assert relative(y.detach(), exact) < 1e-6
+    assert max(map(relative, got, expected)) < 1e-5
+
+
+def test_a_frozen_weight_gets_no_gradient_and_no_product(monkeypatch):
+    block = make_block(torch.device("cpu"))
+    block.requires_grad_(False)
+    use_fp8(block)
+    calls = []
+    product = fp8_products.product
+    monkeypatch.setattr(
+        fp8_products, "product", lambda *args, **kwargs: calls.append(kwargs["is_fast"]) or product(*args, **kwargs)
+    )
+    results = run(block)
+    assert results["x"].abs().sum() > 0 and not any("." in name for name in results)
+    assert calls.count(True) == len(FP8_LAYERS) and calls.count(False) == len(FP8_LAYERS)
+
+
+def test_kept_weights_are_those_that_are_made_each_time():
+    """They change when the weight does: in place, as an optimizer does, or behind autograd, as the sharded one does."""
+    block = make_block(torch.device("cpu"))
+    plain = copy.deepcopy(block)
+    use_fp8(block, keeps_weights=True)
+    use_fp8(plain)
+    counted = []
+    with patch.object(
+        fp8_models, "round_weight", lambda weight: counted.append(1) or fp8_products.round_weight(weight)
+    ):
+        for change in (None, None, "in place", "behind"):
+            for of in (block, plain):
+                for parameter in of.parameters() if change else ():
+                    with torch.no_grad():
+                        (parameter if change == "in place" else parameter.data).mul_(1.5)
+                    if change == "behind":
+                        torch.autograd.graph.increment_version(parameter)
+            a, b = run(block), run(plain)
+            assert all(torch.equal(a[name], b[name]) for name in b)
+    assert len(counted) == 3 * len(FP8_LAYERS), "the second pass has the first one's"
+
+
+def train_and_go_on(config_path: str) -> None:
+    """Six steps, or what is left of them."""
+    train(load_config(config_path))
+
+
+@pytest.mark.parametrize("layout", [(1, 2, 1), pytest.param((1, 1, 2), marks=pytest.mark.long)])
+def test_a_resumed_fp8_run_is_the_uninterrupted_one(tmp_path, layout):
+    """Of several micro-batches, with the outer blocks in bf16: there is no state to lose."""
+    manifest = write_dataset(tmp_path / "data", [(1, 4, 4)] * 8)
+    data, sequence, pipeline = layout
+    sections = {
+        "model": {"precision": "fp8", "hidden_size": 288, "num_heads": 4, "depth": 3, "fp8_blocks": [1, 2]},
+        "data": {"global_batch_size": 4, "micro_batch_size": 2},
+        "parallel": {"data": data, "sequence": sequence, "pipeline": pipeline},
+    }
+    weights = {}
+    for name, runs in {"whole": (4,), "resumed": (2, 4)}.items():
+        for steps in runs:
+            folder = tmp_path / name
+            config = write_config(folder, manifest, schedule={"steps": steps}, checkpoint={"save_every": 2}, **sections)
+            run_ranks(2, train_and_go_on, str(config))
+        weights[name] = torch.load(export(folder / "checkpoints", folder / "dit", layout="pt"), weights_only=True)
+    assert all(torch.equal(value, weights["resumed"][name]) for name, value in weights["whole"].items())
+
+
+def test_blocks_that_are_not_there_are_refused(tmp_path):
+    model = {"num_heads": 4, "hidden_size": 288, "depth": 3, "precision": "fp8"}
+    for blocks in ([1, 3], [2, 1]):
+        config = write_config(tmp_path, tmp_path / "train.csv", model=model | {"fp8_blocks": blocks})
+        with pytest.raises(ConfigError, match=rf"model.fp8_blocks = \[{blocks[0]}, {blocks[1]}\].*blocks 0 to 2"):
+            load_config(config)
+
+
+def test_a_card_without_fp8_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A100")
+    with pytest.raises(ConfigError, match='A100 has no fp8 products; set "bf16"'):
+        check_fp8(torch.device("cuda"), "native")
