@@ -114,6 +114,10 @@ CASES = (
     Case("4-10b-720p5s", (1, 4, 1), HD_5S, 56, "auto", memory_gib=129.0, steps=5, is_profiled=False),
     Case("4-10b-720p5s-selective", (1, 4, 1), HD_5S, 56, "selective", steps=4, is_profiled=False),
     Case("4-10b-580k", (1, 4, 1), (161, 90, 160), 56, "attention", "all", steps=2, is_profiled=False),
+    Case("8-10b-720p5s-data", (2, 4, 1), HD_5S, 56, "auto", steps=5, is_profiled=False),
+    Case("8-10b-720p5s-sequence", (1, 8, 1), HD_5S, 56, "auto", accumulation=2, steps=5, is_profiled=False),
+    Case("8-10b-720p5s-pipeline", (1, 4, 2), HD_5S, 56, "auto", accumulation=4, steps=5, is_profiled=False),
+    Case("8-10b-580k", (1, 8, 1), (161, 90, 160), 56, "attention", "all", steps=2, is_profiled=False),
 )
 TOY = (
     Case("toy-1", (1, 1, 1), (2, 4, 6), 2, "light", micro=2, accumulation=2, steps=3, is_profiled=True),
@@ -334,7 +338,7 @@ def start_ranks(args: argparse.Namespace, gpus: int, names: Sequence[str], secon
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes data and starts the cases' processes; returns the exit status, 1 if a case failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4], help="cases on so many GPUs")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4, 8], help="cases on so many GPUs")
     parser.add_argument("--only", nargs="+", help="names of cases")
     parser.add_argument("--out", type=Path, required=True, help="folder of the records")
     parser.add_argument("--work", type=Path, default=Path("/tmp/plan_runs"), help="folder of data and logs")
