@@ -257,8 +257,8 @@ if find_spec("triton"):  # not built for every platform; the references need non
     import triton
     import triton.language as tl
 
-    _CUBIC = tl.constexpr(0.044715)
-    _TWICE_ROOT = tl.constexpr(2 * (2 / torch.pi) ** 0.5)
+    from mugv_kernels.gelu import gelu_and_slope
+
     _IS_MODULATED, _IS_GELU = tl.constexpr(_MODULATED), tl.constexpr(_GELU)
 
     @triton.jit
@@ -268,7 +268,8 @@ if find_spec("triton"):  # not built for every platform; the references need non
 
     @triton.jit
     def _gelu(x):
-        return x * tl.sigmoid(x * _TWICE_ROOT * (1.0 + x * x * _CUBIC))
+        y, _ = gelu_and_slope(x)
+        return y
 
     @triton.jit
     def _largest_kernel(x_ptr, out_ptr, numel, GELU: tl.constexpr, ELEMENTS: tl.constexpr):
@@ -360,9 +361,8 @@ if find_spec("triton"):  # not built for every platform; the references need non
             at = tl.cast(row, tl.int64) * C + column
             x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
             gradient = tl.load(gradient_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            cubic = x * x * _CUBIC
-            s = tl.sigmoid(x * _TWICE_ROOT * (1.0 + cubic))
-            gradient *= s + x * s * (1.0 - s) * _TWICE_ROOT * (1.0 + 3.0 * cubic)
+            _, slope = gelu_and_slope(x)
+            gradient *= slope
             total += gradient
             rounded = gradient.to(gradient_ptr.dtype.element_ty)
             found = tl.maximum(found, _magnitude(rounded.to(tl.float32)))

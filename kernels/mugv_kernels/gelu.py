@@ -83,6 +83,13 @@ if find_spec("triton"):  # not built for every platform; the reference needs non
     _TWICE_ROOT = tl.constexpr(2 * (2 / torch.pi) ** 0.5)
 
     @triton.jit
+    def gelu_and_slope(x):
+        """Returns GELU(x) and GELU'(x), by the formulas above."""
+        cubic = x * x * _CUBIC
+        s = tl.sigmoid(x * _TWICE_ROOT * (1.0 + cubic))
+        return x * s, s + x * s * (1.0 - s) * _TWICE_ROOT * (1.0 + 3.0 * cubic)
+
+    @triton.jit
     def _kernel(x_ptr, gradient_ptr, sums_ptr, rows, F: tl.constexpr, COLUMNS: tl.constexpr):
         """Each program takes COLUMNS channels of every `row programs`-th row; partial sums go to [row programs, F]."""
         column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -92,10 +99,9 @@ if find_spec("triton"):  # not built for every platform; the reference needs non
             at = tl.cast(row, tl.int64) * F + column
             x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
             gradient = tl.load(gradient_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            cubic = x * x * _CUBIC
-            s = tl.sigmoid(x * _TWICE_ROOT * (1.0 + cubic))
-            gradient *= s + x * s * (1.0 - s) * _TWICE_ROOT * (1.0 + 3.0 * cubic)
+            y, slope = gelu_and_slope(x)
+            gradient *= slope
             total += gradient
-            tl.store(x_ptr + at, (x * s).to(x_ptr.dtype.element_ty), mask=mask)
+            tl.store(x_ptr + at, y.to(x_ptr.dtype.element_ty), mask=mask)
             tl.store(gradient_ptr + at, gradient.to(gradient_ptr.dtype.element_ty), mask=mask)
         tl.store(sums_ptr + tl.program_id(1) * F + column, total, mask=mask)

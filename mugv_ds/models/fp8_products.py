@@ -67,22 +67,15 @@ def fp8_modulated_mlp(
     return y
 
 
-def _values(weight: Tensor, values: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns the weight in fp8 and its scale: what is kept, or else made now."""
-    if values is not None:
-        return values, scale
+def _factor(weight: Tensor, kept: Tensor | None, scale: Tensor | None, *, transposed: bool) -> tuple[Tensor, Tensor]:
+    """Returns a form of the weight in fp8, and its scale: what is kept, or else made now."""
+    if kept is not None:
+        return kept, scale
     operations = fp8_operations(weight)
-    rounded = operations.round_to(weight, operations.largest(weight), E4M3, values=True, transposed=False)
-    return rounded.values, rounded.scale
-
-
-def _transposed(weight: Tensor, transposed: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns the transposed weight in fp8 and its scale: what is kept, or else made now."""
-    if transposed is not None:
-        return transposed, scale
-    operations = fp8_operations(weight)
-    rounded = operations.round_to(weight, operations.largest(weight), E4M3, values=False, transposed=True)
-    return rounded.transposed, rounded.scale
+    rounded = operations.round_to(
+        weight, operations.largest(weight), E4M3, values=not transposed, transposed=transposed
+    )
+    return rounded.transposed if transposed else rounded.values, rounded.scale
 
 
 def _gradient(dy_RE: Tensor, largest: Tensor, needs_input: bool, needs_weight: bool) -> Rounded:
@@ -128,7 +121,7 @@ def _linear(
         mean, rstd, largest = operations.modulated_largest(x, *rows)
         of = Modulated(*rows, mean, rstd)
         x8 = operations.round_modulated(x, of, largest, E4M3, values=True, transposed=False)
-    w8, w_scale = _values(weight, values, weight_scale)
+    w8, w_scale = _factor(weight, values, weight_scale, transposed=False)
     y = product(x8.values, w8, x8.scale, w_scale, x.dtype, is_fast=True, bias=bias)[: B * N]
     return y.view(B, N, -1), mean, rstd, largest
 
@@ -175,7 +168,9 @@ def _linear_backward(
     d_bias = dy_RE.sum(dim=0) if needs_bias else x.new_empty(0)
     if not through:
         return *(x.new_empty(0) for _ in range(3)), d_weight, d_bias
-    dx = _input_gradient(dy8, _transposed(weight, transposed, weight_scale), len(dy_RE), x.dtype).view_as(x)
+    dx = _input_gradient(dy8, _factor(weight, transposed, weight_scale, transposed=True), len(dy_RE), x.dtype).view_as(
+        x
+    )
     if of is None:
         return dx, *(x.new_empty(0) for _ in range(2)), d_weight, d_bias
     return *modulate_backward(dx, x, of.scale, of.clean, mean, rstd, needs_rows), d_weight, d_bias
@@ -233,7 +228,7 @@ def _mlp(
     inner_RE, operations = inner.flatten(0, 1), fp8_operations(x)
     largest2 = operations.gelu_largest(inner_RE)
     g8 = operations.round_gelu(inner_RE, largest2, E4M3, values=True, transposed=False)
-    w8, w_scale = _values(w2, values2, scale2)
+    w8, w_scale = _factor(w2, values2, scale2, transposed=False)
     y = product(g8.values, w8, g8.scale, w_scale, x.dtype, is_fast=True)[: len(inner_RE)]
     return y.view_as(x), inner_RE, mean, rstd, largest1, largest2
 
@@ -278,7 +273,7 @@ def _mlp_backward(
         g8 = operations.round_gelu(inner, largest2, E4M3, values=False, transposed=True)
         d_w2 = _weight_gradient(dy8, g8, w2.dtype)
         del g8
-    d_inner_RE = _input_gradient(dy8, _transposed(w2, transposed2, scale2), len(dy_RD), x.dtype)
+    d_inner_RE = _input_gradient(dy8, _factor(w2, transposed2, scale2, transposed=True), len(dy_RD), x.dtype)
     del dy8
     d_b1, largest = operations.gelu_backward(inner, d_inner_RE)
     d_inner8 = _gradient(d_inner_RE, largest, through, needs_w1)
@@ -291,7 +286,7 @@ def _mlp_backward(
         del x8
     if not through:
         return *(x.new_empty(0) for _ in range(3)), d_w1, d_b1, d_w2
-    dx = _input_gradient(d_inner8, _transposed(w1, transposed1, scale1), rows, x.dtype).view_as(x)
+    dx = _input_gradient(d_inner8, _factor(w1, transposed1, scale1, transposed=True), rows, x.dtype).view_as(x)
     return *modulate_backward(dx, x, of.scale, of.clean, mean, rstd, needs_rows), d_w1, d_b1, d_w2
 
 
