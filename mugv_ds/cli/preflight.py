@@ -17,7 +17,7 @@ import argparse
 from collections.abc import Sequence
 
 from mugv_ds.config import ConfigError, Status, TrainConfig, exit_status, load_config
-from mugv_ds.config.command import fit_to_launch, leave
+from mugv_ds.config.command import add_run_arguments, fit_to_launch, leave
 from mugv_ds.config.console import say
 from mugv_ds.config.environment import given_world_size, read_environment
 from mugv_ds.config.hostfile import check_launcher
@@ -45,9 +45,7 @@ def check(config: TrainConfig) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line and checks; returns the exit status, one of `config.errors.Status`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="JSON file of the run, or the name of one of ds_configs/")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a value")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher gives it; it is in the environment too
+    add_run_arguments(parser, "JSON file of the run, or the name of one of ds_configs/")
     arguments = parser.parse_args(argv)
 
     def run() -> int:

@@ -15,7 +15,7 @@ import argparse
 from collections.abc import Sequence
 
 from mugv_ds.config import ConfigError, TrainConfig, exit_status, load_config
-from mugv_ds.config.command import fit_to_launch
+from mugv_ds.config.command import add_run_arguments, fit_to_launch
 from mugv_ds.config.environment import given_world_size, read_environment
 from mugv_ds.config.hostfile import check_launcher
 
@@ -44,9 +44,7 @@ def write(config: TrainConfig) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line and writes the files; returns the exit status, as `mugv_ds/train.py` does."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="JSON file with a preference section")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a value")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher gives it; it is in the environment too
+    add_run_arguments(parser, "JSON file with a preference section")
     arguments = parser.parse_args(argv)
 
     def run() -> int:

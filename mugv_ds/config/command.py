@@ -30,10 +30,8 @@ def training_command(
         dry_run: describes it; also given the number of processes, None outside of a launch.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="JSON file, or the name of one of ds_configs/")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a value")
+    add_run_arguments(parser, "JSON file, or the name of one of ds_configs/")
     parser.add_argument("--dry-run", action="store_true", help="print layout, sizes and merged config; start nothing")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher gives it; it is in the environment too
     arguments = parser.parse_args(argv)
 
     def run() -> int:
@@ -56,6 +54,13 @@ def training_command(
         return train(config)
 
     return exit_status(run)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, config_help: str) -> None:
+    """Adds the options of a process of a launch that reads a run's config: --config, --set and the launcher's own."""
+    parser.add_argument("--config", required=True, help=config_help)
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a value")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher gives it; it is in the environment too
 
 
 def fit_to_launch(config: TrainConfig) -> TrainConfig | None:
