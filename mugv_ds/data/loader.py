@@ -24,6 +24,8 @@ Batch = TypeVar("Batch")
 _MAX_RESTARTS = 1  # in a row without a step in between
 _SHARED_MEMORY = "/dev/shm"
 _ALIGNMENT = 64  # bytes, of a tensor in shared memory
+_PREFETCHED = 2  # batches of a worker, at least
+_LOOKED_AT = 64  # steps whose numbers of micro-batches are looked at
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +62,10 @@ def loader(
     step, restarts, failure = start_step, 0, None
     while step < stop_step and failure is None:
         wanted = chain.from_iterable(micro_batches(index) for index in range(step, stop_step))
+        # A step is handed out whole, so its micro-batches have to be made while the one before is at work.
+        ahead = max(len(micro_batches(index)) for index in range(step, min(step + _LOOKED_AT, stop_step)))
         try:
-            with closing(_read(wanted, make, num_workers, pin)) as batches:
+            with closing(_read(wanted, make, num_workers, ahead, pin)) as batches:
                 while step < stop_step:
                     made = list(islice(batches, len(micro_batches(step))))
                     failure = next((item.error for item in made if isinstance(item, _Failure)), None)
@@ -116,9 +120,9 @@ class _Reader(Dataset):
 
 
 def _read(
-    wanted: Iterable[list[SampleRef]], make: Callable[[list[SampleRef]], Batch], num_workers: int, pin: bool
+    wanted: Iterable[list[SampleRef]], make: Callable[[list[SampleRef]], Batch], num_workers: int, ahead: int, pin: bool
 ) -> Iterator[Batch]:
-    """The batches that are wanted, in that order."""
+    """The batches that are wanted, in that order. ahead: how many the workers make, at least, before they are asked."""
     batches = iter(
         DataLoader(
             _Reader(make),
@@ -126,6 +130,7 @@ def _read(
             batch_size=None,
             collate_fn=_as_made,
             num_workers=num_workers,
+            prefetch_factor=max(_PREFETCHED, -(-ahead // num_workers)) if num_workers else None,
             multiprocessing_context=_workers_context() if num_workers else None,
             worker_init_fn=_end_with_parent,
             pin_memory=pin,

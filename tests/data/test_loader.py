@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -93,6 +94,29 @@ def plain(steps):
 
 
 EXPECTED = plain([draw([ref]) for ref in PLAN.step(i).refs] for i in range(12))
+
+
+@dataclass(frozen=True)
+class Noting:
+    """Leaves a file for each micro-batch that it makes."""
+
+    folder: Path
+
+    def __call__(self, refs):
+        (self.folder / f"{refs[0].item}-{refs[0].visit}").touch()
+        return draw(refs)
+
+
+def test_the_whole_next_step_is_made_while_one_is_at_work(tmp_path):
+    """Its eight micro-batches too, of which DataLoader would make two; a step is handed out whole."""
+    assert [len(plan(1).step(index).refs) for index in (1, 2)] == [4, 8]
+    steps = read(1, 3, workers=1, make=Noting(tmp_path))
+    next(steps)
+    end = time.monotonic() + 20
+    while len(list(tmp_path.iterdir())) < 12 and time.monotonic() < end:
+        time.sleep(0.02)
+    assert len(list(tmp_path.iterdir())) == 12
+    steps.close()
 
 
 class Pair(NamedTuple):
