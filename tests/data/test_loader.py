@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -110,13 +111,12 @@ class Noting:
 def test_the_whole_next_step_is_made_while_one_is_at_work(tmp_path):
     """Its eight micro-batches too, of which DataLoader would make two; a step is handed out whole."""
     assert [len(plan(1).step(index).refs) for index in (1, 2)] == [4, 8]
-    steps = read(1, 3, workers=1, make=Noting(tmp_path))
-    next(steps)
-    end = time.monotonic() + 20
-    while len(list(tmp_path.iterdir())) < 12 and time.monotonic() < end:
-        time.sleep(0.02)
-    assert len(list(tmp_path.iterdir())) == 12
-    steps.close()
+    with closing(read(1, 3, workers=1, make=Noting(tmp_path))) as steps:
+        next(steps)
+        end = time.monotonic() + 20
+        while len(list(tmp_path.iterdir())) < 12 and time.monotonic() < end:
+            time.sleep(0.02)
+        assert len(list(tmp_path.iterdir())) == 12
 
 
 class Pair(NamedTuple):
