@@ -272,7 +272,6 @@ class OptimizerSection(Section):
         None,
         ge=HEAD_DIM,
         le=1 << 17,
-        multiple_of=HEAD_DIM,
         description="Width of the model that lr was tuned with. Rates and initial weights then follow the model's own "
         "width by µP for diffusion transformers (Zheng et al. 2025, arXiv 2505.15270): docs/optimizer.md has the rule. "
         "null: they do not.",
@@ -291,6 +290,13 @@ class OptimizerSection(Section):
     gradient_clipping: float = Field(
         1.0, ge=0, le=1e6, description="Largest global gradient norm; 0 switches clipping off."
     )
+
+    @field_validator("width_reference")
+    @classmethod
+    def _is_a_width(cls, width: int | None) -> int | None:
+        if width is not None and width % HEAD_DIM:
+            raise ValueError(f"optimizer.width_reference = {width}: must be a multiple of {HEAD_DIM}, as any width is")
+        return width
 
 
 class ScheduleSection(Section):
