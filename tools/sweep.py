@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mugv_ds.config.errors import ConfigError
 from mugv_ds.config.load import load_config
 from mugv_ds.config.schema import TrainConfig
 
@@ -96,7 +97,7 @@ def report(cases: Sequence[Case], powers: Sequence[int], curves: dict[tuple[str,
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parses the command line, trains, and prints the table; returns 0."""
+    """Parses the command line, trains, and prints the table; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="of the runs; it must hold out data")
     parser.add_argument("--powers", type=int, nargs="+", required=True, help="optimizer.lr = 2^POWER")
@@ -107,14 +108,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     cases = [Case.parse(text) for text in args.case]
     curves = {}
-    for case in cases:
-        for power in args.powers:
-            folder = args.out / case.name / f"{power}"
-            settings = [*args.set, *case.settings, f"optimizer.lr={2.0**power}"]
-            steps = load_config(args.config, settings, TrainConfig).schedule.steps
-            if max(held_out(folder), default=0) < steps:
-                train(args.config, settings, folder, args.threads)
-            curves[case.name, power] = held_out(folder)
+    try:
+        for case in cases:
+            for power in args.powers:
+                folder = args.out / case.name / f"{power}"
+                settings = [*args.set, *case.settings, f"optimizer.lr={2.0**power}"]
+                config = load_config(args.config, settings, TrainConfig)
+                if config.data.val_manifest is None:
+                    raise ConfigError(
+                        f"{args.config}: data.val_manifest: required; rates are judged by what it holds out"
+                    )
+                if max(held_out(folder), default=0) < config.schedule.steps:
+                    train(args.config, settings, folder, args.threads)
+                curves[case.name, power] = held_out(folder)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except subprocess.CalledProcessError as error:  # it has said why
+        return error.returncode
     print(report(cases, args.powers, curves))
     return 0
 

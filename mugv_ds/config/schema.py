@@ -274,7 +274,7 @@ class OptimizerSection(Section):
         le=1 << 17,
         description="Width of the model that lr was tuned with. Rates and initial weights then follow the model's own "
         "width by µP for diffusion transformers (Zheng et al. 2025, arXiv 2505.15270): docs/optimizer.md has the rule. "
-        "null: they do not.",
+        "null: they do not. 1728 in stages 1 and 2, the width of the 2B proxy, is ours.",
     )
     muon_momentum: float = Field(
         0.95, ge=0, lt=1, description="Decay of Muon's Nesterov momentum (Jordan et al. 2024)."

@@ -22,11 +22,13 @@ from mugv_ds.models.matrices import rate_multiplier
 from mugv_ds.objectives.flow import flow_loss
 from mugv_ds.weights.base import meta_state
 from mugv_ds.weights.widen import Noise, Widened, widened_sizes
+from tests.engine.test_demo import command
 from tests.engine.test_muon import step_on
 from tests.helpers.distributed import run_ranks, whole_state
 from tests.helpers.launcher import ROOT
 from tests.parallel.test_layouts import SHAPE
 from tests.parallel.test_layouts import config as layout_config
+from tools import sweep
 
 # What reads a hidden vector and makes one, written out by hand; `final_layer.linear.weight` reads one as well.
 BLOCK = (
@@ -218,11 +220,11 @@ def train_narrow_and_wide(out: Path) -> None:
     losses = {}
     with alone() as group:
         for name, given in {
-            "adamw": {"kind": "adamw"},
-            "muon rms": {"kind": "muon", "muon_scale": "rms"},
-            "muon spectral": {"kind": "muon", "muon_scale": "spectral", "adamw_lr": 1e-3},
+            "adamw": {"kind": "adamw", "lr": 1e-3},
+            "muon rms": {"kind": "muon", "lr": 4e-3, "muon_scale": "rms", "adamw_lr": 1e-3},
+            "muon spectral": {"kind": "muon", "lr": 1e-2, "muon_scale": "spectral", "adamw_lr": 1e-3},
         }.items():
-            section = OptimizerSection(lr=1e-3, eps=1e-15, weight_decay=0.1, **given)
+            section = OptimizerSection(eps=1e-15, weight_decay=0.1, **given)
             narrow = DiT(NARROW)
             set_weights([("", narrow)])
             wide = DiT(widened_sizes(NARROW, 3))
@@ -276,3 +278,40 @@ def test_coordinate_check(tmp_path):
         else:
             assert all(abs(slope) < 0.05 for slope in of_blocks), name
     assert (tmp_path / "check.png").read_bytes().startswith(b"\x89PNG")
+
+
+PROXY = ("model.hidden_size=216", "model.num_heads=3")
+WIDE = ("model.hidden_size=432", "model.num_heads=6", "optimizer.width_reference=216")
+
+
+def train_on_demo(name: str, steps: int, *settings: str) -> list[float]:
+    """Trains on the demo's data at the proxy's rate; returns the held-out losses of every fifth step."""
+    folder = Path("runs") / name
+    given = ["optimizer.lr=0.00390625", "schedule.kind=constant", f"schedule.steps={steps}", "logging.eval_every=5"]
+    given += ["data.global_batch_size=16", "data.micro_batch_size=16", *settings]
+    sweep.train(ROOT / "ds_configs/debug.json", given, folder, threads=2)
+    curve = sweep.held_out(folder)
+    return [curve[step] for step in sorted(curve)]
+
+
+def rise(losses: list[float]) -> float:
+    """How far losses come to be above what they were at some time before."""
+    return max(loss - min(losses[: number + 1]) for number, loss in enumerate(losses))
+
+
+@pytest.mark.long
+def test_a_widened_proxy_goes_on_falling_at_its_rate(tmp_path, monkeypatch):
+    """From where the proxy was, and with no bump larger than the proxy's where it goes on likewise."""
+    monkeypatch.chdir(tmp_path)
+    command(tmp_path, "tools/make_demo_data.py", "--out", "data/demo")
+    proxy = train_on_demo("proxy", 200, *PROXY, "checkpoint.save_every=200")
+    command(tmp_path, "tools/convert_hf.py", "--ckpt", "runs/proxy/checkpoints", "--out", "exports/proxy")
+    command(tmp_path, "tools/widen.py", "--weights", "exports/proxy", "--out", "exports/wide")
+    narrow = train_on_demo("narrow", 100, *PROXY, "checkpoint.init_from=exports/proxy")
+    wide = train_on_demo("wide", 100, *WIDE, "checkpoint.init_from=exports/wide")
+    without = train_on_demo("without", 20, *WIDE[:2], "checkpoint.init_from=exports/wide")
+    print(f"\nproxy {proxy}\nnarrow {narrow}\nwide {wide}\nwithout {without}")
+    assert wide[0] == pytest.approx(proxy[-1], rel=1e-3)
+    assert wide[-1] < 0.9 * wide[0]
+    assert rise(wide) < 1.05 * rise(narrow)
+    assert rise(without) > 1.5 * rise(narrow), "without the rule the rate is too high"
