@@ -14,7 +14,7 @@ GAMMA ?= 0.9
 LAUNCH = $(BIN)/python tools/launch.py --hostfile $(HOSTFILE)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart demo-data train dry-run balance convert-hf import-hf widen sample eval test test-long \
+.PHONY: help install quickstart demo-data preflight train dry-run balance convert-hf import-hf widen sample eval test test-long \
 	test-real cluster-test \
 	reliability-report house lint clean
 
@@ -40,6 +40,9 @@ quickstart: demo-data  ## The whole job on this machine: demo data, training on 
 
 demo-data: install  ## Draw, encode and write the demo clips of every stage to data/demo
 	$(BIN)/python tools/make_demo_data.py --out data/demo
+
+preflight: install  ## Check the machines of HOSTFILE before CONFIG is trained on them: speeds, versions, GPU errors, clocks, storage
+	$(LAUNCH) tools/preflight.py --config $(CONFIG) $(addprefix --set ,$(SET))
 
 train: install  ## Train CONFIG on the hosts of HOSTFILE; SET="section.key=value …" overrides
 	$(LAUNCH) mugv_ds/train.py --config $(CONFIG) $(addprefix --set ,$(SET))
@@ -255,14 +258,15 @@ bench-attention: install  ## Every attention backend at head_dim 72: time, TFLOP
 bench-kernels: install  ## The fused kernels against eager and torch.compile
 	for kernel in modulate gated_residual gelu head_norm qk_norm_rope; do $(BIN)/python kernels/bench/$$kernel.py || exit; done
 
-bench-block: install  ## A block of the 10B against the published one, eager and compiled
+bench-block: install  ## A block of the 10B against the published one, on the samples of every stage, bf16 and fp8
 	$(BIN)/python kernels/bench/block.py
 
 bench-videovae: install  ## The full-size VideoVAE: encode, decode and a training step, eager, compiled and channels last
 	$(BIN)/python kernels/bench/videovae.py
 
-bench-fp8: demo-data  ## Loss curves of the debug run in bf16 and fp8 on one GPU; needs Transformer Engine
-	$(BIN)/python kernels/bench/fp8.py
+bench-fp8: demo-data  ## Linears in fp8 against bf16, and loss curves of the debug run in both, on one GPU
+	$(BIN)/python kernels/bench/rounding.py
+	rm -rf runs/bench_fp8 && $(BIN)/python kernels/bench/fp8.py --out runs/bench_fp8
 
 GPUS ?= 4
 bench-scaling: install  ## The block under Ulysses on 1, 2 … GPUS GPUs

@@ -68,9 +68,11 @@ def start(config: TrainConfig, resume: bool = True) -> Start:
         InputError: config, data or weights cannot be used. PeerError: another rank met an error.
         Stopped: a rank was asked to stop.
     """
+    from mugv_ds.checkpoint.places import place_of
     from mugv_ds.data.run_data import RunData
     from mugv_ds.engine.build import build_engine
     from mugv_ds.engine.guard.stopping import stop_if_asked
+    from mugv_ds.engine.preflight import preflight
     from mugv_ds.engine.process import check_same, start_process
     from mugv_ds.parallel.offload import check_host_memory
     from mugv_ds.plan.cost import sample_cost
@@ -79,6 +81,8 @@ def start(config: TrainConfig, resume: bool = True) -> Start:
 
     process = start_process(config)
     stop_if_asked(process.host)
+    if config.guard.preflight:
+        preflight(config, process, place_of(config.checkpoint, process.rank))
     data = RunData(config, sample_cost(config), process.layout.data, process.host.first_then_all)
     stop_if_asked(process.host)
     check_same(data.content(), process.host, "all hosts must read the same files; copy them anew and start again")

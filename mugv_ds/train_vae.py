@@ -51,9 +51,11 @@ def train(config: VaeTrainConfig) -> int:
     """
     import torch.distributed as dist
 
+    from mugv_ds.checkpoint.places import place_of
     from mugv_ds.checkpoint.store import Store
     from mugv_ds.data.clips import ClipData
     from mugv_ds.engine.guard.stopping import stop_if_asked
+    from mugv_ds.engine.preflight import preflight
     from mugv_ds.engine.process import check_same, start_process
     from mugv_ds.engine.vae.build import build_vae_engines
     from mugv_ds.engine.vae.loop import VaeTrainer
@@ -62,6 +64,8 @@ def train(config: VaeTrainConfig) -> int:
 
     process = start_process(config)
     stop_if_asked(process.host)
+    if config.guard.preflight:
+        preflight(config, process, place_of(config.checkpoint, process.rank))
     data = process.host.attempt(lambda: ClipData(config.data))
     check_same(data.content(), process.host, "all hosts must read the same files; copy them anew and start again")
     start, fresh = find_vae_weights(config, process.host.first)

@@ -1,6 +1,8 @@
-"""Times a block of the 10B, forward and backward, at 54,002 tokens: ours and the published one, eager and compiled."""
+"""Times a block of the 10B, forward and backward, on the samples of every stage: ours, in bf16 and fp8, and the
+published one, compiled and, with --all, eager."""
 
 import argparse
+import copy
 import functools
 from collections.abc import Callable
 
@@ -10,7 +12,7 @@ from harness import median_ms, peak_gib, relative_error, report
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from mugv_ds.config import PRESETS, ConfigError
+from mugv_ds.config import PRESETS
 from mugv_ds.models.attention import BACKENDS, MASKED_BACKENDS, installed_backends, installed_masked_backends
 from mugv_ds.models.choose_attention import choose_attention, choose_masked_attention
 from mugv_ds.models.dit import describe_tokens, init_weights
@@ -22,15 +24,24 @@ from mugv_kernels.dispatch import use
 
 TEXT_TOKENS = 300
 PEAK_TFLOPS = 989.0  # dense bf16 of an H100 or H200 (SXM)
+# Latents (T, H, W) of a micro-batch, and how many.
+CASES = {
+    "images": ((1, 45, 80), 17),
+    "360p-2s": ((6, 45, 80), 3),
+    "360p-5s": ((15, 45, 80), 1),
+    "720p-5s": ((15, 90, 160), 1),
+}
 
 
-def make_inputs(frames: int, device: torch.device) -> tuple[Block, Tensor, Condition]:
-    """Makes a 10B block and its inputs for a 720p clip whose first frame is given clean.
+def make_inputs(
+    frames: int, device: torch.device, height: int = 90, width: int = 160, batch: int = 1
+) -> tuple[Block, Tensor, Condition]:
+    """Makes a 10B block and its inputs for clips whose first frame is given clean.
 
     Args:
-        frames: latent frames of the clip.
+        frames, height, width: of the clips' latents, by default of 720p. batch: clips.
     Returns:
-        The block, x [1, N, D], and the condition; all that can have gradients requires them.
+        The block, x [B, N, D], and the condition; all that can have gradients requires them.
     """
     config = PRESETS["mugdit_10b"]
     generator = torch.Generator(device).manual_seed(0)
@@ -42,28 +53,18 @@ def make_inputs(frames: int, device: torch.device) -> tuple[Block, Tensor, Condi
         block = Block(config).bfloat16()
     init_weights(block, "blocks.0.", seed=0)
     torch.nn.init.normal_(block.cross_attn.proj.weight, std=0.02)
-    grid = patch_grid(frames, 90, 160)
-    x_mask = torch.arange(frames, device=device)[None] > 0
+    grid = patch_grid(frames, height, width)
+    x_mask = torch.arange(frames, device=device).expand(batch, -1) > 0
     token_N = torch.arange(grid.tokens, device=device)
-    frame_index = torch.arange(frames + 2, device=device)[None]
+    frame_index = torch.arange(frames + 2, device=device).expand(batch, -1)
     condition = Condition(
-        normal(1, 2, 6 * config.hidden_size),
-        normal(1, 2, config.hidden_size),
-        normal(1, TEXT_TOKENS, config.hidden_size),
-        torch.ones(1, TEXT_TOKENS, dtype=torch.bool, device=device),
+        normal(batch, 2, 6 * config.hidden_size),
+        normal(batch, 2, config.hidden_size),
+        normal(batch, TEXT_TOKENS, config.hidden_size),
+        torch.ones(batch, TEXT_TOKENS, dtype=torch.bool, device=device),
         *describe_tokens(positions(token_N, grid), x_mask, frame_index),
     )
-    return block, normal(1, grid.tokens, config.hidden_size), condition
-
-
-def fp8_runs_on(device: torch.device) -> bool:
-    """Tells whether the device can run fp8 linears, and prints why it cannot."""
-    try:
-        check_fp8(device)
-    except ConfigError as error:
-        print(error)
-        return False
-    return True
+    return block, normal(batch, grid.tokens, config.hidden_size), condition
 
 
 def profile(call: Callable[[], None]) -> None:
@@ -76,78 +77,91 @@ def profile(call: Callable[[], None]) -> None:
     print(trace.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=90))
 
 
-def main() -> None:
-    """Measures every variant of the block in one process and reports time, FLOP/s, peak memory and difference."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--frames", type=int, default=15, help="latent frames of 720p; 15 are 54,002 tokens")
-    parser.add_argument("--profile", action="store_true", help="print the kernels of our compiled block instead")
-    args = parser.parse_args()
+def measure(case: str, args: argparse.Namespace) -> None:
+    """Measures every variant of the block on a case and reports time, FLOP/s, peak memory and differences."""
+    (frames, height, width), batch = CASES[case]
     device = torch.device("cuda")
-    block, x, condition = make_inputs(args.frames, device)
+    block, x, condition = make_inputs(frames, device, height, width, batch)
     gradient = torch.randn_like(x)
     tokens, heads = x.shape[1], block.attn.qkv.in_features // 72
-    name, trials = choose_attention(
-        installed_backends(device), tokens=tokens, heads=heads, dtype=torch.bfloat16, device=device
-    )
-    cross_name, cross_trials = choose_masked_attention(
-        installed_masked_backends(device),
-        tokens=tokens,
-        text_tokens=TEXT_TOKENS,
-        heads=heads,
-        dtype=torch.bfloat16,
-        device=device,
-    )
-    print("\n".join(map(str, [*trials, "cross-attention:", *cross_trials])))
+    name, cross_name = args.attention, args.cross_attention
+    if name == "auto":
+        name, trials = choose_attention(
+            installed_backends(device), tokens=tokens, heads=heads, dtype=torch.bfloat16, device=device
+        )
+        print("\n".join(map(str, trials)))
+    if cross_name == "auto":
+        cross_name, trials = choose_masked_attention(
+            installed_masked_backends(device),
+            tokens=tokens,
+            text_tokens=TEXT_TOKENS,
+            heads=heads,
+            dtype=torch.bfloat16,
+            device=device,
+        )
+        print("\n".join(map(str, ["cross-attention:", *trials])))
     attention, block.cross_attn.attend = BACKENDS[name], MASKED_BACKENDS[cross_name]
-    ours = functools.partial(block, attention=attention)
+    eager, in_fp8 = copy.deepcopy(block), copy.deepcopy(block)
+    check_fp8(device, args.fp8_backend)
+    use_fp8(in_fp8, args.fp8_backend)
+    sizes = PRESETS["mugdit_10b"], tokens, TEXT_TOKENS
+    flops = 3 * batch * block_flops(*sizes)
+    for ours in (block, in_fp8):
+        ours.compile_segments()
+    if args.profile:
+        for title, ours in (("bf16", block), ("fp8", in_fp8)):
+            print(title)
+            profile(lambda ours=ours: ours(x, condition, attention).backward(gradient))
+        return
 
     def plain(*args) -> Tensor:
         with use("reference"):
-            return block(*args, attention=attention)
+            return eager(*args, attention=attention)
 
-    # By title: what to call, and what it recomputes.
+    # By title: the module that has the parameters, what to call, and what it recomputes. The first is what the others
+    # are compared with.
     variants = {
-        "published, eager, FlashAttention-2": (PublishedBlock(block, SDPBackend.FLASH_ATTENTION), "off"),
-        "published, torch.compile, cuDNN": (torch.compile(PublishedBlock(block, SDPBackend.CUDNN_ATTENTION)), "off"),
-        f"ours, eager, no kernels, {name}": (plain, "off"),
-        f"ours, eager, {name}": (ours, "off"),
-        f"ours, compiled, {name}": (ours, "off"),
-        **{
-            f"ours, compiled, {name}, {mode}": (functools.partial(ours, recompute=mode), mode)
-            for mode in ("light", "selective")
-        },
+        "published, torch.compile, cuDNN": (
+            block,
+            torch.compile(PublishedBlock(block, SDPBackend.CUDNN_ATTENTION), dynamic=False),
+            "off",
+        )
     }
-    if fp8_runs_on(device):
-        variants[f"ours, compiled, {name}, fp8"] = (ours, "off")
-    sizes = PRESETS["mugdit_10b"], tokens, TEXT_TOKENS
-    flops = 3 * block_flops(*sizes)
-    if args.profile:
-        block.compile_segments()
-        profile(lambda: ours(x, condition).backward(gradient))
-        return
+    if args.all:
+        variants |= {
+            "published, eager, FlashAttention-2": (block, PublishedBlock(block, SDPBackend.FLASH_ATTENTION), "off"),
+            f"ours, eager, no kernels, {name}": (eager, plain, "off"),
+            f"ours, eager, {name}": (eager, functools.partial(eager, attention=attention), "off"),
+        }
+    variants |= {
+        f"ours, {name}, {precision}, {mode}": (
+            ours,
+            functools.partial(ours, attention=attention, recompute=mode),
+            mode,
+        )
+        for precision, ours in (("bf16", block), ("fp8", in_fp8))
+        for mode in args.levels
+    }
     rows, first = [], None
-    for title, (variant, recompute) in variants.items():
-        if title.endswith("fp8"):
-            use_fp8(block)
-        if title.startswith("ours, compiled"):
-            block.compile_segments()
+    for title, (parameters, variant, recompute) in variants.items():
+        leaves = [x, *condition[:3], *parameters.parameters()]
 
-        def call(variant=variant) -> Tensor:
-            for tensor in (x, *condition[:3], *block.parameters()):
+        def call(variant=variant, leaves=leaves) -> Tensor:
+            for tensor in leaves:
                 tensor.grad = None
             y = variant(x, condition)
             y.backward(gradient)
             return y.detach()
 
         y = call()
-        gradients = [tensor.grad for tensor in (x, condition[0], condition[2], *block.parameters())]
+        found = [y, *(tensor.grad for tensor in leaves if tensor.grad is not None)]
         if first is None:
-            first = [tensor.cpu() for tensor in (y, *gradients)]  # out of the way of the peaks below
+            first = [tensor.cpu() for tensor in found]  # out of the way of the peaks below
         difference, *of_gradients = (
-            relative_error(tensor, other.to(device)) for tensor, other in zip((y, *gradients), first, strict=True)
+            relative_error(tensor, other.to(device)) for tensor, other in zip(found, first, strict=True)
         )
-        del y, gradients
-        milliseconds = median_ms(call, seconds=4.0)
+        del y, found
+        milliseconds = median_ms(call, seconds=args.seconds)
         percent = 100 / milliseconds / 1e9 / PEAK_TFLOPS
         rows.append(
             {
@@ -155,16 +169,31 @@ def main() -> None:
                 "ms": milliseconds,
                 "model TFLOP/s": flops / milliseconds / 1e9,
                 "MFU %": percent * flops,
-                "HFU %": percent * (flops + recomputed_flops(*sizes, recompute)),
+                "HFU %": percent * (flops + batch * recomputed_flops(*sizes, recompute)),
                 "peak GiB": peak_gib(call),
                 "difference": difference,
                 "of gradients": max(of_gradients),
             }
         )
-    eager, compiled = (rows[i]["ms"] for i in range(2))
     for row in rows:
-        row["× eager"], row["× compiled"] = eager / row["ms"], compiled / row["ms"]
-    report(f"block of the 10B, forward+backward, {tokens} tokens, {TEXT_TOKENS} text tokens, bf16", rows)
+        row["× published"] = rows[0]["ms"] / row["ms"]
+    report(f"block of the 10B, forward+backward, {case}: {batch} × {tokens} tokens, {TEXT_TOKENS} text tokens", rows)
+
+
+def main() -> None:
+    """Measures the cases that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--levels", nargs="+", default=["off", "light"], help="of recomputation, of our block")
+    parser.add_argument("--attention", default="auto", help="backend of self-attention")
+    parser.add_argument("--cross-attention", default="auto", help="backend of cross-attention")
+    parser.add_argument("--fp8-backend", choices=["native", "te"], default="native")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of timing, each variant")
+    parser.add_argument("--all", action="store_true", help="eager variants too")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of our block instead")
+    args = parser.parse_args()
+    for case in args.cases:
+        measure(case, args)
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ def _machine() -> dict[str, object]:
     """Returns what a record must name to be compared with another: device, versions and commit."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
         "count": torch.cuda.device_count(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,

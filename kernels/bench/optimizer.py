@@ -1,9 +1,10 @@
-"""A training step with our sharded optimizer and with DeepSpeed's own: seconds, and peak memory of a device.
+"""A training step with our sharded optimizer, as AdamW and as Muon, and with DeepSpeed's own AdamW.
 
 torchrun --nproc-per-node 2 kernels/bench/optimizer.py --depth 8 --data 2 --shape 6 45 80
 
-Blocks of the 10B's width on random samples, through the engine and feed of a run. Both are measured in one launch, for
-gradients that are accumulated in fp32 and in bf16.
+Blocks of the 10B's width on random samples, through the engine and feed of a run. All are measured in one launch, for
+gradients that are accumulated in fp32 and in bf16: milliseconds of a step and, of further steps, of the optimizer's
+part of it (with a synchronization before and after it), and a device's peak memory.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import gc
 import os
 import statistics
 import time
+from collections.abc import Callable
 
 import deepspeed
 import torch
@@ -31,7 +33,7 @@ def deepspeeds_own(module, optimizer, schedule, config: dict):
     return deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
 
 
-def config(args: argparse.Namespace, gradients: str) -> TrainConfig:
+def config(args: argparse.Namespace, gradients: str, kind: str) -> TrainConfig:
     """The run that is measured."""
     world = int(os.environ["WORLD_SIZE"])
     sequence = world // args.data
@@ -44,7 +46,7 @@ def config(args: argparse.Namespace, gradients: str) -> TrainConfig:
             },
             "flow": {"caption_drop": 0.0},
             "parallel": {"data": args.data, "sequence": sequence, "activation_checkpointing": args.level},
-            "optimizer": {"lr": 1e-5},
+            "optimizer": {"kind": kind, "lr": 1e-5},
             "schedule": {"steps": 100, "warmup_steps": 1},
             "checkpoint": {"dir": "unused"},
             "logging": {"dir": "unused"},
@@ -75,18 +77,34 @@ def samples(micro: int, shape: tuple[int, int, int]) -> Batch:
     )
 
 
-def measure(args: argparse.Namespace, make, gradients: str) -> tuple[float, float, float]:
-    """Returns the median seconds of a step, the peak GiB of a device, and the last loss."""
+def timed(step: Callable, times: list[float]) -> Callable:
+    """Makes a function that does what `step` does and appends the seconds that the device took for it."""
+
+    def call(*args, **kwargs):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        result = step(*args, **kwargs)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+        return result
+
+    return call
+
+
+def measure(args: argparse.Namespace, make, gradients: str, kind: str) -> tuple[float, float, float, float]:
+    """Returns the median seconds of a step and of the optimizer in it, the peak GiB of a device, and the last loss."""
     build.make_engine = make
-    settings, shape = config(args, gradients), tuple(args.shape)
+    settings, shape = config(args, gradients, kind), tuple(args.shape)
     process = start_process(settings)
     engine = build.build_engine(settings, process, shape)
     feed = Feed(engine.module, process, settings.data, CHANNELS)
     engine.module.set_shape(shape, args.micro, process.device)
-    parts, times, loss = [samples(args.micro, shape)] * args.accumulation, [], None
-    for step in range(args.steps):
+    parts, times, of_optimizer, loss = [samples(args.micro, shape)] * args.accumulation, [], [], None
+    for step in range(2 * args.steps):
         if step == 2:
             torch.cuda.reset_peak_memory_stats()
+        if step == args.steps:
+            engine.optimizer.step = timed(engine.optimizer.step, of_optimizer)
         torch.cuda.synchronize()
         begin = time.perf_counter()
         loss = engine.train_batch(feed.stage(parts, shape, args.micro, args.accumulation))
@@ -96,7 +114,7 @@ def measure(args: argparse.Namespace, make, gradients: str) -> tuple[float, floa
     del engine, feed
     gc.collect()
     torch.cuda.empty_cache()
-    return statistics.median(times[2:]), peak, loss.item()
+    return statistics.median(times[2 : args.steps]), statistics.median(of_optimizer), peak, loss.item()
 
 
 def main() -> None:
@@ -114,9 +132,16 @@ def main() -> None:
     os.environ.setdefault("LOCAL_SIZE", os.environ["LOCAL_WORLD_SIZE"])  # as DeepSpeed's launcher calls it
     lines = []
     for gradients in ("fp32", "bf16"):
-        for name, make in (("ours", make_engine), ("DeepSpeed's", deepspeeds_own)):
-            seconds, peak, loss = measure(args, make, gradients)
-            lines.append(f"{gradients:9} {name:12} {1000 * seconds:8.1f} ms a step  {peak:6.2f} GiB  loss {loss:.5f}")
+        for name, kind, make in (
+            ("AdamW", "adamw", make_engine),
+            ("Muon", "muon", make_engine),
+            ("DeepSpeed's", "adamw", deepspeeds_own),
+        ):
+            seconds, of_optimizer, peak, loss = measure(args, make, gradients, kind)
+            lines.append(
+                f"{gradients:9} {name:12} {1000 * seconds:8.1f} ms a step  {1000 * of_optimizer:7.1f} ms optimizer  "
+                f"{peak:6.2f} GiB  loss {loss:.5f}"
+            )
     if dist.get_rank() == 0:
         print(f"{torch.cuda.get_device_name()}, {dist.get_world_size()} devices, {vars(args)}")
         print("\n".join(lines))

@@ -43,6 +43,7 @@ class Case:
     averages: int = 0
     steps: int = 6
     is_profiled: bool = True  # one step more
+    memory_gib: float | None = None  # that the levels of "auto" fill, by default the device's
 
     @property
     def gpus(self) -> int:
@@ -67,6 +68,7 @@ class Case:
             "parallel.pipeline": pipeline,
             "parallel.activation_checkpointing": self.level,
             "parallel.offload": self.offload,
+            "parallel.memory_gib": self.memory_gib,
             "deepspeed.data_types.grad_accum_dtype": self.gradients,
             "ema.sigma_rel": [0.05, 0.1][: self.averages],
             "optimizer.lr": 1e-4,
@@ -109,9 +111,13 @@ CASES = (
     Case("4-360p2s-data", (4, 1, 1), CLIP_2S, 8, "selective", micro=3, averages=2),
     Case("4-299k-offload", (1, 4, 1), (83, 90, 160), 4, "attention", "all", steps=3, is_profiled=False),
     Case("4-580k-offload", (1, 4, 1), (161, 90, 160), 2, "attention", "all", steps=3, is_profiled=False),
-    Case("4-10b-720p5s", (1, 4, 1), HD_5S, 56, "auto"),
+    Case("4-10b-720p5s", (1, 4, 1), HD_5S, 56, "auto", memory_gib=129.0, steps=5, is_profiled=False),
     Case("4-10b-720p5s-selective", (1, 4, 1), HD_5S, 56, "selective", steps=4, is_profiled=False),
     Case("4-10b-580k", (1, 4, 1), (161, 90, 160), 56, "attention", "all", steps=2, is_profiled=False),
+    Case("8-10b-720p5s-data", (2, 4, 1), HD_5S, 56, "auto", steps=5, is_profiled=False),
+    Case("8-10b-720p5s-sequence", (1, 8, 1), HD_5S, 56, "auto", accumulation=2, steps=5, is_profiled=False),
+    Case("8-10b-720p5s-pipeline", (1, 4, 2), HD_5S, 56, "auto", accumulation=4, steps=5, is_profiled=False),
+    Case("8-10b-580k", (1, 8, 1), (161, 90, 160), 56, "attention", "all", steps=2, is_profiled=False),
 )
 TOY = (
     Case("toy-1", (1, 1, 1), (2, 4, 6), 2, "light", micro=2, accumulation=2, steps=3, is_profiled=True),
@@ -332,7 +338,7 @@ def start_ranks(args: argparse.Namespace, gpus: int, names: Sequence[str], secon
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes data and starts the cases' processes; returns the exit status, 1 if a case failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4], help="cases on so many GPUs")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4, 8], help="cases on so many GPUs")
     parser.add_argument("--only", nargs="+", help="names of cases")
     parser.add_argument("--out", type=Path, required=True, help="folder of the records")
     parser.add_argument("--work", type=Path, default=Path("/tmp/plan_runs"), help="folder of data and logs")

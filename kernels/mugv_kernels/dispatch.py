@@ -10,6 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from mugv_kernels import fp8 as _fp8
 from mugv_kernels import gated_residual as _gated_residual
 from mugv_kernels import gelu as _gelu
 from mugv_kernels import head_norm as _head_norm
@@ -142,6 +143,11 @@ def qk_norm_rope(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, s
     """
     run = _qk_norm_rope.qk_norm_rope if _uses_triton(qkv) else _qk_norm_rope.qk_norm_rope_reference
     return run(qkv, q_weight, k_weight, cos, sin, ranks)
+
+
+def fp8_operations(x: Tensor) -> _fp8.Operations:
+    """Returns the operations that round x, or what is computed of it, to fp8; see `mugv_kernels.fp8`."""
+    return _fp8.KERNELS if _uses_triton(x) else _fp8.REFERENCES
 
 
 def _uses_triton(x: Tensor) -> bool:

@@ -12,12 +12,13 @@ marker first. So whoever sees a marker finds what it names, though nothing is ev
 
 import contextlib
 import json
+import os
 import re
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -129,6 +130,18 @@ class Place(Protocol):
     def free_bytes(self) -> int | None:
         """First: returns how much space there is; None where there is no bound."""
 
+    def probe(self, name: str, count: int) -> float:
+        """Writes so many bytes to where a checkpoint's file belongs, under a name of this rank's own, and removes them.
+
+        It is called before `open`, while another run may use the place.
+
+        Returns:
+            The seconds until they were there.
+
+        Raises:
+            OSError: they could not be written.
+        """
+
 
 def place_of(section: CheckpointSection, rank: int = 0) -> Place:
     """Returns where the checkpoints of a run are, for one of its ranks.
@@ -223,6 +236,9 @@ class FolderPlace(Place):
 
     def free_bytes(self) -> int | None:
         return files.free_bytes(self._run)
+
+    def probe(self, name: str, count: int) -> float:
+        return _probe(self._run / name, count)
 
 
 class ObjectPlace(Place):
@@ -355,6 +371,12 @@ class ObjectPlace(Place):
     def free_bytes(self) -> int | None:
         return None
 
+    def probe(self, name: str, count: int) -> float:
+        """Passes through the local folder, as checkpoints do. See `Place`."""
+        seconds = _probe(self._own / name, count, lambda file: self._objects.upload(file, name))
+        self._objects.remove([name])
+        return seconds
+
 
 def fetch_file(objects: ObjectFolder, path: str, local: Path, entry: FileEntry) -> None:
     """Downloads a file of a checkpoint, which is there as a whole, with the content that was written, or not at all.
@@ -474,3 +496,16 @@ class ObjectLock:
 
 def _marker(step: int) -> str:
     return f"{files.step_name(step)}/{MANIFEST_NAME}"
+
+
+def _probe(file: Path, count: int, then: Callable[[Path], None] = lambda _: None) -> float:
+    """The seconds in which a file of so many bytes is written, and `then` done with it; it is removed again."""
+    content = os.urandom(count)  # which no file system compresses
+    file.parent.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    try:
+        files.write_durably(file, content)
+        then(file)
+        return time.perf_counter() - began
+    finally:
+        file.unlink(missing_ok=True)

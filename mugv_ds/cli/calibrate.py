@@ -11,14 +11,13 @@ the end; those of a run that was cut short are taken in by the next, or by --onl
 import argparse
 import gc
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,6 +59,7 @@ from mugv_ds.plan.calibration import (
     load_calibration,
     machine_name,
 )
+from mugv_ds.preflight.measure import Clock, collective_call, copy_call
 from mugv_kernels.qk_norm_rope import ROW
 
 TEXT_TOKENS = 300
@@ -67,8 +67,6 @@ LEVELS = ("off", "light", "selective", "attention", "full")
 # In the order in which they are measured: what takes seconds first.
 _PARTS = ("groups", "copies", "optimizer", "ends", "attention", "rest", "blocks", "products")
 _MIB = 1 << 20
-_REPEATS = 20  # most passes that a median is taken of
-_CYCLES = 2e9  # of a GPU's clock, a second, or somewhat more
 
 
 @dataclass(frozen=True)
@@ -148,68 +146,6 @@ class _Values(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do: Tensor) -> Tensor:
         return do.new_empty(*ctx.shape[:-1], ROW)[..., :HEAD_DIM].copy_(do.unsqueeze(2))
-
-
-class Clock:
-    """Times calls on a device. enough: seconds that the passes of one measurement may take together."""
-
-    def __init__(self, device: torch.device, enough: float) -> None:
-        self.device, self._enough = device, enough
-
-    def wait(self) -> None:
-        """Waits until the device has done all."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def __call__(self, *calls: Callable[[], object], warm: bool = True) -> list[float]:
-        """Returns the median seconds that the device takes for each of some calls; see `both`."""
-        return self.both(*calls, warm=warm)[0]
-
-    def both(self, *calls: Callable[[], object], warm: bool = True) -> tuple[list[float], list[float]]:
-        """Returns the median seconds of each of some calls, which are made one after the other, all of them again.
-
-        The device is kept busy until the host has launched all calls, so that it does not have to wait for the host
-        between them.
-
-        Args:
-            warm: whether a first pass, which may compile, is left out.
-
-        Returns:
-            Those of the device, and those in which the host launched them; 0 where the two are the same.
-        """
-        if warm:
-            self.once(calls)
-        first = self.once(calls)
-        ahead = 1.5 * sum(first[1])
-        repeats = int(self._enough / max(sum(first[0]) + ahead, 1e-9))
-        passes = [self.once(calls, ahead) for _ in range(min(repeats, _REPEATS))] or [first]
-        device, host = zip(*passes, strict=True)
-        return tuple([statistics.median(times) for times in zip(*of, strict=True)] for of in (device, host))
-
-    def once(self, calls: Sequence[Callable[[], object]], ahead: float = 0.0) -> tuple[list[float], list[float]]:
-        """Makes the calls; returns their seconds on the device and on the host. ahead: seconds that the host gets."""
-        marks = []
-        if self.device.type != "cuda":
-            for call in calls:
-                marks.append(time.perf_counter())
-                call()
-            marks.append(time.perf_counter())
-            return [after - before for before, after in pairwise(marks)], [0.0] * len(calls)
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
-        self.wait()
-        if ahead:
-            torch.cuda._sleep(int(ahead * _CYCLES))
-        events[0].record()
-        for event, call in zip(events[1:], calls, strict=True):
-            marks.append(time.perf_counter())
-            call()
-            event.record()
-        marks.append(time.perf_counter())
-        self.wait()
-        return (
-            [a.elapsed_time(b) / 1000 for a, b in pairwise(events)],
-            [after - before for before, after in pairwise(marks)],
-        )
 
 
 class Work(NamedTuple):
@@ -418,12 +354,9 @@ class Bench:
 
     def copy(self, kind: str, count: int) -> CopyPoint:
         """Measures a copy between the device and pinned host memory, or on the device."""
-        here, there = (torch.empty(count, dtype=torch.uint8, device=self.device) for _ in range(2))
-        if kind != "on_device":
-            there = torch.empty(count, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        to, source = (here, there) if kind == "to_device" else (there, here)
+        call = copy_call(kind, count, self.device)
         meet()
-        (seconds,) = self.clock(lambda: to.copy_(source, non_blocking=True))
+        (seconds,) = self.clock(call)
         return CopyPoint(kind=kind, bytes=count, seconds=slowest(seconds))  # the devices of a host share its memory
 
     def launch(self) -> float:
@@ -478,28 +411,13 @@ class Groups:
 
     def _call(self, kind: str, ranks: int, count: int) -> Callable[..., object]:
         """What runs a collective of so many bytes, asynchronously on request."""
-        group, device = self._groups[ranks], self.clock.device
-        whole = torch.ones(count // 2 // ranks * ranks, dtype=torch.bfloat16, device=device)
-        other, part = torch.empty_like(whole), torch.empty_like(whole[: len(whole) // ranks])
-        given = {
-            "all_to_all": (dist.all_to_all_single, other, whole),
-            "reduce_scatter": (dist.reduce_scatter_tensor, part, whole),
-            "all_gather": (dist.all_gather_into_tensor, whole, part),
-            "all_reduce": (dist.all_reduce, whole),
-        }
-        function, *tensors = given[kind]
-        return lambda **how: function(*tensors, group=group, **how)
+        return collective_call(kind, count, self._groups[ranks], self.clock.device)
 
     def collective(self, kind: str, ranks: int, count: int) -> CollectivePoint:
         """Measures a collective; of the ranks' times the longest is taken."""
         meet()
-        (seconds,) = self._fixed(self._call(kind, ranks, count))
+        (seconds,) = self.clock.fixed(self._call(kind, ranks, count))
         return CollectivePoint(kind=kind, ranks=ranks, bytes=count, seconds=slowest(seconds))
-
-    def _fixed(self, *calls: Callable[[], object], repeats: int = 10) -> list[float]:
-        """Median seconds of the calls, over as many passes on all ranks."""
-        times = [self.clock.once(calls)[0] for _ in range(repeats + 2)]
-        return [statistics.median(of) for of in zip(*times[2:], strict=True)]
 
     def send(self, count: int) -> CollectivePoint:
         """Measures sending to the next rank and back, of which half is taken."""
@@ -513,7 +431,7 @@ class Groups:
                     function(tensor, there)
 
         meet()
-        (seconds,) = self._fixed(there_and_back)
+        (seconds,) = self.clock.fixed(there_and_back)
         return CollectivePoint(kind="send", ranks=2, bytes=count, seconds=slowest(seconds / 2))
 
     def overlap(self, ranks: int) -> Overlap:
@@ -533,9 +451,9 @@ class Groups:
                 work.wait()
 
         meet()
-        times = [slowest(seconds) for seconds in self._fixed(products, reduce)]
+        times = [slowest(seconds) for seconds in self.clock.fixed(products, reduce)]
         reductions = max(int(times[0] / max(times[1], 1e-9)), 1)  # about as long as the products take
-        (together,) = self._fixed(both)
+        (together,) = self.clock.fixed(both)
         return Overlap(
             ranks=ranks,
             products_s=times[0],

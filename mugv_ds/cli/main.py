@@ -30,6 +30,7 @@ COMMANDS = {
     "balance": Command("mugv_ds.cli.balance", "print how evenly a config loads its data ranks"),
     "plan": Command("mugv_ds.cli.plan", "find the fastest layout that fits some number of GPUs"),
     "calibrate": Command("mugv_ds.cli.calibrate", "measure this machine's GPUs for the planner", launched=True),
+    "preflight": Command("mugv_ds.cli.preflight", "check every rank's machine before a run", launched=True),
     "train": Command("mugv_ds.train", "train the DiT", launched=True),
     "train-vae": Command("mugv_ds.train_vae", "train the VideoVAE", launched=True),
     "reference": Command("mugv_ds.cli.reference", "write a frozen reference's losses for DPO or KTO", launched=True),

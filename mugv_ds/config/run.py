@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
+from mugv_ds.config.operation_schema import PreflightSection
 from mugv_ds.config.schema import (
     CheckpointSection,
     GuardSection,
@@ -46,6 +47,7 @@ class RunConfig(Protocol):
     logging: LoggingSection
     preview: Showing
     guard: GuardSection
+    preflight: PreflightSection
     deepspeed: dict[str, Any]
 
     @property

@@ -11,10 +11,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from mugv_ds.config.model import HEAD_DIM, PRESETS, DiTConfig
+from mugv_ds.config.operation_schema import MonitorSection, PreflightSection
 from mugv_ds.config.post_training_schema import LoraSection, PreferenceSection, RewardSection
 from mugv_ds.config.power_profile import MAX_SIGMA_REL
 from mugv_ds.config.section import Count, Decay, Ranks, Samples, Section, Share, Size, Steps, StepsOrNever, Tokens
 from mugv_ds.config.url import Place, is_url
+
+BlockNumber = Annotated[int, Field(ge=0, lt=1024)]
 
 
 class ModelSection(Section):
@@ -30,7 +33,13 @@ class ModelSection(Section):
     precision: Literal["bf16", "fp8", "fp32"] = Field(
         "bf16",
         description="Dtype of weights and activations; fp32 for tests. fp8 is bf16 with the products of the blocks' "
-        "large linears in fp8, through Transformer Engine; experimental: never measured here.",
+        "large linears in fp8, each factor scaled by its own largest value (docs/performance.md, fp8).",
+    )
+    fp8_backend: Literal["native", "te"] = Field(
+        "native", description="What computes in fp8: kernels of this package, or Transformer Engine."
+    )
+    fp8_blocks: tuple[BlockNumber, BlockNumber] | None = Field(
+        None, description="First and last block, counted from 0, that compute in fp8; null for all of them."
     )
     attention: Literal["auto", "flash4", "flash4_padded", "flash2", "cudnn", "sdpa", "te"] = Field(
         "auto",
@@ -43,6 +52,11 @@ class ModelSection(Section):
     def dtype(self) -> Literal["bf16", "fp32"]:
         """Returns the dtype of weights and activations; with fp8 that is bf16."""
         return "fp32" if self.precision == "fp32" else "bf16"
+
+    def blocks_in_fp8(self) -> range:
+        """Returns the numbers of the blocks that compute in fp8, if `precision` is fp8."""
+        first, last = self.fp8_blocks or (0, self.dit().depth - 1)
+        return range(first, last + 1)
 
     def dit(self) -> DiTConfig:
         """Returns the sizes of the model: the preset with this section's overrides.
@@ -226,9 +240,10 @@ class ParallelSection(Section):
         "outputs of the large linears, that is qkv before its norm, GELU's input and the feed-forward layer's output; "
         "15.3. What lies between self-attention and the feed-forward layer (the projection of o, the residual, "
         "cross-attention) is computed again. off: that too is saved; 20.3. The outputs of modulated LayerNorms and of "
-        "GELU are saved at no level (but with fp8), as computing them again costs next to nothing. docs/performance.md "
-        "has times and peaks. A list has a level for each block of the model. auto: each block's level so that the "
-        "predicted memory fills the device (see memory_gib) and the step is predicted to be the fastest.",
+        "GELU are saved at no level (but through Transformer Engine), as computing them again costs next to nothing. "
+        "docs/performance.md has times and peaks. A list has a level for each block of the model. auto: each block's "
+        "level so that the predicted memory fills the device (see memory_gib) and the step is predicted to be the "
+        "fastest.",
     )
     memory_gib: Annotated[float, Field(gt=0, le=10_000)] | None = Field(
         None,
@@ -474,6 +489,9 @@ class EvaluationSection(SampledSection):
 class GuardSection(Section):
     """Limits at which a run skips, goes back or ends. All values are ours: the source gives none."""
 
+    preflight: bool = Field(
+        False, description="Check every rank's machine before the run, within the bounds of the section preflight."
+    )
     max_skips: Count = Field(
         5,
         description="Steps in a row without an update, because loss or gradient were not finite, after which the run "
@@ -537,6 +555,8 @@ class TrainConfig(Section):
     preview: PreviewSection = PreviewSection()
     evaluation: EvaluationSection = EvaluationSection()
     guard: GuardSection = GuardSection()
+    preflight: PreflightSection = PreflightSection()
+    monitor: MonitorSection = MonitorSection()
     preference: PreferenceSection | None = None
     reward: RewardSection | None = None
     lora: LoraSection | None = None
@@ -569,6 +589,12 @@ class TrainConfig(Section):
             raise ValueError(
                 f'model.precision = "fp8": takes widths that are multiples of 16, hidden_size is {dit.hidden_size}; '
                 "use an even model.num_heads, or bf16"
+            )
+        in_fp8 = self.model.blocks_in_fp8()
+        if not in_fp8 or in_fp8[-1] >= dit.depth:
+            raise ValueError(
+                f"model.fp8_blocks = {list(self.model.fp8_blocks)}: must be the first and the last of some of the "
+                f"blocks 0 to {dit.depth - 1}; or leave it out"
             )
         levels = self.parallel.activation_checkpointing
         if isinstance(levels, list) and len(levels) != dit.depth:

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from mugv_ds.config.errors import ConfigError
 from mugv_ds.config.model import LATENT_STRIDE
+from mugv_ds.config.operation_schema import PreflightSection
 from mugv_ds.config.schema import (
     CheckpointSection,
     GuardSection,
@@ -211,6 +212,7 @@ class VaeTrainConfig(Section):
     logging: LoggingSection
     preview: VaePreviewSection = VaePreviewSection()
     guard: GuardSection = GuardSection()
+    preflight: PreflightSection = PreflightSection()
     deepspeed: dict[str, Any] = Field(
         default_factory=dict, description="Passed on to DeepSpeed after its keys are checked."
     )

@@ -8,7 +8,7 @@ import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import nn
 
-from mugv_ds.config.deepspeed import deepspeed_config
+from mugv_ds.config.deepspeed import deepspeed_config, gradient_accumulation
 from mugv_ds.config.schema import OptimizerSection, TrainConfig
 from mugv_ds.engine.distributed_optimizer import make_engine
 from mugv_ds.engine.objective import Objective
@@ -47,11 +47,10 @@ def build_engine(
         ConfigError: fp8 is asked for and cannot run here. PeerError: or on another rank.
     """
     if config.model.precision == "fp8":
-        process.host.attempt(lambda: check_fp8(process.device))
+        process.host.attempt(lambda: check_fp8(process.device, config.model.fp8_backend))
     module = build_stage(config, process, shape)
     if config.model.precision == "fp8":
-        for block in module.blocks:
-            use_fp8(block)
+        put_in_fp8(module, config, process.layout.data)
     if config.model.compile:
         switched = config.lora is not None and config.preference is not None  # blocks run with adapters on and off
         compile_blocks(module.blocks, shapes * 2 if switched else shapes)
@@ -62,6 +61,17 @@ def build_engine(
     optimizer = make_optimizer(module.named_layers(), config.optimizer, config.widths, process.device)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_factor, config.schedule))
     return make_engine(module, optimizer, schedule, deepspeed_config(config, process.layout.data))
+
+
+def put_in_fp8(module: DiTPipeline, config: TrainConfig, replicas: int) -> None:
+    """Puts those of a stage's blocks into fp8 that the config names.
+
+    Weights are rounded once a step where it has several micro-batches.
+    """
+    keeps_weights = config.data.budget is not None or gradient_accumulation(config, replicas) > 1
+    for number, block in enumerate(module.blocks, start=module.first_block):
+        if number in config.model.blocks_in_fp8():
+            use_fp8(block, config.model.fp8_backend, keeps_weights)
 
 
 def build_stage(config: TrainConfig, process: Process, shape: tuple[int, int, int]) -> DiTPipeline:

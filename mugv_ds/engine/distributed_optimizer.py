@@ -178,6 +178,7 @@ class DistributedOptimizer:
             self._buckets += buckets
         self.shards = {parameter: shard for bucket in self._buckets for parameter, shard in bucket.shards()}
         self._pre_hooks: list[Callable[[DistributedOptimizer], None]] = []
+        self._post_hooks: list[Callable[[DistributedOptimizer], None]] = []
         self._communication_dtype = communication_dtype
         self._buffers: list[Tensor] = []
         self._on_their_way: deque[_Reduction] = deque()
@@ -191,6 +192,10 @@ class DistributedOptimizer:
     def register_step_pre_hook(self, hook: "Callable[[DistributedOptimizer], None]") -> None:
         """Has a function called before each part of a step, while the weights of that part have their gradients."""
         self._pre_hooks.append(hook)
+
+    def register_step_post_hook(self, hook: "Callable[[DistributedOptimizer], None]") -> None:
+        """Likewise after each part of a step, while its weights, which are new, still have their gradients."""
+        self._post_hooks.append(hook)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -294,12 +299,14 @@ class DistributedOptimizer:
 
     @contextmanager
     def _gradients(self, part: Sequence[Bucket]) -> Iterator[None]:
-        """Gives the weights of a part their gradients for the while of the context, and calls the hooks."""
+        """Gives the weights of a part their gradients in the context; calls the hooks at its beginning and end."""
         for bucket in part:
             bucket.master.grad = bucket.gradient.float()
         for hook in self._pre_hooks:
             hook(self)
         yield
+        for hook in self._post_hooks:
+            hook(self)
         for bucket in part:
             bucket.master.grad = None
 
@@ -332,6 +339,8 @@ class DistributedOptimizer:
         """Rounds this rank's piece of a bucket, and starts to gather the others'; returns what to wait for."""
         with torch.no_grad():
             bucket.own.copy_(bucket.master)
+        # The parameters are views that autograd does not know of: what is kept of them elsewhere has to see the change.
+        torch.autograd.graph.increment_version([slot.parameter for slot in bucket.slots])
         if self._replicas == 1:
             return None
         return comm.all_gather_into_tensor(bucket.weights, bucket.own, group=self.dp_process_group, async_op=True)

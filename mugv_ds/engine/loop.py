@@ -17,9 +17,11 @@ from mugv_ds.engine.evaluate.evaluate import Evaluator
 from mugv_ds.engine.evaluate.reference import ReferenceModel, measure_held_out
 from mugv_ds.engine.evaluate.validate import Validation
 from mugv_ds.engine.feed import Feed
+from mugv_ds.engine.guard.alarms import alarms
 from mugv_ds.engine.guard.guard import Guard, StepResult
 from mugv_ds.engine.guard.stopping import stop_if_asked
 from mugv_ds.engine.metrics import Expected, OptimizerProbe, Recorder
+from mugv_ds.engine.monitor import Monitor
 from mugv_ds.engine.preview import Evaluations, Previews
 from mugv_ds.engine.process import Process
 from mugv_ds.engine.reward.rounds import Rounds
@@ -71,6 +73,7 @@ class Trainer(StepLoop):
         self.validation = Validation(config.preference, data, held_out, self.evaluator)
         parameters = sum(p.numel() for p in engine.module.parameters() if p.requires_grad)
         self.probe = OptimizerProbe(engine.optimizer, parameters, process.layout.replicas)
+        self.monitor = Monitor(config, process, engine.module, engine.optimizer)
         self.guard = Guard(
             config, process, engine.module.blocks[0].mlp, engine.module.parameters, self._explain, self._items
         )
@@ -107,7 +110,8 @@ class Trainer(StepLoop):
         work = self._prepare(planned, batches)
         self.probe.armed = recorder.due(step)
         rate = self.config.optimizer.lr * rate_factor(self.config.schedule, self.engine.lr_scheduler.last_epoch)
-        loss = self.engine.train_batch(work)
+        with self.monitor.watching(step):
+            loss = self.engine.train_batch(work)
         if self.engine.was_step_applied():
             self.ema.update(step + 1)
         if self.rounds is not None:
@@ -115,6 +119,10 @@ class Trainer(StepLoop):
         self._note(planned, loss, recorder)
         if recorder.due(step):
             self._record(step + 1, planned, rate, recorder)
+        if self.monitor.due(step):
+            readings = self.monitor.read()
+            recorder.write(step + 1, readings.scalars().items())
+            self.guard.raise_alarms(step + 1, alarms(readings.of_blocks, self.config.monitor))
         return StepResult(float(loss), self.engine.was_step_applied(), planned.samples)
 
     def _prepare(self, planned: PlannedStep, batches: list[Batch] | None) -> Iterator[tuple]:

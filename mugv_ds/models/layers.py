@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mugv_ds.config.model import HEAD_DIM, DiTConfig
 from mugv_ds.models.attention import Attention, GroupedAttention, MaskedAttention, attend_packed, masked_attention
+from mugv_ds.models.fp8_products import fp8_linear, fp8_modulated_linear, fp8_modulated_mlp
 from mugv_ds.models.kept_attention import Keep, Kept, KeptAttention, on_device
 from mugv_ds.models.lora import adapter_of, plus_adapter
 from mugv_ds.models.modulated import modulated_linear, modulated_mlp
@@ -81,29 +82,40 @@ class FeedForward(Mlp):
 
     def forward(self, x_BND: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor]:
         """Returns the output without the last bias [B, N, D], and that bias [D], which the gated residual adds."""
-        if _in_fp8(self.fc1):
-            return _unbiased(self.fc2, F.gelu(_modulated(self.fc1, x_BND, modulation), approximate="tanh"))
-        weights = self.fc1.weight, self.fc1.bias, self.fc2.weight
-        return modulated_mlp(x_BND, *modulation, *weights, adapter_of(self.fc1), adapter_of(self.fc2)), self.fc2.bias
+        fc1, fc2 = self.fc1, self.fc2
+        if isinstance(fc1, nn.Linear):
+            adapters = adapter_of(fc1), adapter_of(fc2)
+            return modulated_mlp(x_BND, *modulation, fc1.weight, fc1.bias, fc2.weight, *adapters), fc2.bias
+        if _is_fused_fp8(fc1) and _is_fused_fp8(fc2):
+            return fp8_modulated_mlp(x_BND, *modulation, fc1.rounded, fc1.bias, fc2.rounded), fc2.bias
+        return _unbiased(fc2, F.gelu(_modulated(fc1, x_BND, modulation), approximate="tanh"))
 
 
-def _in_fp8(linear: nn.Module) -> bool:
-    """Tells whether `models.fp8` has replaced the linear, which then adds its bias itself and keeps its own input."""
-    return not isinstance(linear, nn.Linear)
+def _is_fused_fp8(linear: nn.Module) -> bool:
+    """Tells whether a linear is an fp8 one of ours that rounds what is computed on the way: one without an adapter,
+    which has to see its input in bf16."""
+    return hasattr(linear, "rounded") and adapter_of(linear) is None
 
 
 def _modulated(linear: nn.Module, x_BND: Tensor, modulation: Modulation) -> Tensor:
-    """Returns `linear` of the modulated LayerNorm of x, whose output is saved for the backward pass only in fp8."""
-    if _in_fp8(linear):
-        return _adapted(linear, modulate(x_BND, *modulation))
-    return modulated_linear(x_BND, *modulation, linear.weight, linear.bias, adapter_of(linear))
+    """Returns `linear` of the modulated LayerNorm of x.
+
+    The LayerNorm's output is saved for the backward pass only by fp8 linears that are not fused with it.
+    """
+    if isinstance(linear, nn.Linear):
+        return modulated_linear(x_BND, *modulation, linear.weight, linear.bias, adapter_of(linear))
+    if _is_fused_fp8(linear):
+        return fp8_modulated_linear(x_BND, *modulation, linear.rounded, linear.bias)
+    return _adapted(linear, modulate(x_BND, *modulation))
 
 
 def _unbiased(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """Returns x·Wᵀ and the bias for the caller to add, which is zero where the linear adds its own."""
-    if _in_fp8(linear):
-        return _adapted(linear, x), torch.zeros_like(linear.bias)
-    return plus_adapter(F.linear(x, linear.weight), linear, x), linear.bias
+    if isinstance(linear, nn.Linear):
+        return plus_adapter(F.linear(x, linear.weight), linear, x), linear.bias
+    if hasattr(linear, "rounded"):
+        return plus_adapter(fp8_linear(x, linear.rounded, None), linear, x), linear.bias
+    return _adapted(linear, x), torch.zeros_like(linear.bias)
 
 
 def _adapted(linear: nn.Module, x: Tensor) -> Tensor:
@@ -249,7 +261,7 @@ class Block(nn.Module):
                 "off": also what lies between self-attention and the feed-forward layer: the projection of o, the
                     residual after it, cross-attention's q before and after its norm, and its o (5).
                 No level saves the outputs of the modulated LayerNorms or of GELU (see `models.modulated`), except that
-                the fp8 linears save their input.
+                Transformer Engine's fp8 linears, and those of ours with an adapter, save their input.
         """
         if recompute == "full":
             return _checkpoint(self.forward, x_BND, condition, attention)
@@ -288,6 +300,14 @@ class Block(nn.Module):
         shift, scale, *_ = self._rows(condition)
         modulation = Modulation(shift, scale, condition.clean_BN)
         return self.attn.project(x_BND, modulation, condition.cos, condition.sin, groups)
+
+    def queries_keys(self, x_BND: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """Returns q and k of self-attention, normalised and rotated, [B, N, H, 72] each, of what the block is given.
+
+        Each token's depend on that token alone, so that x and condition may be those of some tokens.
+        """
+        q_BNHd, k_BNHd, _ = self._before_attention(x_BND, condition, 1).squeeze(0).unbind(2)
+        return q_BNHd, k_BNHd
 
     def _after_attention(self, x_BND: Tensor, o: Tensor, condition: Condition) -> Tensor:
         """Adds self-attention's projected o [B, N, H, 72], then cross-attention, to x."""

@@ -1,10 +1,9 @@
-"""What kind of parameter each is: which Muon moves, in which chunks, and how rates and initial sizes follow the width.
+"""What kind of parameter is which, by its published name: the matrices that Muon moves, the rule for the width, groups.
 
-This is the one place that says so. The rule for the width is µP for diffusion transformers (Zheng et al. 2025, "Scaling
-Diffusion Transformers Efficiently via µP", arXiv 2505.15270; Yang et al. 2022, "Tensor Programs V", table 8): a rate
-that was tuned at the width R is right at a width D, of the same depth and width of a head, after it is multiplied by
-R/D to the power in `RATE`. The initial standard deviation is that at R, of hidden matrices times √(R/D), of the output
-0.
+The rule for the width is µP for diffusion transformers (Zheng et al. 2025, "Scaling Diffusion Transformers Efficiently
+via µP", arXiv 2505.15270; Yang et al. 2022, "Tensor Programs V", table 8): a rate that was tuned at the width R is
+right at a width D, of the same depth and width of a head, after it is multiplied by R/D to the power in `RATE`. The
+initial standard deviation is that at R, of hidden matrices times √(R/D), of the output 0.
 
 Adam moves every element by about the rate, whatever the gradient's size. A matrix of n columns then moves its output n
 times as far, where all moves agree; so where n grows with the width, the rate falls with it.
@@ -21,11 +20,11 @@ and published weights load as they are.
 
 from typing import Literal
 
-Kind = Literal["input", "hidden", "output"]
+Role = Literal["input", "hidden", "output"]
 Mover = Literal["adamw", "rms", "spectral"]  # AdamW, or Muon with this scale of its updates
 
 # Exponent of R/D that the learning rate is multiplied by.
-RATE: dict[tuple[Kind, Mover], float] = {
+RATE: dict[tuple[Role, Mover], float] = {
     ("input", "adamw"): 0.0,  # from pixels, sinusoids and text features; tables, tokens, biases, norms
     ("hidden", "adamw"): 1.0,  # matrices from a hidden vector to hidden vectors
     ("hidden", "rms"): 0.5,
@@ -45,6 +44,17 @@ CHUNKS = {
     "mlp.fc2.weight": 1,
     "t_block.1.weight": 6,
 }
+# Groups whose norms are watched, by the part of a block, or of the model, that a name begins with.
+KINDS = ("embedders", "modulation", "attention", "cross_attention", "feed_forward", "final_layer")
+_KIND_OF_PART = {
+    "scale_shift_table": "modulation",
+    "attn": "attention",
+    "cross_attn": "cross_attention",
+    "cross_attn_norm": "cross_attention",
+    "mlp": "feed_forward",
+    "t_block": "modulation",
+    "final_layer": "final_layer",
+}
 _BLOCK = "blocks."  # before the names of a block's parameters; `t_block` is the model's
 _HIDDEN_EMBEDDERS = ("t_embedder.mlp.2.weight", "fps_embedder.mlp.2.weight", "y_embedder.y_proj.fc2.weight")
 
@@ -55,8 +65,8 @@ def chunks_of(name: str) -> int | None:
     return CHUNKS.get(ending)
 
 
-def kind_of(name: str) -> Kind:
-    """Returns the kind of a parameter, by its published name."""
+def role_of(name: str) -> Role:
+    """Returns the role of a parameter in the rule for the width, by its published name."""
     if name == "final_layer.linear.weight":
         return "output"
     return "hidden" if chunks_of(name) is not None or name in _HIDDEN_EMBEDDERS else "input"
@@ -68,7 +78,7 @@ def rate_multiplier(name: str, mover: Mover, width: int, reference: int) -> floa
     Args:
         name: published. mover: what moves it.
     """
-    return (reference / width) ** RATE[kind_of(name), mover]
+    return (reference / width) ** RATE[role_of(name), mover]
 
 
 def initial_multiplier(name: str, width: int, reference: int, columns: int) -> float:
@@ -84,6 +94,12 @@ def initial_multiplier(name: str, width: int, reference: int, columns: int) -> f
         return (width / reference) ** 0.5
     if name == "x_embedder.proj.weight":
         return ((columns + width) / (columns + reference)) ** 0.5
-    if kind_of(name) == "hidden" and not name.startswith(_BLOCK):
+    if role_of(name) == "hidden" and not name.startswith(_BLOCK):
         return (reference / width) ** 0.5
     return 1.0
+
+
+def kind_of(name: str) -> str:
+    """Returns which of `KINDS` a parameter is of, by its published name."""
+    part = name.split(".")[2 if name.startswith(_BLOCK) else 0]
+    return _KIND_OF_PART.get(part, "embedders")

@@ -135,20 +135,20 @@ def _fake_gradients(
     """Returns what `_through_modulation` does, uninitialised; needs: of x, shift and scale, weight."""
     needs_x, needs_rows, needs_weight = needs
     return (
-        _empty(x, needs_x or needs_rows),
-        _empty(scale, needs_rows),
-        _empty(scale, needs_rows),
-        _empty(weight, needs_weight),
-        *(x.new_empty(0) if factor is None else _empty(factor, True) for factor in (a, b)),
+        empty(x, needs_x or needs_rows),
+        empty(scale, needs_rows),
+        empty(scale, needs_rows),
+        empty(weight, needs_weight),
+        *(x.new_empty(0) if factor is None else empty(factor, True) for factor in (a, b)),
     )
 
 
-def _empty(like: Tensor, needed: bool) -> Tensor:
+def empty(like: Tensor, needed: bool) -> Tensor:
     """Returns an uninitialised tensor of the shape of `like`, or without elements; for the fake implementations."""
     return like.new_empty(like.shape if needed else 0)
 
 
-def _given(gradients: tuple[Tensor, ...], wanted: tuple[bool, ...]) -> list[Tensor | None]:
+def given(gradients: tuple[Tensor, ...], wanted: tuple[bool, ...]) -> list[Tensor | None]:
     """Returns the gradients that autograd wants, and None for the others."""
     return [gradient if needed else None for gradient, needed in zip(gradients, wanted, strict=True)]
 
@@ -209,7 +209,7 @@ def _linear_save(ctx, inputs: tuple[Tensor | None, ...], output: Tensor) -> None
 def _linear_differentiate(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
     x, shift, scale, _, weight, bias, a, b = ctx.needs_input_grad
     found = _linear_backward(gradient, *ctx.saved_tensors, x, shift or scale, weight, bias)
-    dx, dshift, dscale, dweight, da, db, dbias = _given(found, (x, shift, scale, weight, a, b, bias))
+    dx, dshift, dscale, dweight, da, db, dbias = given(found, (x, shift, scale, weight, a, b, bias))
     return dx, dshift, dscale, None, dweight, dbias, da, db
 
 
@@ -283,8 +283,8 @@ def _(
     return (
         *_fake_gradients(x, scale, w1, lora_a1, lora_b1, [needs_x, needs_rows, needs_w1]),
         w1.new_empty(len(w1)),
-        _empty(w2, needs_w2),
-        *(x.new_empty(0) if factor is None else _empty(factor, True) for factor in (lora_a2, lora_b2)),
+        empty(w2, needs_w2),
+        *(x.new_empty(0) if factor is None else empty(factor, True) for factor in (lora_a2, lora_b2)),
     )
 
 
@@ -299,7 +299,7 @@ def _mlp_differentiate(ctx, gradient: Tensor, _) -> tuple[Tensor | None, ...]:
     x, shift, scale, _, w1, b1, w2, a1, lora_b1, a2, lora_b2 = ctx.needs_input_grad
     found = _mlp_backward(gradient, *ctx.saved_tensors, x, shift or scale, w1, w2)
     wanted = x, shift, scale, w1, a1, lora_b1, b1, w2, a2, lora_b2
-    dx, dshift, dscale, dw1, da1, d_lora_b1, db1, dw2, da2, d_lora_b2 = _given(found, wanted)
+    dx, dshift, dscale, dw1, da1, d_lora_b1, db1, dw2, da2, d_lora_b2 = given(found, wanted)
     return dx, dshift, dscale, None, dw1, db1, dw2, da1, d_lora_b1, da2, d_lora_b2
 
 

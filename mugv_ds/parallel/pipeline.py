@@ -178,8 +178,8 @@ class DiTPipeline(PipelineModule):
             super().__init__(specs, topology=topology, loss_fn=self._record_loss)
         self.config, self.ulysses, self.loss = config, ulysses, loss
         levels = [recompute] * config.depth if isinstance(recompute, str) else recompute
-        first = max(boundaries[self.stage_id] - 1, 0)  # layer 0 is the embedders
-        self.recompute = tuple(levels[first : first + len(self.blocks)])
+        self.first_block = max(boundaries[self.stage_id] - 1, 0)  # layer 0 is the embedders
+        self.recompute = tuple(levels[self.first_block : self.first_block + len(self.blocks)])
         self.terms = dict.fromkeys(terms)
         self.grid: Grid | None = None
         self.size = 0

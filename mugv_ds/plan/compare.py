@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mugv_ds.config.errors import InputError
 from mugv_ds.plan.calibration import Calibration
+from mugv_ds.plan.cost import level_name
 from mugv_ds.plan.memory import GIB
 from mugv_ds.plan.predict import predict_record
 from mugv_ds.plan.records import KERNELS, REST, RunRecord, kernel_seconds, read_scalars, steady
@@ -160,7 +161,7 @@ def markdown(held: Sequence[Held]) -> Iterator[str]:
             record.name,
             str(record.world_size),
             f"{data} × {parallel.sequence} × {parallel.pipeline}",
-            parallel.activation_checkpointing + offload,
+            level_name(parallel.levels(dit.depth)) + offload,
             str(dit.depth),
             f"{record.tokens:,}",
             f"{micro} × {config.data.global_batch_size // micro // data}",

@@ -170,6 +170,7 @@ def test_bad_file(tmp_path, content, expected):
 # Every section and list of the schema, so that each key has a place.
 FULL = {
     **GOOD,
+    "model": {**GOOD["model"], "fp8_blocks": [0, 0]},
     "data": {
         **GOOD["data"],
         "budget": {"shape": [2, 4, 4], "multiple": 2, "device_tokens": 64},
@@ -180,6 +181,8 @@ FULL = {
     "preview": {},
     "evaluation": {},
     "guard": {},
+    "preflight": {},
+    "monitor": {},
     "parallel": {},
     "preference": {"objective": "kto", "sources": [{"name": "a", "manifest": "a.csv"}]},
     "lora": {},

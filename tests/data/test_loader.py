@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -92,6 +93,32 @@ def plain(steps):
 
 
 EXPECTED = plain([draw([ref]) for ref in PLAN.step(i).refs] for i in range(12))
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    rest: tuple
+
+
+def of_every_kind(refs):
+    odd = torch.arange(15, dtype=torch.int16).view(3, 5)
+    numbers = {"none": torch.empty(0, 4), "half": torch.tensor([1.5, -2.0], dtype=torch.bfloat16), "text": "as it is"}
+    return [Pair(torch.tensor(refs[0].item), (torch.tensor([True, False]), odd.T)), numbers]
+
+
+def tensors_of(made):
+    (pair, numbers) = made
+    return [pair.first, *pair.rest, numbers["none"], numbers["half"]]
+
+
+def test_a_batch_comes_over_whole_in_one_piece():
+    """Each tensor that is handed over costs a connection, so all come in one, with their dtypes and shapes."""
+    (here,), (there,) = (next(read(0, 1, workers=workers, make=of_every_kind))[:1] for workers in WORKERS)
+    assert type(there) is list and type(there[0]) is Pair and there[1]["text"] == "as it is"
+    for own, handed in zip(tensors_of(here), tensors_of(there), strict=True):
+        assert (own.dtype, own.shape) == (handed.dtype, handed.shape) and torch.equal(own, handed)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors_of(there)}) == 1
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors_of(here)}) > 1
 
 
 @pytest.mark.parametrize("workers", WORKERS)

@@ -24,6 +24,7 @@ from mugv_ds.engine.guard.guard import Guard
 from mugv_ds.engine.loop import Trainer
 from mugv_ds.models.layers import FeedForward
 from mugv_ds.parallel.pipeline import DiTPipeline
+from mugv_ds.preflight import probes, state
 
 
 def signal_in_step(rank: int, *, step: int, number: signal.Signals, again: bool = False) -> None:
@@ -212,7 +213,7 @@ def failing_write(rank: int, *, step: int) -> None:
     files.write_tensors = failing
 
 
-def limit_files(trainer: Trainer) -> None:
+def limit_files(_: object) -> None:
     """From now on this process may write no file of more than 64 KiB."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
@@ -240,3 +241,49 @@ def impatient(rank: int, *, then: Callable[[int], None] | None = None) -> None:
 def hide(trainer: Trainer, folder: Path) -> None:
     """A folder is gone."""
     folder.rename(folder.with_name("hidden"))
+
+
+def unfit(rank: int) -> None:
+    """A machine that multiplies slowly, has another PyTorch, a wrong clock, and no room for checkpoints."""
+    product_call, clock_ahead, versions = probes.product_call, state.clock_ahead, state.versions
+
+    def slow_product(*args):
+        call = product_call(*args)
+        return lambda: (time.sleep(0.5), call())
+
+    probes.product_call = slow_product
+    state.clock_ahead = lambda host: clock_ahead(host, now=lambda: time.time() + 100)
+    state.versions = lambda: versions() | {"torch": "1.0"}
+    limit_files(rank)
+
+
+def hang_in_product(rank: int) -> None:
+    """The matrix product of the preflight does not come back."""
+    probes.product_call = lambda *args: lambda: time.sleep(1000)
+
+
+def _after_block(number: int, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """The output of one block of the model is changed, in a run of one stage."""
+    init = DiTPipeline.__init__
+
+    def building(self, *args, **options):
+        init(self, *args, **options)
+        self.blocks[number].register_forward_hook(lambda block, given, x: change(x))
+
+    DiTPipeline.__init__ = building
+
+
+def collapsed(rank: int, *, block: int) -> None:
+    """A block gives every token the mean of all."""
+    _after_block(block, lambda x: x.mean(dim=1, keepdim=True).expand_as(x))
+
+
+def massive_channel(rank: int, *, block: int, channel: int) -> None:
+    """The weights of one channel of a block's feed-forward layer are far too large."""
+    init = DiTPipeline.__init__
+
+    def building(self, *args, **options):
+        init(self, *args, **options)
+        self.blocks[block].mlp.fc2.weight.data[channel] *= 1e5
+
+    DiTPipeline.__init__ = building

@@ -40,6 +40,7 @@ SCHEMAS = {
     "mugv_ds/train_vae.py": ("mugv_ds.config.vae_schema", "VaeTrainConfig"),
     "tools/balance.py": ("mugv_ds.config.schema", "TrainConfig"),
     "tools/plan.py": ("mugv_ds.config.schema", "TrainConfig"),
+    "tools/preflight.py": ("mugv_ds.config.schema", "TrainConfig"),
     "tools/reference.py": ("mugv_ds.config.schema", "TrainConfig"),
 }
 

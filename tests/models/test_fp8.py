@@ -1,5 +1,6 @@
-"""fp8 linears: through Transformer Engine where it and a GPU are there, else through a stand-in that rounds alike."""
+"""fp8 linears: ours, and Transformer Engine's: where it and a GPU are there, else a stand-in that rounds alike."""
 
+import copy
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +20,8 @@ from mugv_ds.config.post_training_schema import LoraSection
 from mugv_ds.engine import build
 from mugv_ds.engine.build import build_engine
 from mugv_ds.engine.process import start_process
-from mugv_ds.models import DiT
+from mugv_ds.models import DiT, fp8_products
+from mugv_ds.models import fp8 as fp8_models
 from mugv_ds.models.attention import sdpa
 from mugv_ds.models.dit import init_weights
 from mugv_ds.models.fp8 import check_fp8, use_fp8
@@ -27,6 +29,8 @@ from mugv_ds.models.layers import Block, Condition
 from mugv_ds.models.lora import adapters_off, add_adapters, block_adapter_shapes
 from mugv_ds.train import train
 from mugv_ds.weights.published import export
+from mugv_kernels.fp8 import E4M3, E5M2
+from mugv_kernels.modulate import modulate_reference
 from tests.helpers.dataset import write_config, write_dataset
 from tests.helpers.distributed import run_ranks
 from tests.helpers.records import relative
@@ -111,6 +115,7 @@ def forget_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(
     params=[
+        "native",
         "stand-in",
         pytest.param(
             "library",
@@ -118,12 +123,20 @@ def forget_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     ]
 )
-def device(request, monkeypatch) -> torch.device:
-    """Where blocks can run in fp8."""
-    if request.param == "library":
-        return torch.device("cuda")
-    install_stand_in(monkeypatch, Float8CurrentScaling=Float8CurrentScaling, Linear=Linear, autocast=autocast)
-    return torch.device("cpu")
+def backend(request, monkeypatch) -> str:
+    """What computes in fp8."""
+    if request.param == "native":
+        return "native"
+    if request.param == "stand-in":
+        install_stand_in(monkeypatch, Float8CurrentScaling=Float8CurrentScaling, Linear=Linear, autocast=autocast)
+    return "te"
+
+
+@pytest.fixture
+def device(request) -> torch.device:
+    """Where it runs."""
+    on_gpu = request.node.callspec.params.get("backend") == "library" or torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu and "stand-in" not in request.node.name else "cpu")
 
 
 def make_block(device: torch.device) -> Block:
@@ -155,11 +168,11 @@ def run(block: Block, recompute: str = "off", backward: bool = True) -> dict[str
     return {"out": out.detach(), "x": x.grad, "modulation": modulation.grad, "text": text.grad, **gradients}
 
 
-def test_a_block_in_fp8_is_that_in_bf16_up_to_its_rounding(device):
+def test_a_block_in_fp8_is_that_in_bf16_up_to_its_rounding(device, backend):
     """E4M3 rounds a number by 2.6% in root mean square, E5M2 by 5.2%; four linears deep gradients add that up."""
     block = make_block(device)
     plain = run(block)
-    use_fp8(block)
+    use_fp8(block, backend)
     results = run(block)
     errors = {name: relative(results[name], plain[name]) for name in plain}
     assert 1e-3 < errors.pop("out") < 0.08
@@ -167,24 +180,39 @@ def test_a_block_in_fp8_is_that_in_bf16_up_to_its_rounding(device):
     assert max(errors.values()) < 0.2, max(errors.items(), key=lambda item: item[1])
 
 
-def test_each_linear_over_the_tokens_runs_in_fp8_once(device):
+def products_of(block: Block, backend: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of the weights of the products of forward passes that follow."""
+    shapes = []
+    if backend == "native":
+        product = fp8_products.product
+
+        def counting(a, b, *args, is_fast, **kwargs):
+            if is_fast:  # the forward pass's
+                shapes.append(tuple(b.shape))
+            return product(a, b, *args, is_fast=is_fast, **kwargs)
+
+        monkeypatch.setattr(fp8_products, "product", counting)
+    else:
+        for name in FP8_LAYERS:
+            block.get_submodule(name).register_forward_hook(lambda of, *_: shapes.append(tuple(of.weight.shape)))
+    return shapes
+
+
+def test_each_linear_over_the_tokens_runs_in_fp8_once(device, backend, monkeypatch):
     block = make_block(device)
-    use_fp8(block)
-    from mugv_kernels.fp8_linear import Fp8Linear
-
-    called = []
-    for name, module in block.named_modules():
-        if isinstance(module, Fp8Linear):
-            module.register_forward_hook(lambda *_, name=name: called.append(name))
+    linears = {name: block.get_submodule(name) for name in FP8_LAYERS}
+    use_fp8(block, backend)
+    assert [name for name, module in block.named_modules() if isinstance(module, nn.Linear)] == ["cross_attn.kv_linear"]
+    shapes = products_of(block, backend, monkeypatch)
     run(block)
-    assert sorted(called) == sorted(FP8_LAYERS)
+    assert sorted(shapes) == sorted(tuple(linear.weight.shape) for linear in linears.values())
 
 
-def test_parameters_and_state_dict_stay_what_they_are(device):
+def test_parameters_and_state_dict_stay_what_they_are(device, backend):
     block = make_block(device)
     names = list(block.state_dict())
     before = dict(block.named_parameters())
-    use_fp8(block)
+    use_fp8(block, backend)
     assert list(block.state_dict()) == names
     after = dict(block.named_parameters())
     assert list(after) == list(before) and all(after[name] is before[name] for name in before)
@@ -193,7 +221,7 @@ def test_parameters_and_state_dict_stay_what_they_are(device):
     assert all(torch.equal(value, other[name]) for name, value in before.items())
 
 
-def test_adapters_stay_in_bf16_beside_the_frozen_linears(device):
+def test_adapters_stay_in_bf16_beside_the_frozen_linears(device, backend):
     """Their gradients are those beside bf16 linears up to the rounding of what comes before and after."""
     block = make_block(device)
     add_adapters(block, LoraSection(rank=4, alpha=6.0))
@@ -203,7 +231,7 @@ def test_adapters_stay_in_bf16_beside_the_frozen_linears(device):
             nn.init.normal_(parameter, std=0.02, generator=torch.Generator(device).manual_seed(len(name)))
     plain = run(block)
     assert {name for name in plain if "." in name} == set(block_adapter_shapes(CONFIG, LoraSection(rank=4)))
-    use_fp8(block)
+    use_fp8(block, backend)
     results = run(block)
     errors = {name: relative(results[name], plain[name]) for name in plain}
     assert 1e-3 < errors["out"] < 0.08
@@ -213,18 +241,18 @@ def test_adapters_stay_in_bf16_beside_the_frozen_linears(device):
 
 
 @pytest.mark.parametrize("recompute", ["light", "selective", "full"])
-def test_recomputation_changes_nothing(device, recompute):
+def test_recomputation_changes_nothing(device, backend, recompute):
     block = make_block(device)
-    use_fp8(block)
+    use_fp8(block, backend)
     plain, again = run(block), run(block, recompute)
     # On a GPU the attention's backward pass adds up in any order.
     limit = 0.0 if device.type == "cpu" else 1e-2
     assert max(relative(again[name], plain[name]) for name in plain) <= limit
 
 
-def test_compiled_segments_leave_the_products_to_the_library(device):
+def test_compiled_segments_leave_the_products_to_the_library(device, backend):
     block = make_block(device)
-    use_fp8(block)
+    use_fp8(block, backend)
     plain = run(block)
     with patch("torch.compile", partial(torch.compile, backend=aot_eager)):
         block.compile_segments()
@@ -235,24 +263,24 @@ def test_compiled_segments_leave_the_products_to_the_library(device):
 def test_a_missing_library_is_named(monkeypatch):
     forget_kernel(monkeypatch)
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
-    with pytest.raises(ConfigError, match=r'precision = "fp8": needs Transformer Engine.*pip install.*set "bf16"'):
-        check_fp8(torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r'fp8_backend = "te": needs Transformer Engine.*pip install.*set "native"'):
+        check_fp8(torch.device("cpu"), "te")
 
 
 def test_a_library_without_the_recipe_is_refused(monkeypatch):
     install_stand_in(monkeypatch, Linear=Linear, autocast=autocast)
     with pytest.raises(ConfigError, match=r"with Float8CurrentScaling.*ImportError"):
-        check_fp8(torch.device("cpu"))
+        check_fp8(torch.device("cpu"), "te")
 
 
 def test_a_device_without_fp8_is_refused(monkeypatch):
     parts = {"Float8CurrentScaling": Float8CurrentScaling, "Linear": Linear, "autocast": autocast}
     install_stand_in(monkeypatch, **parts, is_fp8_available=lambda return_reason: (False, "too old"))
     with pytest.raises(ConfigError, match="this process runs on cpu"):
-        check_fp8(torch.device("cpu"))
+        check_fp8(torch.device("cpu"), "te")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A100")
     with pytest.raises(ConfigError, match=r"A100 cannot run it \(too old\)"):
-        check_fp8(torch.device("cuda"))
+        check_fp8(torch.device("cuda"), "te")
 
 
 def test_widths_that_fp8_cannot_take_are_refused(tmp_path):
@@ -276,14 +304,14 @@ def refuse_then_train(config_path: str) -> None:
             build_engine(config, process, (1, 4, 4))
     with pytest.MonkeyPatch.context() as monkeypatch:
         install_stand_in(monkeypatch, Float8CurrentScaling=Float8CurrentScaling, Linear=Linear, autocast=autocast)
-        monkeypatch.setattr(build, "check_fp8", lambda _: None)
+        monkeypatch.setattr(build, "check_fp8", lambda *_: None)
         train(config)
 
 
 def test_ranks_refuse_together_and_an_fp8_run_writes_ordinary_checkpoints(tmp_path):
     manifest = write_dataset(tmp_path / "data", [(1, 4, 4)] * 4)
     sections = {
-        "model": {"precision": "fp8", "hidden_size": 288, "num_heads": 4},
+        "model": {"precision": "fp8", "fp8_backend": "te", "hidden_size": 288, "num_heads": 4},
         "parallel": {"data": 1, "sequence": 2, "activation_checkpointing": "light"},
         "schedule": {"steps": 2},
     }
@@ -295,3 +323,103 @@ def test_ranks_refuse_together_and_an_fp8_run_writes_ordinary_checkpoints(tmp_pa
         name: value.dtype for name, value in plain.state_dict().items()
     }
     assert weights["final_layer.linear.weight"].any(), "the last layer starts at zero: nothing was trained"
+
+
+def test_the_products_are_the_formula_of_what_is_rounded():
+    """Output and gradients of a linear after a modulated LayerNorm, from E4M3 and E5M2 factors in fp64."""
+    torch.manual_seed(0)
+    rows, width, made = 27, 48, 80
+    x, shift, scale = torch.randn(1, rows, width), torch.randn(1, 2, width), torch.randn(1, 2, width)
+    clean, weight, bias = torch.arange(rows)[None] < 5, torch.randn(made, width), torch.randn(made)
+    leaves = [tensor.requires_grad_() for tensor in (x, shift, scale, weight, bias)]
+    dy = torch.randn(1, rows, made)
+    y = fp8_products.fp8_modulated_linear(x, shift, scale, clean, fp8_products.Weight(weight), bias)
+    got = torch.autograd.grad(y, leaves, dy)
+
+    wide = [tensor.detach().double().requires_grad_() for tensor in leaves]
+    normed = modulate_reference(*wide[:3], clean)
+    normed8, weight8, dy8 = (
+        rounded(tensor, dtype).double()
+        for tensor, dtype in ((normed.detach(), E4M3), (weight.detach(), E4M3), (dy, E5M2))
+    )
+    exact = normed8 @ weight8.T + bias.double()
+    d_rows = torch.autograd.grad(normed, wide[:3], dy8 @ weight8)
+    expected = [*d_rows, (dy8.flatten(0, 1).T @ normed8.flatten(0, 1)), dy.double().sum((0, 1))]
+    assert relative(y.detach(), exact) < 1e-6
+    assert max(map(relative, got, expected)) < 1e-5
+
+
+def test_a_frozen_weight_gets_no_gradient_and_no_product(monkeypatch):
+    block = make_block(torch.device("cpu"))
+    block.requires_grad_(False)
+    use_fp8(block)
+    calls = []
+    product = fp8_products.product
+    monkeypatch.setattr(
+        fp8_products, "product", lambda *args, **kwargs: calls.append(kwargs["is_fast"]) or product(*args, **kwargs)
+    )
+    results = run(block)
+    assert results["x"].abs().sum() > 0 and not any("." in name for name in results)
+    assert calls.count(True) == len(FP8_LAYERS) and calls.count(False) == len(FP8_LAYERS)
+
+
+def test_kept_weights_are_those_that_are_made_each_time():
+    """They change when the weight does: in place, as an optimizer does, or behind autograd, as the sharded one does."""
+    block = make_block(torch.device("cpu"))
+    plain = copy.deepcopy(block)
+    use_fp8(block, keeps_weights=True)
+    use_fp8(plain)
+    counted = []
+    with patch.object(
+        fp8_models, "round_weight", lambda weight: counted.append(1) or fp8_products.round_weight(weight)
+    ):
+        for change in (None, None, "in place", "behind"):
+            for of in (block, plain):
+                for parameter in of.parameters() if change else ():
+                    with torch.no_grad():
+                        (parameter if change == "in place" else parameter.data).mul_(1.5)
+                    if change == "behind":
+                        torch.autograd.graph.increment_version(parameter)
+            a, b = run(block), run(plain)
+            assert all(torch.equal(a[name], b[name]) for name in b)
+    assert len(counted) == 3 * len(FP8_LAYERS), "the second pass has the first one's"
+
+
+def train_and_go_on(config_path: str) -> None:
+    """Six steps, or what is left of them."""
+    train(load_config(config_path))
+
+
+@pytest.mark.parametrize("layout", [(1, 2, 1), pytest.param((1, 1, 2), marks=pytest.mark.long)])
+def test_a_resumed_fp8_run_is_the_uninterrupted_one(tmp_path, layout):
+    """Of several micro-batches, with the outer blocks in bf16: there is no state to lose."""
+    manifest = write_dataset(tmp_path / "data", [(1, 4, 4)] * 8)
+    data, sequence, pipeline = layout
+    sections = {
+        "model": {"precision": "fp8", "hidden_size": 288, "num_heads": 4, "depth": 3, "fp8_blocks": [1, 2]},
+        "data": {"global_batch_size": 4, "micro_batch_size": 2},
+        "parallel": {"data": data, "sequence": sequence, "pipeline": pipeline},
+    }
+    weights = {}
+    for name, runs in {"whole": (4,), "resumed": (2, 4)}.items():
+        for steps in runs:
+            folder = tmp_path / name
+            config = write_config(folder, manifest, schedule={"steps": steps}, checkpoint={"save_every": 2}, **sections)
+            run_ranks(2, train_and_go_on, str(config))
+        weights[name] = torch.load(export(folder / "checkpoints", folder / "dit", layout="pt"), weights_only=True)
+    assert all(torch.equal(value, weights["resumed"][name]) for name, value in weights["whole"].items())
+
+
+def test_blocks_that_are_not_there_are_refused(tmp_path):
+    model = {"num_heads": 4, "hidden_size": 288, "depth": 3, "precision": "fp8"}
+    for blocks in ([1, 3], [2, 1]):
+        config = write_config(tmp_path, tmp_path / "train.csv", model=model | {"fp8_blocks": blocks})
+        with pytest.raises(ConfigError, match=rf"model.fp8_blocks = \[{blocks[0]}, {blocks[1]}\].*blocks 0 to 2"):
+            load_config(config)
+
+
+def test_a_card_without_fp8_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A100")
+    with pytest.raises(ConfigError, match='A100 has no fp8 products; set "bf16"'):
+        check_fp8(torch.device("cuda"), "native")

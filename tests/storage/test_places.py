@@ -290,3 +290,14 @@ def test_a_store_that_is_away_ends_with_its_name(url, proxy, tmp_path):
     proxy.fault(lambda request: True, fails(503, "SlowDown"), times=100)
     with pytest.raises(OSError, match=rf"{url}/lock"):
         ObjectPlace(ObjectFolder(url, ""), tmp_path, 0).open()
+
+
+def test_a_probe_leaves_nothing_behind_and_says_what_is_denied(url, proxy, tmp_path):
+    objects = ObjectFolder(url, "checkpoint.dir")
+    place = ObjectPlace(objects, tmp_path / "local", 3)
+    assert place.probe(".preflight-3", 1 << 16) > 0
+    assert ("PUT" in {method for method, _ in proxy.seen}) and objects.names() == []
+    proxy.fault(lambda request: request.method == "PUT", fails(403, "AccessDenied"), times=9)
+    with pytest.raises(PermissionError):
+        place.probe(".preflight-3", 1 << 16)
+    assert list((tmp_path / "local/rank-3").iterdir()) == []

@@ -21,6 +21,7 @@ from mugv_ds.config.errors import InputError, PeerError, Stopped, TrainingError,
 from mugv_ds.config.run import RunConfig
 from mugv_ds.data.quarantine import Quarantined
 from mugv_ds.engine.guard import signals
+from mugv_ds.engine.guard.alarms import Alarm
 from mugv_ds.engine.guard.history import History
 from mugv_ds.engine.guard.incidents import Incidents
 from mugv_ds.engine.guard.replicas import fingerprint, odd_ones
@@ -148,6 +149,13 @@ class Guard:
         if found is not None:
             self._note_stop(step, *found)
         return found is not None
+
+    def raise_alarms(self, step: int, found: Iterable[Alarm]) -> None:
+        """Says and records what the monitors found beyond its bound in the step that led to `step`; the run goes on."""
+        for alarm in found:
+            self._say(f"step {step}: alarm: {alarm}")
+            facts = {"value": repr(alarm.value), "bound": alarm.bound, "block": alarm.block, "blocks": alarm.blocks}
+            self._incidents.write("alarm", step, monitor=alarm.monitor, **facts)
 
     def rolled_back(self, cause: Rollback, step: int, state: dict[str, Any]) -> None:
         """The checkpoint of `step` steps, which held `state`, was loaded because of `cause`."""

@@ -44,10 +44,13 @@ class Watchdog:
     Args:
         host: of all ranks. name: what to call this one.
         timeout_s: seconds without `reached` after which the run is taken to hang.
+        mark: what `reached` counts. status: that the process then ends with.
     """
 
-    def __init__(self, host: Host, name: str, timeout_s: float) -> None:
-        self._rank, self._timeout = host.rank, timeout_s
+    def __init__(
+        self, host: Host, name: str, timeout_s: float, *, mark: str = "step", status: Status = Status.AGAIN
+    ) -> None:
+        self._rank, self._timeout, self._mark, self._status = host.rank, timeout_s, mark, status
         self._beat = min(timeout_s / _BEATS, _LONGEST_BEAT)
         self._moved, self._step = time.monotonic(), 0
         self._heard: Heard | None = None  # while this rank is late
@@ -108,12 +111,12 @@ class Watchdog:
                 self._heard = Heard(self._names, _STALE_BEATS * self._beat)
             if since > self._timeout:
                 say(
-                    f"error: rank {self._rank} has not moved since step {self._step} for {self._timeout:g} s; "
+                    f"error: rank {self._rank} has not moved since {self._mark} {self._step} for {self._timeout:g} s; "
                     f"held up by {self._heard.culprits()}",
                     error=True,
                 )
                 time.sleep(2 * self._beat)  # all have said so before the first end breaks the others' connections
-                os._exit(Status.AGAIN)
+                os._exit(self._status)
 
 
 def told(beat: int, **whereabouts: Any) -> str:

@@ -1,0 +1,395 @@
+"""Rounding to fp8 by the largest value of a tensor, and products of what was rounded.
+
+    y = round(x · MAX / max|x|) in E4M3 or E5M2,  x ≈ y · scale,  scale = max|x| / MAX
+
+(Micikevicius et al. 2022, arXiv:2209.05433, sections 3 and 4). The scale is found anew each time, so that there is no
+state. A tensor with a value that is not finite gets an infinite scale, which makes all that is computed of it infinite
+or NaN, so that it cannot go unseen.
+
+A product on Hopper takes both factors with the summed dimension last. The three products of a linear sum over three
+different dimensions, so a factor is written as it is, transposed, or both. What is rounded need not be there: the
+kernels compute LayerNorm with a modulation, or GELU, on the way, in one pass for the largest value and in another for
+the rounded values, neither of which writes the result itself.
+
+Rows are padded with zeros to a multiple of 16, which the products ask for.
+
+Shape suffixes: B batch, N tokens, C channels, K = 2 token classes, R = B·N rows, P = R rounded up to a multiple of 16.
+"""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mugv_kernels.modulate import EPS, modulate_forward_reference, multiprocessors, row_launch
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+ROWS = 16
+_PROGRAMS_PER_MULTIPROCESSOR = 8
+_ELEMENTS = 4096  # of a turn of a program that looks for the largest value
+_TILE = 64
+
+
+class Modulated(NamedTuple):
+    """The modulated LayerNorm of a tensor, see `mugv_kernels.modulate`, without its values.
+
+    Attributes:
+        shift, scale: [B, 2, C]. clean: [B, N] bool. mean, rstd: [B, N] fp32, of the rows.
+    """
+
+    shift: Tensor
+    scale: Tensor
+    clean: Tensor
+    mean: Tensor
+    rstd: Tensor
+
+
+class Rounded(NamedTuple):
+    """A matrix in fp8. Of the two forms the one that was not asked for is None.
+
+    Attributes:
+        values: [P, C]. transposed: [C, P]. scale: [] fp32, by which its values are to be multiplied.
+    """
+
+    values: Tensor | None
+    transposed: Tensor | None
+    scale: Tensor
+
+
+def padded(rows: int) -> int:
+    """Returns the number of rows with padding."""
+    return -(-rows // ROWS) * ROWS
+
+
+def largest_reference(x: Tensor) -> Tensor:
+    """Does what `largest` does in plain PyTorch."""
+    value = x.detach().abs().amax().float()
+    return torch.where(value.isfinite(), value, torch.inf)
+
+
+def round_reference(x_RC: Tensor, largest: Tensor, dtype: torch.dtype, *, values: bool, transposed: bool) -> Rounded:
+    """Does what `round_to` does in plain PyTorch."""
+    limit = torch.finfo(dtype).max
+    factor = torch.where(largest > 0, limit / largest, 1.0)
+    rounded = torch.zeros(padded(len(x_RC)), x_RC.shape[1], dtype=dtype, device=x_RC.device)
+    rounded[: len(x_RC)] = (x_RC.float() * factor).clamp(-limit, limit).to(dtype)
+    return Rounded(rounded if values else None, rounded.T.contiguous() if transposed else None, 1 / factor)
+
+
+def modulated_largest_reference(
+    x_BNC: Tensor, shift: Tensor, scale: Tensor, clean: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Does what `modulated_largest` does in plain PyTorch."""
+    y, mean, rstd = modulate_forward_reference(x_BNC.float(), shift, scale, clean)
+    return mean, rstd, largest_reference(y)
+
+
+def round_modulated_reference(
+    x_BNC: Tensor, modulated: Modulated, largest: Tensor, dtype: torch.dtype, *, values: bool, transposed: bool
+) -> Rounded:
+    """Does what `round_modulated` does in plain PyTorch."""
+    y = modulate_forward_reference(x_BNC.float(), *modulated[:3])[0].flatten(0, 1)
+    return round_reference(y, largest, dtype, values=values, transposed=transposed)
+
+
+def gelu_largest_reference(x_RC: Tensor) -> Tensor:
+    """Does what `gelu_largest` does in plain PyTorch."""
+    return largest_reference(F.gelu(x_RC.float(), approximate="tanh"))
+
+
+def round_gelu_reference(
+    x_RC: Tensor, largest: Tensor, dtype: torch.dtype, *, values: bool, transposed: bool
+) -> Rounded:
+    """Does what `round_gelu` does in plain PyTorch."""
+    y = F.gelu(x_RC.float(), approximate="tanh")
+    return round_reference(y, largest, dtype, values=values, transposed=transposed)
+
+
+def gelu_backward_reference(x_RC: Tensor, gradient_RC: Tensor) -> tuple[Tensor, Tensor]:
+    """Does what `gelu_backward` does in plain PyTorch."""
+    exact = torch.ops.aten.gelu_backward(gradient_RC.float(), x_RC.float(), approximate="tanh")
+    gradient_RC.copy_(exact)
+    return exact.sum(0).to(x_RC.dtype), largest_reference(gradient_RC)
+
+
+def product(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    dtype: torch.dtype,
+    *,
+    is_fast: bool,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Returns (a · scale_a) · (b · scale_b)ᵀ + bias.
+
+    Args:
+        a, b: fp8, [M, S] and [L, S], of which not both are E5M2; S and L are multiples of 16.
+        dtype: of the result.
+        is_fast: whether partial sums are kept in the tensor cores, which hold about 14 bits of them; else they are
+            added up in fp32 after each 128 terms. On a CPU both are computed in fp32.
+        bias: [L], of the result's dtype.
+    Returns:
+        [M, L].
+    """
+    if not a.is_cuda:
+        y = (a.float() @ b.float().T) * (scale_a * scale_b)
+        return (y if bias is None else y + bias.float()).to(dtype)
+    return torch._scaled_mm(a, b.T, scale_a, scale_b, bias=bias, out_dtype=dtype, use_fast_accum=is_fast)
+
+
+def largest(x: Tensor) -> Tensor:
+    """Returns the largest magnitude of a contiguous tensor, [] fp32; infinity where a value is not finite."""
+    out = torch.zeros((), dtype=torch.float32, device=x.device)
+    _largest_kernel[_turns(x)](x, out, x.numel(), GELU=False, ELEMENTS=_ELEMENTS)
+    return out
+
+
+def gelu_largest(x: Tensor) -> Tensor:
+    """Returns the largest magnitude of GELU(x), as `largest` does."""
+    out = torch.zeros((), dtype=torch.float32, device=x.device)
+    _largest_kernel[_turns(x)](x, out, x.numel(), GELU=True, ELEMENTS=_ELEMENTS)
+    return out
+
+
+def round_to(x_RC: Tensor, largest: Tensor, dtype: torch.dtype, *, values: bool, transposed: bool) -> Rounded:
+    """Rounds a contiguous matrix to fp8.
+
+    Args:
+        x_RC: bf16 or fp32. largest: its largest magnitude, [] fp32.
+        dtype: E4M3 or E5M2. values, transposed: which forms are wanted.
+    """
+    return _round(x_RC[None], None, largest, dtype, _PLAIN, values, transposed)
+
+
+def round_gelu(x_RC: Tensor, largest: Tensor, dtype: torch.dtype, *, values: bool, transposed: bool) -> Rounded:
+    """Rounds GELU(x), tanh form, of a contiguous matrix x; `largest` is GELU(x)'s, see `round_to`."""
+    return _round(x_RC[None], None, largest, dtype, _GELU, values, transposed)
+
+
+def modulated_largest(x_BNC: Tensor, shift: Tensor, scale: Tensor, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns mean and rstd [B, N] fp32 of the rows of x, and the largest magnitude of its modulated LayerNorm, [].
+
+    Args:
+        x_BNC, shift, scale, clean: see `mugv_kernels.modulate`; contiguous.
+    """
+    B, N, C = x_BNC.shape
+    mean, rstd = (torch.empty(B, N, dtype=torch.float32, device=x_BNC.device) for _ in range(2))
+    out = torch.zeros((), dtype=torch.float32, device=x_BNC.device)
+    programs = min(N, max(1, _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x_BNC) // B))
+    _modulated_largest_kernel[(programs, B)](x_BNC, shift, scale, clean, mean, rstd, out, N, EPS=EPS, **row_launch(C))
+    return mean, rstd, out
+
+
+def round_modulated(
+    x_BNC: Tensor, modulated: Modulated, largest: Tensor, dtype: torch.dtype, *, values: bool, transposed: bool
+) -> Rounded:
+    """Rounds the modulated LayerNorm of x, of which `modulated_largest` gave mean, rstd and the largest value."""
+    return _round(x_BNC, modulated, largest, dtype, _MODULATED, values, transposed)
+
+
+def gelu_backward(x_RC: Tensor, gradient_RC: Tensor) -> tuple[Tensor, Tensor]:
+    """Replaces the gradient of GELU(x) by the gradient of x, in place.
+
+    Args:
+        x_RC, gradient_RC: contiguous, of one shape and dtype.
+    Returns:
+        The sum [C] of the result over the rows, in x's dtype, and its largest magnitude, [] fp32.
+    """
+    rows, columns = x_RC.shape
+    column_programs = triton.cdiv(columns, 512)
+    row_programs = min(rows, triton.cdiv(2 * _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x_RC), column_programs))
+    sums = x_RC.new_empty((row_programs, columns), dtype=torch.float32)
+    out = torch.zeros((), dtype=torch.float32, device=x_RC.device)
+    grid = (column_programs, row_programs)
+    _gelu_backward_kernel[grid](x_RC, gradient_RC, sums, out, rows, C=columns, COLUMNS=512, num_warps=2)
+    return sums.sum(0).to(x_RC.dtype), out
+
+
+_PLAIN, _MODULATED, _GELU = range(3)
+
+
+def _turns(x: Tensor) -> tuple[int]:
+    """Returns the grid of `_largest_kernel`."""
+    return (min(triton.cdiv(x.numel(), _ELEMENTS), _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x)),)
+
+
+def _round(
+    x_BNC: Tensor,
+    modulated: Modulated | None,
+    largest: Tensor,
+    dtype: torch.dtype,
+    of: int,
+    wants_values: bool,
+    wants_transposed: bool,
+) -> Rounded:
+    if x_BNC.dtype == torch.float32 and wants_values and wants_transposed:
+        # Of fp32 the compiler writes one of two forms wrongly on a GPU (Triton 3.6). The model's tensors are bf16.
+        first, second = (
+            _round(x_BNC, modulated, largest, dtype, of, wants_values, not wants_values)
+            for wants_values in (True, False)
+        )
+        return first._replace(transposed=second.transposed)
+    B, N, C = x_BNC.shape
+    R, P = B * N, padded(B * N)
+    scale = torch.empty_like(largest)
+    values = torch.empty(P, C, dtype=dtype, device=x_BNC.device) if wants_values else None
+    transposed = torch.empty(C, P, dtype=dtype, device=x_BNC.device) if wants_transposed else None
+    if values is not None and P > R:
+        values[R:].view(torch.uint8).zero_()
+    if transposed is not None and P > R:
+        transposed[:, R:].view(torch.uint8).zero_()
+    shift, row_scale, clean, mean, rstd = modulated or [largest] * 5  # not read unless modulated
+    _round_kernel[(triton.cdiv(N, _TILE), triton.cdiv(C, _TILE), B)](
+        x_BNC, shift, row_scale, clean, mean, rstd, largest, scale,
+        scale if values is None else values, scale if transposed is None else transposed,
+        N, P,
+        C=C, MAX=torch.finfo(dtype).max, OF=of, VALUES=wants_values, TRANSPOSED=wants_transposed, TILE=_TILE,
+    )  # fmt: skip
+    return Rounded(values, transposed, scale)
+
+
+if find_spec("triton"):  # not built for every platform; the references need none
+    import triton
+    import triton.language as tl
+
+    _CUBIC = tl.constexpr(0.044715)
+    _TWICE_ROOT = tl.constexpr(2 * (2 / torch.pi) ** 0.5)
+    _IS_MODULATED, _IS_GELU = tl.constexpr(_MODULATED), tl.constexpr(_GELU)
+
+    @triton.jit
+    def _magnitude(y):
+        """Returns |y|, and infinity for NaN, which a comparison would pass over."""
+        return tl.where(y == y, tl.abs(y), float("inf"))
+
+    @triton.jit
+    def _gelu(x):
+        return x * tl.sigmoid(x * _TWICE_ROOT * (1.0 + x * x * _CUBIC))
+
+    @triton.jit
+    def _largest_kernel(x_ptr, out_ptr, numel, GELU: tl.constexpr, ELEMENTS: tl.constexpr):
+        """Each program takes ELEMENTS elements in turns. The largest of non-negative numbers depends on no order."""
+        found = tl.zeros([ELEMENTS], dtype=tl.float32)
+        for turn in tl.range(tl.program_id(0), tl.cdiv(numel, ELEMENTS), tl.num_programs(0), num_stages=3):
+            at = tl.cast(turn, tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+            x = tl.load(x_ptr + at, mask=at < numel, other=0.0).to(tl.float32)
+            found = tl.maximum(found, _magnitude(_gelu(x) if GELU else x))
+        tl.atomic_max(out_ptr, tl.max(found, axis=0))
+
+    @triton.jit
+    def _modulated_largest_kernel(
+        x_ptr, shift_ptr, scale_ptr, clean_ptr, mean_ptr, rstd_ptr, out_ptr, N,
+        EPS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    ):  # fmt: skip
+        """Each program takes every `programs`-th token of one sample; the grid is (programs, B)."""
+        batch = tl.program_id(1).to(tl.int64)
+        d = tl.arange(0, BLOCK_D)
+        mask = d < D
+        rows = 2 * batch * D + d
+        shift_noised = tl.load(shift_ptr + rows, mask=mask, other=0.0).to(tl.float32)
+        shift_clean = tl.load(shift_ptr + rows + D, mask=mask, other=0.0).to(tl.float32)
+        scale_noised = tl.load(scale_ptr + rows, mask=mask, other=0.0).to(tl.float32)
+        scale_clean = tl.load(scale_ptr + rows + D, mask=mask, other=0.0).to(tl.float32)
+        found = tl.zeros([BLOCK_D], dtype=tl.float32)
+        for n in tl.range(tl.program_id(0), N, tl.num_programs(0), num_stages=3):
+            token = batch * N + n
+            x = tl.load(x_ptr + token * D + d, mask=mask, other=0.0).to(tl.float32)
+            is_clean = tl.load(clean_ptr + token) != 0
+            mean = tl.sum(x, axis=0) / D
+            centred = tl.where(mask, x - mean, 0.0)
+            rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / D + EPS)
+            scale = 1.0 + tl.where(is_clean, scale_clean, scale_noised)
+            y = centred * rstd * scale + tl.where(is_clean, shift_clean, shift_noised)
+            found = tl.maximum(found, _magnitude(y))
+            tl.store(mean_ptr + token, mean)
+            tl.store(rstd_ptr + token, rstd)
+        tl.atomic_max(out_ptr, tl.max(found, axis=0))
+
+    @triton.jit
+    def _round_kernel(
+        x_ptr, shift_ptr, scale_ptr, clean_ptr, mean_ptr, rstd_ptr, largest_ptr, out_scale_ptr,
+        values_ptr, transposed_ptr, N, P,
+        C: tl.constexpr, MAX: tl.constexpr, OF: tl.constexpr, VALUES: tl.constexpr, TRANSPOSED: tl.constexpr,
+        TILE: tl.constexpr,
+    ):  # fmt: skip
+        """Each program rounds a tile of one sample; the grid is (tiles of N, tiles of C, B)."""
+        batch = tl.program_id(2).to(tl.int64)
+        n = tl.program_id(0) * TILE + tl.arange(0, TILE)
+        c = tl.program_id(1) * TILE + tl.arange(0, TILE)
+        row = batch * N + n
+        inside = (n < N)[:, None] & (c < C)[None, :]
+        y = tl.load(x_ptr + row[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        if OF == _IS_MODULATED:
+            rows = 2 * batch * C + c
+            is_clean = (tl.load(clean_ptr + row, mask=n < N, other=0) != 0)[:, None]
+            mean = tl.load(mean_ptr + row, mask=n < N, other=0.0)[:, None]
+            rstd = tl.load(rstd_ptr + row, mask=n < N, other=0.0)[:, None]
+            shift_noised = tl.load(shift_ptr + rows, mask=c < C, other=0.0).to(tl.float32)[None, :]
+            shift_clean = tl.load(shift_ptr + rows + C, mask=c < C, other=0.0).to(tl.float32)[None, :]
+            scale_noised = tl.load(scale_ptr + rows, mask=c < C, other=0.0).to(tl.float32)[None, :]
+            scale_clean = tl.load(scale_ptr + rows + C, mask=c < C, other=0.0).to(tl.float32)[None, :]
+            scale = 1.0 + tl.where(is_clean, scale_clean, scale_noised)
+            y = (y - mean) * rstd * scale + tl.where(is_clean, shift_clean, shift_noised)
+        if OF == _IS_GELU:
+            y = _gelu(y)
+        largest = tl.load(largest_ptr)
+        factor = tl.where(largest > 0, MAX / largest, 1.0)
+        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (batch == 0):
+            tl.store(out_scale_ptr, 1.0 / factor)
+        y = tl.clamp(y * factor, -MAX, MAX)
+        if VALUES:
+            rounded = y.to(values_ptr.dtype.element_ty)
+            tl.store(values_ptr + row[:, None] * C + c[None, :], rounded, mask=inside)
+        if TRANSPOSED:
+            turned = tl.trans(y.to(transposed_ptr.dtype.element_ty))
+            at = c.to(tl.int64)[:, None] * P + row[None, :]
+            tl.store(transposed_ptr + at, turned, mask=(c < C)[:, None] & (n < N)[None, :])
+
+    @triton.jit
+    def _gelu_backward_kernel(x_ptr, gradient_ptr, sums_ptr, out_ptr, rows, C: tl.constexpr, COLUMNS: tl.constexpr):
+        """Each program takes COLUMNS channels of every `row programs`-th row; partial sums go to [row programs, C]."""
+        column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        mask = column < C
+        total = tl.zeros([COLUMNS], dtype=tl.float32)
+        found = tl.zeros([COLUMNS], dtype=tl.float32)
+        for row in tl.range(tl.program_id(1), rows, tl.num_programs(1), num_stages=3):
+            at = tl.cast(row, tl.int64) * C + column
+            x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            gradient = tl.load(gradient_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            cubic = x * x * _CUBIC
+            s = tl.sigmoid(x * _TWICE_ROOT * (1.0 + cubic))
+            gradient *= s + x * s * (1.0 - s) * _TWICE_ROOT * (1.0 + 3.0 * cubic)
+            total += gradient
+            rounded = gradient.to(gradient_ptr.dtype.element_ty)
+            found = tl.maximum(found, _magnitude(rounded.to(tl.float32)))
+            tl.store(gradient_ptr + at, rounded, mask=mask)
+        tl.store(sums_ptr + tl.program_id(1) * C + column, total, mask=mask)
+        tl.atomic_max(out_ptr, tl.max(found, axis=0))
+
+
+class Operations(NamedTuple):
+    """What has a kernel and a reference, by name."""
+
+    largest: Callable[..., Tensor]
+    round_to: Callable[..., Rounded]
+    modulated_largest: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    round_modulated: Callable[..., Rounded]
+    gelu_largest: Callable[..., Tensor]
+    round_gelu: Callable[..., Rounded]
+    gelu_backward: Callable[..., tuple[Tensor, Tensor]]
+
+
+KERNELS = Operations(largest, round_to, modulated_largest, round_modulated, gelu_largest, round_gelu, gelu_backward)
+REFERENCES = Operations(
+    largest_reference,
+    round_reference,
+    modulated_largest_reference,
+    round_modulated_reference,
+    gelu_largest_reference,
+    round_gelu_reference,
+    gelu_backward_reference,
+)
