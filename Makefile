@@ -1,7 +1,7 @@
 # Everything runs inside .venv, which `make install` creates.
 # Variables: CONFIG, PRESET, STAGE, SET, RANKS, STEPS, HOSTFILE, CKPT, WEIGHTS, CODEC, TEXT, PROMPTS, SAMPLE, RDPO, EVAL,
 # VIDEOS, WORK, DATA, INFO, IMAGES, VIDEO, VBENCH, A, B, C, COMPARE, OUT, GAMMA, FORMAT, ADAPTER, DTYPE, NOISE,
-# GPUS, PLAN, PYTHON.
+# GPUS, PLAN, CHECK, PYTHON.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -129,6 +129,11 @@ import-hf: install  ## Check WEIGHTS (published in any form, or Megatron's) and 
 widen: install  ## Write WEIGHTS twice as wide to OUT (NOISE=paired, iid or none; DTYPE=fp32 or bf16)
 	@test -n "$(WEIGHTS)" -a -n "$(OUT)" || { echo "usage: make widen WEIGHTS=… OUT=exports/…"; exit 2; }
 	$(BIN)/python tools/widen.py --weights $(WEIGHTS) --out $(OUT) --noise $(NOISE) $(addprefix --dtype ,$(DTYPE))
+
+# CHECK adds options of tools/coordinate_check.py, such as --kinds muon.
+.PHONY: coordinate-check
+coordinate-check: install  ## Show whether activations keep their size as the model gets wider, by OUT.json and OUT.png (default: runs/coordinate_check)
+	$(BIN)/python tools/coordinate_check.py --out $(or $(OUT),runs/coordinate_check) $(CHECK)
 
 # The defaults sample what `make train` learns from the demo data; for other weights give all three.
 CODEC ?= data/demo/codec.safetensors

@@ -217,9 +217,12 @@ def own_overview(config: TrainConfig, run: Start) -> dict[str, str]:
 
     layout, data = run.process.layout, run.data
     held_out = "none held out" if data.validation is None else f"{len(data.validation):,} held out"
+    width, reference = config.widths or (None, None)
+    ruled = {} if reference is None else {"width rule": f"{width:,}, with the rate of {reference:,}"}
     return {
         "model": f"{config.model.preset}, {sum(layer_parameters(config.model.dit())):,} parameters, "
         f"{config.model.precision}" + ("" if config.lora is None else f", adapters of rank {config.lora.rank}"),
+        **ruled,
         "device": f"{layout.world_size} × {run.process.card or 'CPU'}",
         "layout": f"data {layout.data} × sequence {layout.sequence} × pipeline {layout.pipeline}; "
         f"recomputes {level_name(config.parallel.levels(config.model.dit().depth))}",

@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(
         f"{report.path}: {preset_of(report.config) or report.config}; over the first {report.blocks} of "
         f"{report.config.depth} blocks, the output on random input differs from the narrow model's by "
-        f"{report.difference:.1e} (relative, fp32)"
+        f"{report.difference:.1e} (relative, fp32)\n"
+        f"to train it with the narrow model's optimizer.lr, set optimizer.width_reference = {report.narrow_width}, or "
+        "what the narrow model's run has there"
     )
     return 0
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mugv_ds.config.model import PRESETS, DiTConfig
+from mugv_ds.config.model import HEAD_DIM, PRESETS, DiTConfig
 from mugv_ds.config.operation_schema import MonitorSection, PreflightSection
 from mugv_ds.config.post_training_schema import LoraSection, PreferenceSection, RewardSection
 from mugv_ds.config.power_profile import MAX_SIGMA_REL
@@ -283,6 +283,14 @@ class OptimizerSection(Section):
     adamw_lr: float | None = Field(
         None, gt=0, le=1, description='Peak rate of what AdamW moves with optimizer.kind = "muon"; by default lr.'
     )
+    width_reference: int | None = Field(
+        None,
+        ge=HEAD_DIM,
+        le=1 << 17,
+        description="Width of the model that lr was tuned with. Rates and initial weights then follow the model's own "
+        "width by µP for diffusion transformers (Zheng et al. 2025, arXiv 2505.15270): docs/optimizer.md has the rule. "
+        "null: they do not. 1728 in stages 1 and 2, the width of the 2B proxy, is ours.",
+    )
     muon_momentum: float = Field(
         0.95, ge=0, lt=1, description="Decay of Muon's Nesterov momentum (Jordan et al. 2024)."
     )
@@ -297,6 +305,13 @@ class OptimizerSection(Section):
     gradient_clipping: float = Field(
         1.0, ge=0, le=1e6, description="Largest global gradient norm; 0 switches clipping off."
     )
+
+    @field_validator("width_reference")
+    @classmethod
+    def _is_a_width(cls, width: int | None) -> int | None:
+        if width is not None and width % HEAD_DIM:
+            raise ValueError(f"optimizer.width_reference = {width}: must be a multiple of {HEAD_DIM}, as any width is")
+        return width
 
 
 class ScheduleSection(Section):
@@ -598,6 +613,8 @@ class TrainConfig(Section):
                 'parallel.activation_checkpointing = "attention" keeps; set it to auto, flash4, flash2 or cudnn, or '
                 "choose another level"
             )
+        if self.lora is not None and self.optimizer.width_reference is not None:
+            raise ValueError("optimizer.width_reference: there is no rule for the adapters of lora; leave it out")
         if self.lora is not None and self.optimizer.kind == "muon":
             raise ValueError('optimizer.kind = "muon": moves none of the adapters of lora; set it to adamw')
         if pipeline > dit.depth:
@@ -655,6 +672,12 @@ class TrainConfig(Section):
             raise ValueError("checkpoint.init_from: required with reward; name the weights whose videos are judged")
         if reward.guidance != 1 and self.data.null_text_path is None:
             raise ValueError("data.null_text_path: required when reward.guidance is not 1; name the features")
+
+    @property
+    def widths(self) -> tuple[int, int] | None:
+        """Returns the model's width and that which the rate was tuned at; None where nothing follows the width."""
+        reference = self.optimizer.width_reference
+        return None if reference is None else (self.model.dit().hidden_size, reference)
 
     @property
     def steps_per_round(self) -> int:

@@ -282,6 +282,8 @@ class VaeTrainConfig(Section):
         if self.checkpoint.resume == "never":
             why = 'with checkpoint.resume = "never"'
             yield from changed("checkpoint", self.checkpoint, {"accept_changed_data"}, why)
+        of_the_dit = {"kind", "adamw_lr", "muon_momentum", "muon_scale", "width_reference"}
+        yield from changed("optimizer", self.optimizer, of_the_dit, "on the VideoVAE, all of which AdamW moves alike")
         if "every" not in self.preview.model_fields_set:
             yield from changed("preview", self.preview, set(VaePreviewSection.model_fields), "without preview.every")
         if loss.target == "features":

@@ -1,10 +1,12 @@
 """One place that starts DeepSpeed: the process group, the stage of this rank, the optimizer, the engine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import nn
 
 from mugv_ds.config.deepspeed import deepspeed_config, gradient_accumulation
 from mugv_ds.config.schema import OptimizerSection, TrainConfig
@@ -17,7 +19,7 @@ from mugv_ds.models.choose_attention import fastest_masked_attention, named_atte
 from mugv_ds.models.compile import SHAPES, compile_blocks
 from mugv_ds.models.fp8 import check_fp8, use_fp8
 from mugv_ds.models.kept_attention import KeptAttention, check_kept, statistics_of
-from mugv_ds.models.matrices import chunks_of
+from mugv_ds.models.matrices import chunks_of, rate_multiplier
 from mugv_ds.models.rope import patch_grid
 from mugv_ds.parallel.layout import stage_boundaries
 from mugv_ds.parallel.offload import Offload
@@ -56,7 +58,7 @@ def build_engine(
         # One replica of each stage reads them; DeepSpeed sends them to the others.
         reads = process.coordinates.data == process.coordinates.sequence == 0
         process.host.attempt(lambda: weights(module.named_layers()) if reads else None)
-    optimizer = make_optimizer(module, config.optimizer, process.device)
+    optimizer = make_optimizer(module.named_layers(), config.optimizer, config.widths, process.device)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_factor, config.schedule))
     return make_engine(module, optimizer, schedule, deepspeed_config(config, process.layout.data))
 
@@ -87,6 +89,7 @@ def build_stage(config: TrainConfig, process: Process, shape: tuple[int, int, in
         recompute=config.parallel.levels(dit.depth),
         lora=config.lora,
         seed=config.data.seed,
+        widths=config.widths,
         dtype=DTYPES[config.model.dtype],
         device=process.device,
     )
@@ -134,20 +137,43 @@ def pick_cross_attention(config: TrainConfig, process: Process, shape: tuple[int
     )
 
 
-def make_optimizer(module: DiTPipeline, section: OptimizerSection, device: torch.device) -> torch.optim.AdamW:
-    """Makes the optimizer of a stage: AdamW or, with a group of its own, Muon for those of `models.matrices`."""
-    named = {
-        prefix + name: parameter
-        for prefix, layer in module.named_layers()
-        for name, parameter in layer.named_parameters()
-        if parameter.requires_grad
-    }
-    if section.kind == "adamw":
-        return adamw(named.values(), section, device)
-    chunks = {parameter: count for name, parameter in named.items() if (count := chunks_of(name)) is not None}
-    muon = {"params": list(chunks), "chunks": chunks, "momentum": section.muon_momentum, "scale": section.muon_scale}
-    others = [parameter for parameter in named.values() if parameter not in chunks]
-    return adamw([muon, {"params": others, "lr": section.adamw_lr or section.lr}], section, device)
+def make_optimizer(
+    layers: Iterable[tuple[str, nn.Module]],
+    section: OptimizerSection,
+    widths: tuple[int, int] | None,
+    device: torch.device,
+) -> torch.optim.AdamW:
+    """Makes the optimizer of a stage, with a group for each of its learning rates, of which Muon has one at most.
+
+    What Muon moves, and how rates follow the width, is in `models.matrices`. A step's decay, rate · weight_decay, stays
+    what it is at the width that the rate was tuned at, as in the released code of Yang et al. 2022.
+
+    Args:
+        layers: each with the prefix of its names. widths: of the model, and that which the rate was tuned at; None:
+            nothing follows the width.
+    """
+    groups: dict[tuple[bool, float], dict[nn.Parameter, int | None]] = {}
+    for prefix, layer in layers:
+        for name, parameter in layer.named_parameters():
+            if parameter.requires_grad:
+                chunks = chunks_of(prefix + name) if section.kind == "muon" else None
+                mover = "adamw" if chunks is None else section.muon_scale
+                multiplier = rate_multiplier(prefix + name, mover, *widths) if widths else 1.0
+                groups.setdefault((chunks is not None, multiplier), {})[parameter] = chunks
+    given = []
+    for (is_muon, multiplier), chunks in sorted(groups.items(), key=_as_gradients_leave):
+        base = section.lr if is_muon or section.kind == "adamw" else section.adamw_lr or section.lr
+        group = {"params": list(chunks), "lr": base * multiplier, "weight_decay": section.weight_decay / multiplier}
+        if is_muon:
+            group |= {"chunks": chunks, "momentum": section.muon_momentum, "scale": section.muon_scale}
+        given.append(group)
+    return adamw(given, section, device)
+
+
+def _as_gradients_leave(group: tuple[tuple[bool, float], Any]) -> tuple[bool, bool]:
+    """Sorts the groups of `make_optimizer` as their gradients are reduced: last those that the embedders are among."""
+    is_muon, multiplier = group[0]
+    return not is_muon and multiplier == 1.0, not is_muon
 
 
 def adamw(parameters, section: OptimizerSection, device: torch.device) -> torch.optim.AdamW:

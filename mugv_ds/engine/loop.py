@@ -25,6 +25,7 @@ from mugv_ds.engine.monitor import Monitor
 from mugv_ds.engine.preview import Evaluations, Previews
 from mugv_ds.engine.process import Process
 from mugv_ds.engine.reward.rounds import Rounds
+from mugv_ds.engine.schedule import rate_factor
 from mugv_ds.engine.steps import Checkpoints, State, StepLoop
 from mugv_ds.models.flops import step_flops
 from mugv_ds.models.lora import adapters_off
@@ -108,7 +109,7 @@ class Trainer(StepLoop):
         planned = self.plan.step(self.guard.history.position(step))  # known to all ranks before anything is sent
         work = self._prepare(planned, batches)
         self.probe.armed = recorder.due(step)
-        rate = self.engine.get_lr()[0]
+        rate = self.config.optimizer.lr * rate_factor(self.config.schedule, self.engine.lr_scheduler.last_epoch)
         with self.monitor.watching(step):
             loss = self.engine.train_batch(work)
         if self.engine.was_step_applied():

@@ -5,8 +5,9 @@ import os
 import resource
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -248,6 +249,18 @@ def start_process(config: RunConfig) -> Process:
     return process
 
 
+@contextmanager
+def alone() -> Iterator[dist.ProcessGroup]:
+    """Gives this process a group by itself, as `DistributedOptimizer` needs one, where there is no launch."""
+    _leave_out_shared_memory()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed("gloo", verbose=False)  # takes the group that there is
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
 def join_launch(parallel: ParallelSection, timeout_s: float, settings: dict[str, Any]) -> Process:
     """Joins the process group that the launcher describes in the environment.
 
@@ -323,12 +336,16 @@ def _device(environment: LaunchEnvironment) -> torch.device:
     accelerator = get_accelerator()
     device = torch.device(accelerator.device_name(environment.local_rank))
     if device.type == "cpu":
-        # Its shared-memory collectives would be compiled at start; gloo does what a CPU run needs.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _leave_out_shared_memory()
         torch.set_num_threads(max((os.cpu_count() or 1) // environment.local_size, 1))
     else:
         accelerator.set_device(environment.local_rank)
     return device
+
+
+def _leave_out_shared_memory() -> None:
+    """Has DeepSpeed not compile its shared-memory collectives at start; gloo does what a CPU run needs."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def check_same(own: dict[str, Any], host: HostGroup, remedy: str) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mugv_ds.config.model import DiTConfig
 from mugv_ds.models.attention import Attention, sdpa
 from mugv_ds.models.layers import Block, CaptionEmbedder, Condition, FinalLayer, ScalarEmbedder
+from mugv_ds.models.matrices import initial_multiplier
 from mugv_ds.models.reuse import HeldText, RunBlocks, run_blocks
 from mugv_ds.models.rope import Grid, Positions, patch_grid, positions, rotary_angles
 
@@ -193,7 +194,7 @@ def keyed_generator(seed: int, name: str, device: torch.device | str = "cpu") ->
 
 
 @torch.no_grad()
-def init_weights(module: nn.Module, prefix: str, seed: int) -> None:
+def init_weights(module: nn.Module, prefix: str, seed: int, widths: tuple[int, int] | None = None) -> None:
     """Draws the initial weights in place, each from a generator keyed by (seed, full name).
 
     They are therefore equal however the model is split up. They are drawn in fp32 and rounded to the parameter's dtype,
@@ -205,9 +206,15 @@ def init_weights(module: nn.Module, prefix: str, seed: int) -> None:
     Args:
         module: a DiT or a part of one, on the device where it will live.
         prefix: what precedes the module's parameter names in a DiT, such as "blocks.3.".
+        widths: D, and the width R that the rate was tuned at: the spread follows the rule of `models.matrices`. None:
+            it is as above.
     """
     for local, parameter in module.named_parameters():
-        parameter.copy_(_initial(prefix + local, torch.empty_like(parameter, dtype=torch.float32), seed))
+        name = prefix + local
+        drawn = _initial(name, torch.empty_like(parameter, dtype=torch.float32), seed)
+        if widths is not None:
+            drawn *= initial_multiplier(name, *widths, columns=math.prod(parameter.shape[1:]))
+        parameter.copy_(drawn)
 
 
 def _initial(name: str, weight: Tensor, seed: int) -> Tensor:

@@ -147,6 +147,7 @@ class DiTPipeline(PipelineModule):
             `Block.forward`.
         lora: adapters of the blocks, which alone are trained; None trains all weights.
         seed: seed of the initial weights, which do not depend on the layout; None leaves them as they happen to be.
+        widths: D and R that their spread follows, see `models.dit.init_weights`.
         dtype, device: of the weights.
     """
 
@@ -162,6 +163,7 @@ class DiTPipeline(PipelineModule):
         recompute: str | Sequence[str] = "off",
         lora: LoraSection | None = None,
         seed: int | None,
+        widths: tuple[int, int] | None = None,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -190,7 +192,7 @@ class DiTPipeline(PipelineModule):
             for block in self.blocks:
                 add_adapters(block, lora)
         for prefix, layer in self.named_layers() if seed is not None else ():
-            init_weights(layer, prefix, seed)
+            init_weights(layer, prefix, seed, widths)
 
     def _partition_layers(self, method: str) -> None:
         """Sets the layers of this stage; the base class calls it in place of its own method, which knows no costs."""

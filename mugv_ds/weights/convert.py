@@ -63,13 +63,14 @@ class WideningReport:
     """What `widen_weights` did.
 
     Attributes:
-        path: what was written. config: its sizes.
+        path: what was written. config: its sizes. narrow_width: of the model before.
         blocks: how many blocks, from the first on, were compared with the narrow model's.
         difference: relative distance of the outputs, see `output_difference`.
     """
 
     path: Path
     config: DiTConfig
+    narrow_width: int
     blocks: int
     difference: float
 
@@ -104,4 +105,4 @@ def widen_weights(
         raise InputError(f"{check_blocks} blocks to check: must be 1 to {config.depth}, the model's depth")
     written = save_weights(widened, sizes, out, layout, dtype=dtype)
     difference = output_difference(narrow, PublishedWeights(written), config, factor, check_blocks)
-    return WideningReport(written, sizes, check_blocks, difference)
+    return WideningReport(written, sizes, config.hidden_size, check_blocks, difference)

@@ -107,7 +107,7 @@ class FrozenWeights:
             load_into(self.start.path, self.config.model.dit(), layers)
             return
         for prefix, layer in layers:
-            init_weights(layer, prefix, self.config.data.seed)
+            init_weights(layer, prefix, self.config.data.seed, self.config.widths)
 
 
 def check_resumed_base(start: StartWeights, config: TrainConfig) -> None:
@@ -205,7 +205,7 @@ def check_start_features(path: str | Path, text_encoder: TextEncoderInfo | None)
 
 
 def start_digest(path: str | Path | None, config: TrainConfig) -> str:
-    """SHA-256 of the weights' files; of sizes and seed where a run starts from initial weights.
+    """SHA-256 of the weights' files; where a run starts from initial weights, of what these are a function of.
 
     Args:
         path: see `find_start`, or None.
@@ -214,5 +214,6 @@ def start_digest(path: str | Path | None, config: TrainConfig) -> str:
         CheckpointError: there are no weights at `path`.
     """
     if path is None:
-        return hashlib.sha256(f"{config.model.dit()} {config.data.seed}".encode()).hexdigest()
+        drawn_by = f"{config.model.dit()} {config.data.seed}" + (f" {config.widths}" if config.widths else "")
+        return hashlib.sha256(drawn_by.encode()).hexdigest()
     return weights_digest(located(path))

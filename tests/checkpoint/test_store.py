@@ -29,9 +29,10 @@ VARIANTS = {
     "fp32": {},
     "bf16": {"model": {"precision": "bf16"}},
     "muon": {"optimizer": {"kind": "muon", "weight_decay": 0.1, "adamw_lr": 5e-4}},
+    "width": {"optimizer": {"kind": "muon", "weight_decay": 0.1, "width_reference": 72}},  # of a model twice as wide
     "lora": {"lora": {"rank": 3}, "model": {"precision": "bf16"}},
 }
-RESHAPED = ("fp32", "bf16", "lora", "muon")
+RESHAPED = ("fp32", "bf16", "lora", "muon", "width")
 
 
 def settings(folder: Path, layout: tuple[int, int, int], variant: str = "fp32", **checkpoint) -> TrainConfig:
@@ -187,7 +188,7 @@ def test_another_layout_has_the_same_state_and_goes_on(root, place, variant):
         assert any(differs), "an average that is the weights would also be right if it were not restored"
     expected = torch.load(root / f"{variant}-losses.pt", weights_only=True)[HALF:]
     found = torch.load(root / place / f"{variant}-losses.pt", weights_only=True)
-    assert found == pytest.approx(expected, rel=1e-5 if variant in ("fp32", "muon") else 2e-2)
+    assert found == pytest.approx(expected, rel=1e-5 if variant in ("fp32", "muon", "width") else 2e-2)
 
 
 @pytest.mark.parametrize("variant", ["fp32", "bf16"])

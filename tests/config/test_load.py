@@ -244,6 +244,12 @@ def test_absurd_numbers_are_refused(tmp_path, name, sign):
         ("optimizer.betas=[0.9, 1]", "optimizer.betas.1 = 1: must be less than 1"),
         ("optimizer.eps=0", "optimizer.eps = 0: must be greater than or equal to 0.000000000000001"),
         ("optimizer.lr=1.5", "optimizer.lr = 1.5: must be less than or equal to 1"),
+        ("optimizer.width_reference=0", "optimizer.width_reference = 0: must be greater than or equal to 72"),
+        ("optimizer.width_reference=100", "optimizer.width_reference = 100: must be a multiple of 72"),
+        (
+            "optimizer.width_reference=131112",
+            "optimizer.width_reference = 131112: must be less than or equal to 131072",
+        ),
         ("data.seed=9223372036854775808", "data.seed = 9223372036854775808: must be less than 9223372036854775808"),
         ("model.num_heads=1000000000000", "model.num_heads = 1000000000000: must be less than or equal to 1024"),
         ("guard.spike_factor=0.5", "guard.spike_factor = 0.5: must be greater than 1"),
@@ -254,6 +260,18 @@ def test_absurd_numbers_are_refused(tmp_path, name, sign):
 )
 def test_numbers_without_sense_are_refused(tmp_path, override, expected):
     assert expected in error_of(write(tmp_path, "run.json", GOOD), [override])
+
+
+def test_adapters_have_no_rule_for_the_width(tmp_path):
+    path = write(tmp_path, "run.json", GOOD | {"lora": {"rank": 2}})
+    assert "optimizer.width_reference: there is no rule for" in error_of(path, ["optimizer.width_reference=72"])
+
+
+def test_the_proxy_and_the_10b_share_a_rate_in_the_stages_that_both_train():
+    for stage in ("stage1", "stage2"):
+        proxy, wide = load_config(f"2b/{stage}"), load_config(stage)
+        assert (proxy.optimizer, proxy.widths, wide.widths) == (wide.optimizer, (1728, 1728), (3456, 1728))
+        assert load_config(f"debug/{stage}").widths is None
 
 
 SOURCES = '[{"name": "a", "manifest": "a.csv", "weight": 2.0}]'

@@ -57,6 +57,8 @@ def test_the_sizes_are_the_published_ones_with_those_of_the_section(path):
         ([*FEATURES, *GAN], "gan: judges pixels"),
         (["model.image_vae=a", "checkpoint.init_from=b"], "both name weights to start from"),
         (["optimizer.weight_decay=0.1"], "optimizer.weight_decay: must be 0"),
+        (["optimizer.kind=muon"], "optimizer.kind: has no effect on the VideoVAE"),
+        (["optimizer.width_reference=72"], "optimizer.width_reference: has no effect on the VideoVAE"),
         (["data.micro_batch_size=3"], "data.micro_batch_size = 3: does not divide data.global_batch_size = 2"),
         (["gan.warmup_steps=6"], "gan.warmup_steps = 6: the run's 6 steps end before"),
         (["gan.width=12"], "gan.width = 12: must be a multiple of 8"),

@@ -95,7 +95,8 @@ def test_the_proxy_widens_to_the_10b():
 def test_the_command_writes_and_reports(tmp_path, narrow, capsys):
     command = ["--weights", str(narrow), "--out", str(tmp_path / "wide"), "--dtype", "bf16", "--check-blocks", "1"]
     assert widen.main(command) == 0
-    assert "over the first 1 of 2 blocks" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "over the first 1 of 2 blocks" in said and "set optimizer.width_reference = 144" in said
     assert {p.dtype for p in load_dit(tmp_path / "wide").parameters()} == {torch.bfloat16}
 
 
