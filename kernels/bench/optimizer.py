@@ -94,6 +94,7 @@ def timed(step: Callable, times: list[float]) -> Callable:
 def measure(args: argparse.Namespace, make, gradients: str, kind: str) -> tuple[float, float, float, float]:
     """Returns the median seconds of a step and of the optimizer in it, the peak GiB of a device, and the last loss."""
     build.make_engine = make
+    left = torch.cuda.memory_allocated()  # of earlier cases, which DeepSpeed's hooks keep alive
     settings, shape = config(args, gradients, kind), tuple(args.shape)
     process = start_process(settings)
     engine = build.build_engine(settings, process, shape)
@@ -110,7 +111,7 @@ def measure(args: argparse.Namespace, make, gradients: str, kind: str) -> tuple[
         loss = engine.train_batch(feed.stage(parts, shape, args.micro, args.accumulation))
         torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
-    peak = torch.cuda.max_memory_allocated() / 2**30
+    peak = (torch.cuda.max_memory_allocated() - left) / 2**30
     del engine, feed
     gc.collect()
     torch.cuda.empty_cache()
