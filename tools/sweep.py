@@ -17,11 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-from mugv_ds.config.errors import ConfigError
+from mugv_ds.config.errors import ConfigError, InputError
 from mugv_ds.config.load import load_config
 from mugv_ds.config.schema import TrainConfig
+from mugv_ds.plan.records import read_scalars
 
 ROOT = Path(__file__).parents[1]
 HELD_OUT = "validation/loss"
@@ -62,13 +61,10 @@ def train(config: Path, settings: Sequence[str], folder: Path, threads: int) -> 
 
 def held_out(folder: Path) -> dict[int, float]:
     """Returns the held-out losses of a run by step; none where there is no run."""
-    if not folder.exists():
+    try:
+        return dict(read_scalars(folder).get(HELD_OUT, ())) if folder.exists() else {}
+    except InputError:  # it ended before it wrote any
         return {}
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    if HELD_OUT not in events.Tags()["scalars"]:
-        return {}
-    return {event.step: event.value for event in events.Scalars(HELD_OUT)}
 
 
 def report(cases: Sequence[Case], powers: Sequence[int], curves: dict[tuple[str, int], dict[int, float]]) -> str:
