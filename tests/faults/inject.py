@@ -213,7 +213,15 @@ def failing_write(rank: int, *, step: int) -> None:
     files.write_tensors = failing
 
 
-def limit_files(_: object) -> None:
+def limit_files(trainer: Trainer, after: int) -> None:
+    """Calls `forbid_large_files` once the checkpoint of step `after` is there."""
+    latest = Path(trainer.config.checkpoint.dir) / "latest"
+    while latest.read_text().strip() != f"step-{after:08d}":  # a writer of this process may still be at it
+        time.sleep(0.01)
+    forbid_large_files()
+
+
+def forbid_large_files() -> None:
     """From now on this process may write no file of more than 64 KiB."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
@@ -254,7 +262,7 @@ def unfit(rank: int) -> None:
     probes.product_call = slow_product
     state.clock_ahead = lambda host: clock_ahead(host, now=lambda: time.time() + 100)
     state.versions = lambda: versions() | {"torch": "1.0"}
-    limit_files(rank)
+    forbid_large_files()
 
 
 def hang_in_product(rank: int) -> None:

@@ -140,7 +140,7 @@ def test_a_run_is_never_started_over_in_silence(tmp_path, manifest, reference, r
         (
             5,
             "RLIMIT_FSIZE on one rank",
-            partial(inject.at_step, step=5, act=inject.limit_files),
+            partial(inject.at_step, step=5, act=partial(inject.limit_files, after=4)),
             r"rank 1: .*too large",
         ),
         (29, "the background writer fails on one rank", partial(inject.failing_write, step=8), r"rank 1: .*error"),
