@@ -385,6 +385,27 @@ def test_kept_weights_are_those_that_are_made_each_time():
     assert len(counted) == 3 * len(FP8_LAYERS), "the second pass has the first one's"
 
 
+def test_compiled_segments_see_kept_weights_change_and_are_compiled_once():
+    block = make_block(torch.device("cpu"))
+    plain, compiled = copy.deepcopy(block), []
+    use_fp8(block, keeps_weights=True)
+    use_fp8(plain)
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return aot_eager(graph, inputs)
+
+    with patch("torch.compile", partial(torch.compile, backend=backend)):
+        block.compile_segments()
+    for _ in range(3):
+        a, b = run(block), run(plain)
+        assert max(relative(a[name], b[name]) for name in b) < 1e-2
+        with torch.no_grad():
+            for parameter in (*block.parameters(), *plain.parameters()):
+                parameter.mul_(1.5)
+    assert len(compiled) == 1
+
+
 def train_and_go_on(config_path: str) -> None:
     """Six steps, or what is left of them."""
     train(load_config(config_path))
