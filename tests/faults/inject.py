@@ -257,7 +257,7 @@ def unfit(rank: int) -> None:
 
     def slow_product(*args):
         call = product_call(*args)
-        return lambda: [call() for _ in range(40)]  # by a factor, however busy the machine is
+        return lambda: [call() for _ in range(200)]  # by a factor, however busy the machine is
 
     probes.product_call = slow_product
     state.clock_ahead = lambda host: clock_ahead(host, now=lambda: time.time() + 100)
