@@ -26,7 +26,9 @@ def test_memory_and_open_files_stay_flat(tmp_path, manifest, report):
     assert done.codes == [0, 0], done.output
     taken, resident, files = np.loadtxt(tmp_path / "resources").T
     later = taken > STEPS / 4  # buffers have grown to their size by then
-    slope = np.polyfit(taken[later], resident[later], 1)[0]
+    # Huge pages come and go, ten of 2 MiB and more; a leak raises the floor.
+    windows = [np.array_split(of[later], 6) for of in (taken, resident)]
+    slope = np.polyfit([of.mean() for of in windows[0]], [of.min() for of in windows[1]], 1)[0]
     assert slope < 2048, f"{slope:.0f} bytes a step"
     assert files[later].max() <= files[later].min() + 2
     report(30, f"{STEPS:,} steps", f"memory grows by {slope:.0f} bytes a step, open files flat", done.seconds)
