@@ -1,11 +1,27 @@
 """What a person reads on the terminal, apart from what libraries print, which goes to a file for each rank."""
 
+import contextlib
 import faulthandler
+import io
 import logging
 import os
 import sys
 from pathlib import Path
 from typing import TextIO
+
+
+class _Log(io.TextIOWrapper):
+    """Where what is printed goes once it is diverted. What the disk does not take is lost, and nobody fails by it."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError:
+            return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()
 
 
 class Console:
@@ -31,6 +47,9 @@ class Console:
         for number in (1, 2):
             os.dup2(file, number)
         os.close(file)
+        sys.stdout, sys.stderr = (
+            _Log(os.fdopen(number, "wb", closefd=False), errors="replace", line_buffering=True) for number in (1, 2)
+        )
         handler = logging.StreamHandler(self._streams[1])
         handler.setLevel(logging.WARNING)
         logging.getLogger("mugv_ds").addHandler(handler)

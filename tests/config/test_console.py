@@ -78,3 +78,22 @@ def test_a_link_in_the_place_of_the_log_is_not_followed(tmp_path):
     (tmp_path / "rank0.log").symlink_to(tmp_path / "other")
     assert rank(tmp_path, "say('a line')").stdout == "a line\n"
     assert not (tmp_path / "other").exists()
+
+
+def test_a_log_that_the_disk_does_not_take_fails_nobody(tmp_path):
+    """What is said still reaches the terminal, and a library that prints goes on."""
+    (tmp_path / "rank.py").write_text("""
+import sys
+from pathlib import Path
+from mugv_ds.config.command import leave
+from mugv_ds.config.console import CONSOLE, say
+CONSOLE.divert(Path("/dev/full"))
+say("begins")
+print("a library " * 5000, flush=True)
+print("and on stderr", file=sys.stderr)
+say("error: ends", error=True)
+leave(2)
+""")
+    command = [sys.executable, tmp_path / "rank.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "begins\n", "error: ends\n")
