@@ -27,7 +27,6 @@ class Fp8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear, keeps_weight: bool) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self._keeps_weight = keeps_weight
         self._version, self._kept = -1, ()
@@ -47,7 +46,7 @@ class Fp8Linear(nn.Module):
         return Weight(self.weight, *self._kept)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Applies the layer: […, in_features] → […, out_features]."""
+        """Applies the layer: […, D] → […, E], for a weight [E, D]."""
         return fp8_linear(x, self.rounded, self.bias)
 
 

@@ -132,7 +132,7 @@ def test_every_weight_is_that_of_a_plain_loop(trained: Path, expected, layout):
     start = dict(initial_model(config((1, 1, 1))).named_parameters())
     seen: set[str] = set()
     for file in sorted(trained.glob("dp{}-sp{}-pp{}-*.pt".format(*layout))):
-        found = torch.load(file)
+        found = torch.load(file, weights_only=True)
         assert found["losses"] == pytest.approx(losses, rel=1e-5)
         for name, weight in found["weights"].items():
             moved = (weights[name] - start[name].detach()).norm()
@@ -145,7 +145,7 @@ def test_every_weight_is_that_of_a_plain_loop(trained: Path, expected, layout):
 def test_momentum_takes_four_bytes_a_parameter_and_replica(trained: Path):
     model = initial_model(config((1, 1, 1)))
     numel = sum(p.numel() * (1 if chunks_of(name) else 2) for name, p in model.named_parameters())
-    kept = torch.load(trained / "dp2-sp2-pp1-0.pt")["kept"]
+    kept = torch.load(trained / "dp2-sp2-pp1-0.pt", weights_only=True)["kept"]
     assert kept == pytest.approx(numel / 4, rel=0.02)
 
 

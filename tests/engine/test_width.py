@@ -123,7 +123,7 @@ def test_a_step_moves_every_weight_as_far_as_its_rate_says(moves: Path, layout, 
     """The first step from the same weights, and so from the same gradients: moves differ by the rates alone."""
     seen: set[str] = set()
     for file in moves.glob("{}-dp{}-sp{}-pp{}-*.pt".format(kind, *layout)):
-        plain, ruled = torch.load(file)
+        plain, ruled = torch.load(file, weights_only=True)
         for name, move in plain.items():
             expected = 0.5 if name in HIDDEN or name == OUTPUT else 1.0
             if kind == "muon" and name in HIDDEN and name not in EMBEDDERS:
