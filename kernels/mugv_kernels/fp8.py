@@ -239,15 +239,11 @@ def _round(
     scale = torch.empty_like(largest)
     values = torch.empty(P, C, dtype=dtype, device=x_BNC.device) if wants_values else None
     transposed = torch.empty(C, P, dtype=dtype, device=x_BNC.device) if wants_transposed else None
-    if values is not None and P > R:
-        values[R:].view(torch.uint8).zero_()
-    if transposed is not None and P > R:
-        transposed[:, R:].view(torch.uint8).zero_()
     shift, row_scale, clean, mean, rstd = modulated or [largest] * 5  # not read unless modulated
-    _round_kernel[(triton.cdiv(N, _TILE), triton.cdiv(C, _TILE), B)](
+    _round_kernel[(triton.cdiv(P, _TILE), triton.cdiv(C, _TILE))](
         x_BNC, shift, row_scale, clean, mean, rstd, largest, scale,
         scale if values is None else values, scale if transposed is None else transposed,
-        N, P,
+        N, R, P,
         C=C, MAX=torch.finfo(dtype).max, OF=of, VALUES=wants_values, TRANSPOSED=wants_transposed, TILE=_TILE,
     )  # fmt: skip
     return Rounded(values, transposed, scale)
@@ -313,42 +309,48 @@ if find_spec("triton"):  # not built for every platform; the references need non
     @triton.jit
     def _round_kernel(
         x_ptr, shift_ptr, scale_ptr, clean_ptr, mean_ptr, rstd_ptr, largest_ptr, out_scale_ptr,
-        values_ptr, transposed_ptr, N, P,
+        values_ptr, transposed_ptr, N, R, P,
         C: tl.constexpr, MAX: tl.constexpr, OF: tl.constexpr, VALUES: tl.constexpr, TRANSPOSED: tl.constexpr,
         TILE: tl.constexpr,
     ):  # fmt: skip
-        """Each program rounds a tile of one sample; the grid is (tiles of N, tiles of C, B)."""
-        batch = tl.program_id(2).to(tl.int64)
-        n = tl.program_id(0) * TILE + tl.arange(0, TILE)
+        """Each program rounds a tile of the rows of all samples; the grid is (tiles of P, tiles of C).
+
+        P is a multiple of 16, and a tile begins at one, so that several rows of a channel are stored at once.
+        """
+        row = tl.program_id(0) * TILE + tl.arange(0, TILE)
         c = tl.program_id(1) * TILE + tl.arange(0, TILE)
-        row = batch * N + n
-        inside = (n < N)[:, None] & (c < C)[None, :]
-        y = tl.load(x_ptr + row[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        inside = (row < R)[:, None] & (c < C)[None, :]
+        y = tl.load(x_ptr + row.to(tl.int64)[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
         if OF == _IS_MODULATED:
-            rows = 2 * batch * C + c
-            is_clean = (tl.load(clean_ptr + row, mask=n < N, other=0) != 0)[:, None]
-            mean = tl.load(mean_ptr + row, mask=n < N, other=0.0)[:, None]
-            rstd = tl.load(rstd_ptr + row, mask=n < N, other=0.0)[:, None]
-            shift_noised = tl.load(shift_ptr + rows, mask=c < C, other=0.0).to(tl.float32)[None, :]
-            shift_clean = tl.load(shift_ptr + rows + C, mask=c < C, other=0.0).to(tl.float32)[None, :]
-            scale_noised = tl.load(scale_ptr + rows, mask=c < C, other=0.0).to(tl.float32)[None, :]
-            scale_clean = tl.load(scale_ptr + rows + C, mask=c < C, other=0.0).to(tl.float32)[None, :]
-            scale = 1.0 + tl.where(is_clean, scale_clean, scale_noised)
-            y = (y - mean) * rstd * scale + tl.where(is_clean, shift_clean, shift_noised)
+            is_clean = (tl.load(clean_ptr + row, mask=row < R, other=0) != 0)[:, None]
+            mean = tl.load(mean_ptr + row, mask=row < R, other=0.0)[:, None]
+            rstd = tl.load(rstd_ptr + row, mask=row < R, other=0.0)[:, None]
+            normed, y = (y - mean) * rstd, tl.zeros([TILE, TILE], dtype=tl.float32)
+            first = tl.program_id(0) * TILE
+            for batch in range(first // N, tl.cdiv(tl.minimum(first + TILE, R), N)):  # the samples of the tile's rows
+                rows = tl.cast(batch, tl.int64) * 2 * C + c
+                shift_noised = tl.load(shift_ptr + rows, mask=c < C, other=0.0).to(tl.float32)[None, :]
+                shift_clean = tl.load(shift_ptr + rows + C, mask=c < C, other=0.0).to(tl.float32)[None, :]
+                scale_noised = tl.load(scale_ptr + rows, mask=c < C, other=0.0).to(tl.float32)[None, :]
+                scale_clean = tl.load(scale_ptr + rows + C, mask=c < C, other=0.0).to(tl.float32)[None, :]
+                modulated = normed * (1.0 + tl.where(is_clean, scale_clean, scale_noised))
+                modulated += tl.where(is_clean, shift_clean, shift_noised)
+                y = tl.where((row // N == batch)[:, None] & inside, modulated, y)
         if OF == _IS_GELU:
             y = _gelu(y)
         largest = tl.load(largest_ptr)
         factor = tl.where(largest > 0, MAX / largest, 1.0)
-        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (batch == 0):
+        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
             tl.store(out_scale_ptr, 1.0 / factor)
-        y = tl.clamp(y * factor, -MAX, MAX)
+        y = tl.clamp(y * factor, -MAX, MAX)  # zero in the rows of the padding
         if VALUES:
             rounded = y.to(values_ptr.dtype.element_ty)
-            tl.store(values_ptr + row[:, None] * C + c[None, :], rounded, mask=inside)
+            at = row.to(tl.int64)[:, None] * C + c[None, :]
+            tl.store(values_ptr + at, rounded, mask=(row < P)[:, None] & (c < C)[None, :])
         if TRANSPOSED:
             turned = tl.trans(y.to(transposed_ptr.dtype.element_ty))
             at = c.to(tl.int64)[:, None] * P + row[None, :]
-            tl.store(transposed_ptr + at, turned, mask=(c < C)[:, None] & (n < N)[None, :])
+            tl.store(transposed_ptr + at, turned, mask=(c < C)[:, None] & (row < P)[None, :])
 
     @triton.jit
     def _gelu_backward_kernel(x_ptr, gradient_ptr, sums_ptr, out_ptr, rows, C: tl.constexpr, COLUMNS: tl.constexpr):
