@@ -17,12 +17,12 @@ def main() -> None:
     mask = torch.arange(TEXT_TOKENS, device=device) % 7 != 6
     everything = torch.ones_like(mask)[None]
     backends = attention.installed_masked_backends(device)
-    trials = [(name, backend, attention._MAX_PARTS) for name, backend in backends.items()]
+    trials = [(name, backend, attention.query_parts) for name, backend in backends.items()]
     if "flash4" in backends:
-        trials.append(("flash4, queries in one part", backends["flash4"], 1))
+        trials.append(("flash4, queries in one part", backends["flash4"], lambda *_: 1))
     rows = []
     for name, backend, parts in trials:
-        with patch.object(attention, "_MAX_PARTS", parts):
+        with patch.object(attention, "query_parts", parts):
             torch.compiler.reset()
             compiled = torch.compile(backend, dynamic=False)
             *inputs, _ = random_qkv(N, HEADS, dtype, device, TEXT_TOKENS)

@@ -108,6 +108,11 @@ def round_gelu_reference(
     return round_reference(y, largest, dtype, values=values, transposed=transposed)
 
 
+def sum_and_largest_reference(x_RC: Tensor) -> tuple[Tensor, Tensor]:
+    """Does what `sum_and_largest` does in plain PyTorch."""
+    return x_RC.float().sum(0).to(x_RC.dtype), largest_reference(x_RC)
+
+
 def gelu_backward_reference(x_RC: Tensor, gradient_RC: Tensor) -> tuple[Tensor, Tensor]:
     """Does what `gelu_backward` does in plain PyTorch."""
     exact = torch.ops.aten.gelu_backward(gradient_RC.float(), x_RC.float(), approximate="tanh")
@@ -200,13 +205,22 @@ def gelu_backward(x_RC: Tensor, gradient_RC: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The sum [C] of the result over the rows, in x's dtype, and its largest magnitude, [] fp32.
     """
+    return _by_columns(x_RC, gradient_RC, is_gelu=True)
+
+
+def sum_and_largest(x_RC: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the sum [C] of a contiguous matrix over the rows, in its dtype, and its largest magnitude, [] fp32."""
+    return _by_columns(x_RC, x_RC, is_gelu=False)
+
+
+def _by_columns(x_RC: Tensor, gradient_RC: Tensor, *, is_gelu: bool) -> tuple[Tensor, Tensor]:
     rows, columns = x_RC.shape
     column_programs = triton.cdiv(columns, 512)
     row_programs = min(rows, triton.cdiv(2 * _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x_RC), column_programs))
     sums = x_RC.new_empty((row_programs, columns), dtype=torch.float32)
     out = torch.zeros((), dtype=torch.float32, device=x_RC.device)
     grid = (column_programs, row_programs)
-    _gelu_backward_kernel[grid](x_RC, gradient_RC, sums, out, rows, C=columns, COLUMNS=512, num_warps=2)
+    _columns_kernel[grid](x_RC, gradient_RC, sums, out, rows, C=columns, GELU=is_gelu, COLUMNS=512, num_warps=2)
     return sums.sum(0).to(x_RC.dtype), out
 
 
@@ -353,22 +367,30 @@ if find_spec("triton"):  # not built for every platform; the references need non
             tl.store(transposed_ptr + at, turned, mask=(c < C)[:, None] & (row < P)[None, :])
 
     @triton.jit
-    def _gelu_backward_kernel(x_ptr, gradient_ptr, sums_ptr, out_ptr, rows, C: tl.constexpr, COLUMNS: tl.constexpr):
-        """Each program takes COLUMNS channels of every `row programs`-th row; partial sums go to [row programs, C]."""
+    def _columns_kernel(
+        x_ptr, gradient_ptr, sums_ptr, out_ptr, rows, C: tl.constexpr, GELU: tl.constexpr, COLUMNS: tl.constexpr
+    ):  # fmt: skip
+        """Each program takes COLUMNS channels of every `row programs`-th row; partial sums go to [row programs, C].
+
+        With GELU the gradient is first that of GELU(x), and is replaced by that of x.
+        """
         column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         mask = column < C
         total = tl.zeros([COLUMNS], dtype=tl.float32)
         found = tl.zeros([COLUMNS], dtype=tl.float32)
         for row in tl.range(tl.program_id(1), rows, tl.num_programs(1), num_stages=3):
             at = tl.cast(row, tl.int64) * C + column
-            x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
             gradient = tl.load(gradient_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            _, slope = gelu_and_slope(x)
-            gradient *= slope
+            if GELU:
+                x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+                _, slope = gelu_and_slope(x)
+                gradient *= slope
+                rounded = gradient.to(gradient_ptr.dtype.element_ty)
+                tl.store(gradient_ptr + at, rounded, mask=mask)
+                found = tl.maximum(found, _magnitude(rounded.to(tl.float32)))
+            else:
+                found = tl.maximum(found, _magnitude(gradient))
             total += gradient
-            rounded = gradient.to(gradient_ptr.dtype.element_ty)
-            found = tl.maximum(found, _magnitude(rounded.to(tl.float32)))
-            tl.store(gradient_ptr + at, rounded, mask=mask)
         tl.store(sums_ptr + tl.program_id(1) * C + column, total, mask=mask)
         tl.atomic_max(out_ptr, tl.max(found, axis=0))
 
@@ -383,9 +405,19 @@ class Operations(NamedTuple):
     gelu_largest: Callable[..., Tensor]
     round_gelu: Callable[..., Rounded]
     gelu_backward: Callable[..., tuple[Tensor, Tensor]]
+    sum_and_largest: Callable[..., tuple[Tensor, Tensor]]
 
 
-KERNELS = Operations(largest, round_to, modulated_largest, round_modulated, gelu_largest, round_gelu, gelu_backward)
+KERNELS = Operations(
+    largest,
+    round_to,
+    modulated_largest,
+    round_modulated,
+    gelu_largest,
+    round_gelu,
+    gelu_backward,
+    sum_and_largest,
+)
 REFERENCES = Operations(
     largest_reference,
     round_reference,
@@ -394,4 +426,5 @@ REFERENCES = Operations(
     gelu_largest_reference,
     round_gelu_reference,
     gelu_backward_reference,
+    sum_and_largest_reference,
 )

@@ -26,6 +26,8 @@ MaskedAttention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 _MASKED = -30_000.0  # added to q·k before the scale; −3,500 after it
 _MAX_PARTS = 32  # most parts that `flash4_masked` cuts the queries into
+_MULTIPROCESSORS, _KEY_BLOCK = 132, 128  # of an H100 or H200; keys that one of them takes in the backward pass
+_COPY = 110  # queries whose attention takes as long as a part's copies of keys and values, and summing their gradients
 _MAX_SAMPLES = 256  # most samples, or parts, that FlashAttention-4's backward pass takes with a prefix of the keys
 
 
@@ -80,10 +82,27 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tenso
     return F.scaled_dot_product_attention(q, k, v, scale=head_dim**-0.5).transpose(1, 2)[..., :head_dim]
 
 
-def query_parts(batch: int, tokens: int) -> int:
-    """Returns into how many equal parts `flash4_masked` cuts the queries of so many samples and tokens."""
-    most = min(_MAX_PARTS, max(_MAX_SAMPLES // batch, 1))
-    return next(n for n in range(most, 0, -1) if tokens % n == 0)
+def query_parts(batch: int, tokens: int, keys: int, heads: int) -> int:
+    """Returns into how many equal parts `flash4_masked` cuts the queries.
+
+    With n parts there are n·w pieces of work a multiprocessor, w = batch · heads · blocks of keys / multiprocessors. Of
+    the divisors of `tokens` it takes the one with the least
+
+        ⌈n·w⌉ / (n·w) + n · COPY / tokens
+
+    The first summand counts those that idle in the last round, the second what a part copies.
+
+    Args:
+        batch, tokens, keys, heads: of the queries and keys that attend.
+    """
+    pieces = batch * heads * -(-keys // _KEY_BLOCK)
+    best, least = 1, float("inf")
+    for parts in range(1, min(_MAX_PARTS, max(_MAX_SAMPLES // batch, 1)) + 1):
+        rounds = -(-parts * pieces // _MULTIPROCESSORS)
+        cost = rounds * _MULTIPROCESSORS / (parts * pieces) + parts * _COPY / tokens
+        if tokens % parts == 0 and cost < least:
+            best, least = parts, cost
+    return best
 
 
 def flash4_masked(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
@@ -93,7 +112,7 @@ def flash4_masked(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
     Hopper the library's backward pass gives each block of 128 keys of a head to one multiprocessor, for all queries:
     300 keys and 48 heads are 144 such pieces of work on 132 multiprocessors, so that most idle in the second round. The
     queries are therefore handed over in equal parts, as if they were samples, and autograd sums the gradients of the
-    repeated k and v.
+    repeated k and v; see `query_parts`.
     """
     from mugv_kernels.flash4 import flash4_prefix
 
@@ -106,7 +125,7 @@ def flash4_masked(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
     spare = (torch.arange(k.shape[1], device=k.device) >= lengths[:, None])[:, :, None, None]
     # Filling what takes no part also clears its gradient, which the kernel leaves undefined.
     k, v = (x.take_along_dim(order, dim=1).masked_fill(spare, 0) for x in (k, v))
-    parts = query_parts(batch, tokens)
+    parts = query_parts(batch, tokens, k.shape[1], q.shape[2])
     k, v, lengths = (x.repeat_interleave(parts, dim=0) for x in (k, v, lengths))
     o = flash4_prefix(q.reshape(batch * parts, tokens // parts, *q.shape[2:]), k, v, lengths)
     return o.reshape(q.shape)

@@ -7,8 +7,8 @@ in the tensor cores; those of the backward pass, one of which sums over all toke
 torchao do the same.
 
 What is saved for the backward pass is what the same linears save in bf16 (`models.modulated`), and the largest values:
-the rounded factors are made again, in the form that the product then needs, by one pass. Nothing in fp8 is kept, save,
-where a step has several micro-batches, the weights (`models.fp8.Fp8Linear`).
+the rounded factors are made again, in the form that the product then needs, by one pass each. Nothing in fp8 is kept,
+save, where a step has several micro-batches, the weights (`models.fp8.Fp8Linear`).
 
 They are custom operators, which torch.compile takes as they are.
 
@@ -67,14 +67,22 @@ def fp8_modulated_mlp(
     return y
 
 
-def _factor(weight: Tensor, kept: Tensor | None, scale: Tensor | None, *, transposed: bool) -> tuple[Tensor, Tensor]:
-    """Returns a form of the weight in fp8, and its scale: what is kept, or else made now."""
+def _largest(weight: Tensor, kept: Tensor | None) -> Tensor:
+    """Returns the largest magnitude of a weight, [] fp32, or nothing, [0], where its fp8 forms are kept."""
+    return fp8_operations(weight).largest(weight) if kept is None else weight.new_empty(0, dtype=torch.float32)
+
+
+def _fake_largest(weight: Tensor, kept: Tensor | None) -> Tensor:
+    return weight.new_empty(() if kept is None else 0, dtype=torch.float32)
+
+
+def _factor(
+    weight: Tensor, kept: Tensor | None, scale: Tensor | None, largest: Tensor, *, transposed: bool
+) -> tuple[Tensor, Tensor]:
+    """Returns a form of the weight in fp8, and its scale: what is kept, or else made now; see `_largest`."""
     if kept is not None:
         return kept, scale
-    operations = fp8_operations(weight)
-    rounded = operations.round_to(
-        weight, operations.largest(weight), E4M3, values=not transposed, transposed=transposed
-    )
+    rounded = fp8_operations(weight).round_to(weight, largest, E4M3, values=not transposed, transposed=transposed)
     return rounded.transposed if transposed else rounded.values, rounded.scale
 
 
@@ -105,8 +113,9 @@ def _linear(
     transposed: Tensor | None,
     weight_scale: Tensor | None,
     bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns y [B, N, E], and what the backward pass makes the input's fp8 form from: mean, rstd, largest value.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns y [B, N, E], and what the backward pass makes the fp8 forms from: of the input mean, rstd and the largest
+    value, and the largest value of the weight.
 
     Without shift, scale and clean the linear is that of x itself, and mean and rstd are empty.
     """
@@ -121,16 +130,17 @@ def _linear(
         mean, rstd, largest = operations.modulated_largest(x, *rows)
         of = Modulated(*rows, mean, rstd)
         x8 = operations.round_modulated(x, of, largest, E4M3, values=True, transposed=False)
-    w8, w_scale = _factor(weight, values, weight_scale, transposed=False)
+    w_largest = _largest(weight, values)
+    w8, w_scale = _factor(weight, values, weight_scale, w_largest, transposed=False)
     y = product(x8.values, w8, x8.scale, w_scale, x.dtype, is_fast=True, bias=bias)[: B * N]
-    return y.view(B, N, -1), mean, rstd, largest
+    return y.view(B, N, -1), mean, rstd, largest, w_largest
 
 
 @_linear.register_fake
 def _(x, shift, scale, clean, weight, values, transposed, weight_scale, bias):
     rows = (0,) if shift is None else x.shape[:2]
     mean, rstd, largest = (x.new_empty(size, dtype=torch.float32) for size in (rows, rows, ()))
-    return x.new_empty(*x.shape[:2], len(weight)), mean, rstd, largest
+    return x.new_empty(*x.shape[:2], len(weight)), mean, rstd, largest, _fake_largest(weight, values)
 
 
 @torch.library.custom_op("mugv::fp8_linear_backward", mutates_args=())
@@ -146,6 +156,7 @@ def _linear_backward(
     mean: Tensor,
     rstd: Tensor,
     largest: Tensor,
+    w_largest: Tensor,
     needs_x: bool,
     needs_rows: bool,
     needs_weight: bool,
@@ -155,7 +166,10 @@ def _linear_backward(
     x, dy_RE = x.contiguous(), dy.flatten(0, 1).contiguous()
     operations = fp8_operations(x)
     through = needs_x or needs_rows
-    dy8 = _gradient(dy_RE, operations.largest(dy_RE), through, needs_weight)
+    d_bias, dy_largest = x.new_empty(0), None
+    if needs_bias:
+        d_bias, dy_largest = operations.sum_and_largest(dy_RE)
+    dy8 = _gradient(dy_RE, operations.largest(dy_RE) if dy_largest is None else dy_largest, through, needs_weight)
     of = None if shift is None else Modulated(shift.contiguous(), scale.contiguous(), clean.contiguous(), mean, rstd)
     d_weight = x.new_empty(0)
     if needs_weight:
@@ -165,12 +179,10 @@ def _linear_backward(
             x8 = operations.round_modulated(x, of, largest, E4M3, values=False, transposed=True)
         d_weight = _weight_gradient(dy8, x8, weight.dtype)
         del x8
-    d_bias = dy_RE.sum(dim=0) if needs_bias else x.new_empty(0)
     if not through:
         return *(x.new_empty(0) for _ in range(3)), d_weight, d_bias
-    dx = _input_gradient(dy8, _factor(weight, transposed, weight_scale, transposed=True), len(dy_RE), x.dtype).view_as(
-        x
-    )
+    w8 = _factor(weight, transposed, weight_scale, w_largest, transposed=True)
+    dx = _input_gradient(dy8, w8, len(dy_RE), x.dtype).view_as(x)
     if of is None:
         return dx, *(x.new_empty(0) for _ in range(2)), d_weight, d_bias
     return *modulate_backward(dx, x, of.scale, of.clean, mean, rstd, needs_rows), d_weight, d_bias
@@ -178,7 +190,7 @@ def _linear_backward(
 
 @_linear_backward.register_fake
 def _(
-    dy, x, shift, scale, clean, weight, transposed, weight_scale, mean, rstd, largest,
+    dy, x, shift, scale, clean, weight, transposed, weight_scale, mean, rstd, largest, w_largest,
     needs_x, needs_rows, needs_weight, needs_bias,
 ) -> tuple:  # fmt: skip
     rows = x if scale is None else scale
@@ -222,15 +234,17 @@ def _mlp(
     values2: Tensor | None,
     transposed2: Tensor | None,
     scale2: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the result [B, N, D], GELU's input [R, E], mean and rstd, and the largest values of both inputs."""
-    inner, mean, rstd, largest1 = _linear(x, shift, scale, clean, w1, values1, transposed1, scale1, b1)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns the result [B, N, D], GELU's input [R, E], mean and rstd, and the largest values: of the first linear's
+    input and weight, then of the second's."""
+    inner, mean, rstd, *largest1 = _linear(x, shift, scale, clean, w1, values1, transposed1, scale1, b1)
     inner_RE, operations = inner.flatten(0, 1), fp8_operations(x)
     largest2 = operations.gelu_largest(inner_RE)
     g8 = operations.round_gelu(inner_RE, largest2, E4M3, values=True, transposed=False)
-    w8, w_scale = _factor(w2, values2, scale2, transposed=False)
+    w_largest2 = _largest(w2, values2)
+    w8, w_scale = _factor(w2, values2, scale2, w_largest2, transposed=False)
     y = product(g8.values, w8, g8.scale, w_scale, x.dtype, is_fast=True)[: len(inner_RE)]
-    return y.view_as(x), inner_RE, mean, rstd, largest1, largest2
+    return y.view_as(x), inner_RE, mean, rstd, *largest1, largest2, w_largest2
 
 
 @_mlp.register_fake
@@ -238,7 +252,9 @@ def _(x, shift, scale, clean, w1, values1, transposed1, scale1, b1, w2, values2,
     mean, rstd, largest1, largest2 = (
         x.new_empty(size, dtype=torch.float32) for size in (x.shape[:2], x.shape[:2], (), ())
     )
-    return x.new_empty(x.shape), x.new_empty(x.shape[0] * x.shape[1], len(w1)), mean, rstd, largest1, largest2
+    inner = x.new_empty(x.shape[0] * x.shape[1], len(w1))
+    w_largest1, w_largest2 = _fake_largest(w1, values1), _fake_largest(w2, values2)
+    return x.new_empty(x.shape), inner, mean, rstd, largest1, w_largest1, largest2, w_largest2
 
 
 @torch.library.custom_op("mugv::fp8_mlp_backward", mutates_args=())
@@ -258,7 +274,9 @@ def _mlp_backward(
     mean: Tensor,
     rstd: Tensor,
     largest1: Tensor,
+    w_largest1: Tensor,
     largest2: Tensor,
+    w_largest2: Tensor,
     needs_x: bool,
     needs_rows: bool,
     needs_w1: bool,
@@ -273,7 +291,9 @@ def _mlp_backward(
         g8 = operations.round_gelu(inner, largest2, E4M3, values=False, transposed=True)
         d_w2 = _weight_gradient(dy8, g8, w2.dtype)
         del g8
-    d_inner_RE = _input_gradient(dy8, _factor(w2, transposed2, scale2, transposed=True), len(dy_RD), x.dtype)
+    d_inner_RE = _input_gradient(
+        dy8, _factor(w2, transposed2, scale2, w_largest2, transposed=True), len(dy_RD), x.dtype
+    )
     del dy8
     d_b1, largest = operations.gelu_backward(inner, d_inner_RE)
     d_inner8 = _gradient(d_inner_RE, largest, through, needs_w1)
@@ -286,13 +306,16 @@ def _mlp_backward(
         del x8
     if not through:
         return *(x.new_empty(0) for _ in range(3)), d_w1, d_b1, d_w2
-    dx = _input_gradient(d_inner8, _factor(w1, transposed1, scale1, transposed=True), rows, x.dtype).view_as(x)
+    dx = _input_gradient(
+        d_inner8, _factor(w1, transposed1, scale1, w_largest1, transposed=True), rows, x.dtype
+    ).view_as(x)
     return *modulate_backward(dx, x, of.scale, of.clean, mean, rstd, needs_rows), d_w1, d_b1, d_w2
 
 
 @_mlp_backward.register_fake
 def _(
-    dy, x, shift, scale, clean, w1, transposed1, scale1, w2, transposed2, scale2, inner, mean, rstd, largest1, largest2,
+    dy, x, shift, scale, clean, w1, transposed1, scale1, w2, transposed2, scale2, inner, mean, rstd,
+    largest1, w_largest1, largest2, w_largest2,
     needs_x, needs_rows, needs_w1, needs_w2,
 ) -> tuple:  # fmt: skip
     return (
@@ -309,6 +332,7 @@ def _mlp_save(ctx, inputs: tuple, output: tuple) -> None:
     x, shift, scale, clean, w1, _, transposed1, scale1, _, w2, _, transposed2, scale2 = inputs
     _, *kept = output
     ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)  # else zeros would be written in the place of those of what is kept
     ctx.save_for_backward(x, shift, scale, clean, w1, transposed1, scale1, w2, transposed2, scale2, *kept)
 
 

@@ -292,6 +292,7 @@ def _mlp_save(ctx, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tens
     x, shift, scale, clean, w1, _, w2, *factors = inputs
     _, inner = output
     ctx.mark_non_differentiable(inner)
+    ctx.set_materialize_grads(False)  # else zeros would be written in the place of inner's
     ctx.save_for_backward(x, shift, scale, clean, w1, w2, *factors, inner)
 
 

@@ -209,7 +209,7 @@ class Setup:
             buckets: kinds of steps; where there are none nothing is trained meanwhile.
             runs: levels in the place of the stage's own.
         """
-        sizes = self.text_tokens, self.dit.caption_channels
+        sizes = self.text_tokens, self.dit.caption_channels, self.dit.num_heads
         held = _held(tuple(buckets), self.layout.sequence, self.layout.pipeline - stage.number, *sizes)
         runs = self.runs(stage) if runs is None else runs
         return max((self._memory(stage, runs, *of) for of in held), key=lambda memory: memory.peak)
@@ -304,7 +304,7 @@ def step_time(setup: Setup, bucket: Bucket, timing: Timing) -> StepTime:
 
 @lru_cache(1 << 14)  # of all levels of a layout it is the same
 def _held(
-    buckets: tuple[Bucket, ...], sequence: int, stages_left: int, text_tokens: int, caption_channels: int
+    buckets: tuple[Bucket, ...], sequence: int, stages_left: int, text_tokens: int, caption_channels: int, heads: int
 ) -> list[tuple[int, int, int, float]]:
     """What a device holds in the kinds of steps that can take the most of it.
 
@@ -316,7 +316,7 @@ def _held(
     for bucket in buckets:
         tokens = -(-bucket.tokens // sequence)
         # Cross-attention has the keys and values, and a copy of both for each part of the queries.
-        rows = bucket.micro * text_tokens * (2 + 2 * query_parts(bucket.micro, tokens))
+        rows = bucket.micro * text_tokens * (2 + 2 * query_parts(bucket.micro, tokens, text_tokens, heads))
         samples = bucket.micro * bucket.accumulation
         read = samples * _sample_bytes(bucket.shape, text_tokens, caption_channels)
         held.add((bucket.micro * tokens, rows, min(stages_left, bucket.accumulation), read))

@@ -114,6 +114,18 @@ def test_rounds_gelu_and_goes_back_through_it(shape, operations: Operations, dev
 
 
 @pytest.mark.parametrize("operations", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", [(1, 16), (37, 1040)])
+def test_sums_and_finds_the_largest_value_at_once(shape, operations: Operations, device):
+    torch.manual_seed(0)
+    x = normal(*shape, dtype=torch.float32, device=device)
+    sums, largest = operations.sum_and_largest(x)
+    assert (sums.double() - x.double().sum(0)).norm() / x.double().sum(0).norm() < 2e-6
+    assert largest.item() == x.abs().max().item()
+    x[-1, -1] = float("nan")
+    assert operations.sum_and_largest(x)[1].isinf()
+
+
+@pytest.mark.parametrize("operations", IMPLEMENTATIONS)
 def test_zeros_stay_zeros(operations: Operations, device):
     x = torch.zeros(20, 32, device=device)
     rounded = operations.round_to(x, operations.largest(x), E4M3, values=True, transposed=True)

@@ -17,6 +17,7 @@ from mugv_ds.models.attention import (
     installed_backends,
     installed_masked_backends,
     masked_attention,
+    query_parts,
     sdpa,
 )
 from mugv_ds.models.choose_attention import (
@@ -139,7 +140,7 @@ def test_a_backend_with_a_wrong_gradient_is_refused_and_named(wrong, caplog):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("attention", [masked_attention, flash4_masked])
-@pytest.mark.parametrize("tokens", [20, 31, 37])  # in 20 parts, 31 and one
+@pytest.mark.parametrize("tokens", [20, 31, 60])  # in two parts, one, and three
 def test_masked_keys_take_no_part(tokens, attention, dtype, formula):
     """Equal to attention over the real keys alone, and no gradient reaches the others, whatever stands in them.
 
@@ -155,7 +156,7 @@ def test_masked_keys_take_no_part(tokens, attention, dtype, formula):
     inputs = [x.requires_grad_() for x in (q, k, v)]
     o = attention(*inputs, mask)
     got = (o, *torch.autograd.grad(o, inputs, gradient))
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 4e-2}[dtype]  # of sums over the queries, too
     for b in range(3):
         real = mask[b]
         leaves = [x.detach().requires_grad_() for x in (q[b : b + 1], k[b : b + 1, real], v[b : b + 1, real])]
@@ -298,3 +299,12 @@ def test_rows_are_spaced_out_only_where_they_are_not():
     assert torch.equal(spaced, x)
     assert spaced.stride(-2) == ROW
     assert spaced_rows(spaced) is spaced
+
+
+def test_queries_are_cut_where_multiprocessors_would_idle_and_copies_are_cheap():
+    """The 10B's cross-attention, 48 heads and 300 text tokens: 144 pieces a sample and part, for 132 at once."""
+    assert query_parts(17, 922, 300, 48) == 1  # 2,448 pieces fill them
+    assert query_parts(3, 5522, 300, 48) == 2  # 7 rounds for 6.5 rounds of work; 22 parts would copy for longer
+    assert query_parts(1, 54002, 300, 48) == 31
+    assert query_parts(1, 13807, 300, 48) == 1  # a prime
+    assert query_parts(256, 5522, 300, 48) == 1  # as many samples as the kernel takes
