@@ -97,7 +97,7 @@ class Probes:
         """Measures a collective, in GB/s of what one rank sends or has; of the ranks' times the longest is taken."""
         if dist.get_world_size(group) == 1:
             return None
-        seconds = self._clock.fixed(collective_call(kind, self._sizes.exchanged, group, self._device))
+        seconds = self._met(collective_call(kind, self._sizes.exchanged, group, self._device))
         slowest = torch.tensor(seconds, device=self._device)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=group)
         return self._sizes.exchanged / slowest.item() / _GIGA
@@ -107,9 +107,14 @@ class Probes:
         rates = []
         for other in ring_partners(ranks, self._rank):
             if other is not None:
-                (seconds,) = self._clock.fixed(exchange_call(self._sizes.exchanged, other, self._device))
+                seconds = self._met(exchange_call(self._sizes.exchanged, other, self._device))
                 rates.append(self._sizes.exchanged / seconds / _GIGA)
         return max(rates, default=None)
+
+    def _met(self, call: Callable[[], object]) -> float:
+        """Returns the seconds of a call that other ranks make too: of the second of two, as the first waits for them."""
+        _, seconds = self._clock.fixed(call, call)
+        return seconds
 
 
 # What tables call the measurements, and their units.
