@@ -112,7 +112,7 @@ class Probes:
         return max(rates, default=None)
 
     def _met(self, call: Callable[[], object]) -> float:
-        """Returns the seconds of a call that other ranks make too: of the second of two, as the first waits for them."""
+        """Returns the seconds of a call that all make: of the second of two, as the first waits for who comes late."""
         _, seconds = self._clock.fixed(call, call)
         return seconds
 
