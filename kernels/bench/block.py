@@ -67,10 +67,9 @@ def make_inputs(
     return block, normal(batch, grid.tokens, config.hidden_size), condition
 
 
-def profile(call: Callable[[], None]) -> None:
-    """Prints where the device's time goes in one call, by kernel."""
-    for _ in range(3):
-        call()
+def profile(call: Callable[[], object], seconds: float) -> None:
+    """Prints where the device's time goes in one call, by kernel, after as long under load as timing takes."""
+    median_ms(call, seconds=seconds)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
         call()
         torch.cuda.synchronize()
@@ -108,10 +107,18 @@ def measure(case: str, args: argparse.Namespace) -> None:
     flops = 3 * batch * block_flops(*sizes)
     for ours in (block, in_fp8):
         ours.compile_segments()
+
+    def run(parameters: Block, variant: Callable[..., Tensor]) -> Tensor:
+        for tensor in (x, *condition[:3], *parameters.parameters()):
+            tensor.grad = None
+        y = variant(x, condition)
+        y.backward(gradient)
+        return y.detach()
+
     if args.profile:
         for title, ours in (("bf16", block), ("fp8", in_fp8)):
-            print(title)
-            profile(lambda ours=ours: ours(x, condition, attention).backward(gradient))
+            print(f"{case}, {title}")
+            profile(functools.partial(run, ours, functools.partial(ours, attention=attention)), args.seconds)
         return
 
     def plain(*args) -> Tensor:
@@ -144,15 +151,7 @@ def measure(case: str, args: argparse.Namespace) -> None:
     }
     rows, first = [], None
     for title, (parameters, variant, recompute) in variants.items():
-        leaves = [x, *condition[:3], *parameters.parameters()]
-
-        def call(variant=variant, leaves=leaves) -> Tensor:
-            for tensor in leaves:
-                tensor.grad = None
-            y = variant(x, condition)
-            y.backward(gradient)
-            return y.detach()
-
+        call, leaves = functools.partial(run, parameters, variant), [x, *condition[:3], *parameters.parameters()]
         y = call()
         found = [y, *(tensor.grad for tensor in leaves if tensor.grad is not None)]
         if first is None:

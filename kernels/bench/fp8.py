@@ -2,22 +2,28 @@
 
 kernels/bench/fp8.py --out runs/fp8 --set model.depth=12 --set model.num_heads=12 --set model.hidden_size=864
 
-It needs the demo data (`make demo-data`) for the default config. Of the first step it also compares what every block
-makes and every gradient, with `--first-step`, on the 10B's width.
+It needs the demo data (`make demo-data`) for the default config. With `--first-step 6 45 80` it compares instead what
+every block of the 10B makes, and every gradient, in the first step on a random latent.
 """
 
 import argparse
+import dataclasses
 import json
+import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from block import make_inputs
+from block import TEXT_TOKENS
 from harness import relative_error, report
 from plan_runs import free_port
+from torch import Tensor
 
+from mugv_ds.config import PRESETS
 from mugv_ds.models.attention import BACKENDS
+from mugv_ds.models.dit import DiT, init_weights
 from mugv_ds.models.fp8 import use_fp8
 from mugv_ds.plan.records import read_scalars
 
@@ -73,31 +79,55 @@ def compare_runs(args: argparse.Namespace) -> None:
         report(f"{tag} of {args.config}, {args.steps} steps, {' '.join(args.set)}", rows)
 
 
-def compare_first_step(frames: int) -> None:
-    """Reports how far outputs and gradients of four blocks of the 10B in fp8 are from those in bf16."""
-    block, x, condition = make_inputs(frames, torch.device("cuda"))
-    results = {}
+def compare_first_step(shape: Sequence[int], depth: int) -> None:
+    """Reports how far each block's output and gradients of the 10B's first step in fp8 are from those in bf16.
+
+    Args:
+        shape: latent (T, H, W) of the sample. depth: blocks.
+    """
+    device = torch.device("cuda")
+    config = dataclasses.replace(PRESETS["mugdit_10b"], depth=depth)
+    torch.manual_seed(0)
+    with device:
+        model = DiT(config).bfloat16()
+        latent, text = torch.randn(1, config.in_channels, *shape), torch.randn(1, TEXT_TOKENS, config.caption_channels)
+        noise, timestep = torch.randn_like(latent), torch.tensor([500.0])
+    init_weights(model, "", seed=0)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("cross_attn.proj.weight", "final_layer.linear.weight")):
+            torch.nn.init.normal_(parameter, std=0.02)  # from zero no gradient would reach a block
+    outputs: dict[str, list[Tensor]] = {precision: [] for precision in PRECISIONS}
+    gradients: dict[str, list[dict[str, Tensor]]] = {}
     for precision in PRECISIONS:
         if precision == "fp8":
-            use_fp8(block)
-        y, outputs = x, []
-        for _ in range(4):  # one block's weights, four times
-            y = block(y, condition, BACKENDS["flash4"])
-            outputs.append(y.detach())
-        block.zero_grad()
-        gradients = torch.autograd.grad(y, [x, *block.parameters()], torch.ones_like(y))
-        results[precision] = outputs, gradients
-    (outputs, gradients), (outputs8, gradients8) = results["bf16"], results["fp8"]
-    rows = [
-        {"of": f"output {i}", "error": relative_error(*pair)}
-        for i, pair in enumerate(zip(outputs8, outputs, strict=True))
-    ]
-    names = ["x", *(name for name, _ in block.named_parameters())]
-    rows += [
-        {"of": f"gradient of {name}", "error": relative_error(a, b)}
-        for name, a, b in zip(names, gradients8, gradients, strict=True)
-    ]
-    report(f"fp8 against bf16, four blocks of the 10B's width, {x.shape[1]} tokens", rows)
+            for block in model.blocks:
+                use_fp8(block)
+        made = [
+            block.register_forward_hook(lambda _, __, y, kept=outputs[precision]: kept.append(y.detach()))
+            for block in model.blocks
+        ]
+        velocity = model((latent + noise) / 2, timestep, text, attention=BACKENDS["flash4"])[:, : config.in_channels]
+        for hook in made:
+            hook.remove()
+        (velocity - (latent - noise)).square().mean().backward()
+        gradients[precision] = [{name: p.grad for name, p in block.named_parameters()} for block in model.blocks]
+        model.zero_grad(set_to_none=True)
+    rows = []
+    for number, (y, y8) in enumerate(zip(*outputs.values(), strict=True)):
+        exact, rounded = (gradients[precision][number] for precision in PRECISIONS)
+        errors = {name: relative_error(rounded[name], exact[name]) for name in exact}
+        worst = max(errors, key=errors.get)
+        matrices = [error for name, error in errors.items() if exact[name].dim() == 2]
+        rows.append(
+            {
+                "block": number,
+                "output": relative_error(y8, y),
+                "gradients of matrices, median": statistics.median(matrices),
+                "largest of all gradients": errors[worst],
+                "of": worst,
+            }
+        )
+    report(f"first step in fp8 against bf16, {depth} blocks of the 10B, {'x'.join(map(str, shape))}: errors", rows)
 
 
 def main() -> None:
@@ -107,10 +137,11 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a value")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", type=Path, help="folder of the runs, which must not be there")
-    parser.add_argument("--first-step", type=int, metavar="FRAMES", help="compare blocks on a 720p clip instead")
+    parser.add_argument("--first-step", type=int, nargs=3, metavar="N", help="compare a step of such a latent instead")
+    parser.add_argument("--depth", type=int, default=56, help="blocks of it")
     args = parser.parse_args()
     if args.first_step:
-        compare_first_step(args.first_step)
+        compare_first_step(args.first_step, args.depth)
     elif args.out is None:
         parser.error("give --out, or --first-step")
     else:
