@@ -1,6 +1,8 @@
 """What the steps of a run hold, from several streams."""
 
+import sys
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
 
@@ -135,3 +137,18 @@ def test_weights_of_streams_and_companions():
     ]
     assert "the rows' weights" not in plain and all(other | plain == other for other in others)
     assert len({other["the rows' weights"] for other in others}) == 3
+
+
+def test_threads_may_share_a_plan():
+    """The loader's plans ahead of the loop that it reads for."""
+    expected = [Plan(STREAMS, 1, COMPANION).step(position) for position in range(STEPS)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(3) as threads:
+            for _ in range(3):
+                plan = Plan(STREAMS, 1, COMPANION)
+                for steps in threads.map(lambda _, plan=plan: [*map(plan.step, range(STEPS))], range(3)):
+                    assert steps == expected
+    finally:
+        sys.setswitchinterval(interval)
