@@ -16,8 +16,8 @@ _PATIENCE_SECONDS = 5.0  # that closing waits for the thread, as DataLoader wait
 def ahead(items: Generator[Item, None, None], name: str) -> Iterator[Item]:
     """Yields what `items` yields, of which one thread takes one item ahead, from when the first is asked for.
 
-    `items` runs in that thread, from its beginning to its end or to its `close`. Who closes this waits for that, but not
-    for ever: a thread that is held up, as by a disk that does not answer, is left behind, and holds up no exit.
+    `items` runs in that thread, from its beginning to its end or to its `close`. Who closes this waits for that, but
+    not for ever: a thread that is held up, as by a disk that does not answer, is left behind, and holds up no exit.
 
     Args:
         name: of the thread.

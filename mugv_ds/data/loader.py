@@ -1,7 +1,7 @@
 """Reads the samples of the coming steps in worker processes. The whole state is the number of the next step.
 
-A thread receives a step from the workers while the one before is at work: a hand-over takes milliseconds where all cores
-are busy.
+A thread receives a step from the workers while the one before is at work: a hand-over takes milliseconds where all
+cores are busy.
 """
 
 import logging

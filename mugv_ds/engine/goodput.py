@@ -82,7 +82,8 @@ class Account:
         if event in ("start", "back"):
             while self._taken and self._taken[-1][0] > step:
                 _, kind = self._taken.pop()
-                self._replayed += [column.pop() for column in self._by_kind[kind]][0]
+                again, *_ = (column.pop() for column in self._by_kind[kind])
+                self._replayed += again
         if event == "step":
             kind = str(line["kind"])
             facts = seconds.pop("step"), bool(line["applied"]), kind not in self._met

@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -139,16 +140,21 @@ def test_weights_of_streams_and_companions():
     assert len({other["the rows' weights"] for other in others}) == 3
 
 
+def played(plan, at_once):
+    at_once.wait()
+    return [plan.step(position) for position in range(STEPS)]
+
+
 def test_threads_may_share_a_plan():
     """The loader's plans ahead of the loop that it reads for."""
     expected = [Plan(STREAMS, 1, COMPANION).step(position) for position in range(STEPS)]
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        with ThreadPoolExecutor(3) as threads:
-            for _ in range(3):
-                plan = Plan(STREAMS, 1, COMPANION)
-                for steps in threads.map(lambda _, plan=plan: [*map(plan.step, range(STEPS))], range(3)):
+        for _ in range(3):
+            plan, at_once = Plan(STREAMS, 1, COMPANION), Barrier(3)
+            with ThreadPoolExecutor(3) as threads:
+                for steps in threads.map(lambda _, plan=plan, at_once=at_once: played(plan, at_once), range(3)):
                     assert steps == expected
     finally:
         sys.setswitchinterval(interval)

@@ -67,10 +67,11 @@ def test_adding_up_a_long_run_takes_a_step_no_time():
     account = Account()
     account.add({"event": "start", "at": 1000, "step": 0, "began": 1000, "seconds": {}})
     for step in range(1, 50_001):
-        account.add({"event": "step", "at": 1000 + step, "step": step, "kind": "a", "applied": 1, "seconds": {"step": 1}})
+        facts = {"kind": "a", "applied": True, "seconds": {"step": 1}}
+        account.add({"event": "step", "at": 1000 + step, "step": step, **facts})
     begin = time.process_time()
     assert account.totals()["useful"] == 50_000
-    assert time.process_time() - begin < 0.008, "0.002 as it is; a pass over the steps in Python takes ten times that"
+    assert time.process_time() - begin < 0.01, "a pass over the steps in Python takes longer"
 
 
 def test_a_process_is_always_in_one_phase(tmp_path):
