@@ -50,7 +50,7 @@ def loader(
     The same step gives the same batches whatever `start_step` and `num_workers` are; ambient random state is neither
     read nor advanced. When a worker is killed, the samples of the step it was to deliver are logged and read again.
 
-    All that is called is called in a thread, which is one step ahead.
+    Where there are workers, a thread receives from them, one step ahead; `micro_batches` and `name` are called there.
 
     Args:
         micro_batches: what this rank takes of a step, by micro-batch; a function of the step alone.
@@ -58,7 +58,8 @@ def loader(
         make: turns the refs of one micro-batch into tensors; must pickle, as workers are not forked from this process
             (which may hold a CUDA context).
         name: of a ref, for messages.
-        num_workers: processes, of one thread each; 0 reads in this one.
+        num_workers: processes, of one thread each; 0 reads in this one when a step is asked for, as a thread that
+            reads would keep the interpreter from who trains.
         pin: hand the tensors out in pinned memory, from which copies to a CUDA device need not be waited for.
 
     Raises:
@@ -66,7 +67,8 @@ def loader(
         Exception: what `make` raised, as it was; in a worker, with its traceback as a note.
     """
     read = partial(_read, make=make, num_workers=num_workers, pin=pin)
-    return ahead(_steps(micro_batches, start_step, stop_step, read, name, num_workers), "loader")
+    steps = _steps(micro_batches, start_step, stop_step, read, name, num_workers)
+    return ahead(steps, "loader") if num_workers else steps
 
 
 def _steps(

@@ -108,17 +108,20 @@ class Noting:
         return draw(refs)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_the_whole_next_step_is_here_while_one_is_at_work(tmp_path, workers, monkeypatch):
+def test_the_whole_next_step_is_here_while_one_is_at_work(tmp_path, monkeypatch):
     """Its eight micro-batches too, of which a worker makes two before they are asked for."""
     received, unpack = [], _Packed.unpack
     monkeypatch.setattr(_Packed, "unpack", lambda packed: received.append(packed) or unpack(packed))
     assert [len(plan(1).step(index).refs) for index in (1, 2)] == [4, 8]
-    with closing(read(1, 3, workers=workers, make=Noting(tmp_path))) as steps:
+    with closing(read(1, 3, workers=1, make=Noting(tmp_path))) as steps:
         next(steps)
-        wait_until(lambda: len(list(tmp_path.iterdir())) == 12)
-        if workers:
-            wait_until(lambda: len(received) == 12)
+        wait_until(lambda: len(received) == len(list(tmp_path.iterdir())) == 12)
+
+
+def test_without_workers_a_step_is_read_when_it_is_asked_for(tmp_path):
+    with closing(read(1, 3, make=Noting(tmp_path))) as steps:
+        next(steps)
+        assert len(list(tmp_path.iterdir())) == 4
 
 
 class Pair(NamedTuple):
