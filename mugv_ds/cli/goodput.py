@@ -23,6 +23,7 @@ _ABOUT = {
     "data": "waiting for samples",
     "save": "waiting for checkpoints to be saved",
     "make ready": "rollouts, or the reference's losses",
+    "boundary": "all ranks meet after a step: waiting for the last one",
     "other": "between steps",
     "down": "from a process's last step to the next one's start",
 }

@@ -26,6 +26,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 
 import numpy as np
 
@@ -146,6 +147,7 @@ class Order:
         self._recent_epochs: deque[int] = deque(maxlen=_RECENT)
         self._permuted: dict[int, dict[int, np.ndarray]] = {}  # by visit and bucket, of the epochs played recently
         self._tail = lru_cache(4 * len(self._buckets))(self._make_tail)
+        self._one_at_a_time = Lock()
 
     def _weigh(self, weights: np.ndarray) -> tuple[np.ndarray, int]:
         """Returns n of every bucket, and a number that no row is played so often as in a visit."""
@@ -160,15 +162,19 @@ class Order:
         return float(self._sizes.sum() / (self._sizes / self._batches).sum())
 
     def step(self, index: int) -> Step:
-        """Returns the step `index`, counted from 0 over all epochs; any order of calls gives the same steps."""
+        """Returns the step `index`, counted from 0 over all epochs; any order of calls gives the same steps.
+
+        Any thread may call it.
+        """
         most_epochs = int((index + 1 + len(self._buckets)) / (self._sizes / self._batches).sum()) + 2
         epoch = bisect_right(range(most_epochs + 1), index, key=self._steps_before) - 1
-        bucket, k = (int(value) for value in self._playlist(epoch)[index - self._steps_before(epoch)])
-        batch = int(self._batches[bucket])
-        self._recent_epochs.append(epoch)
-        rows, visits = self._stream(bucket, k * batch, (k + 1) * batch, epoch)
-        for visit in self._permuted.keys() - set(self._recent_epochs):
-            self._permuted.pop(visit, None)
+        with self._one_at_a_time:
+            bucket, k = (int(value) for value in self._playlist(epoch)[index - self._steps_before(epoch)])
+            batch = int(self._batches[bucket])
+            self._recent_epochs.append(epoch)
+            rows, visits = self._stream(bucket, k * batch, (k + 1) * batch, epoch)
+            for visit in self._permuted.keys() - set(self._recent_epochs):
+                self._permuted.pop(visit, None)
         return Step(index, epoch, self._shapes[bucket], rows, visits)
 
     def _steps_before(self, epoch: int) -> int:

@@ -1,4 +1,8 @@
-"""Reads the samples of the coming steps in worker processes. The whole state is the number of the next step."""
+"""Reads the samples of the coming steps in worker processes. The whole state is the number of the next step.
+
+A thread receives a step from the workers while the one before is at work: a hand-over takes milliseconds where all
+cores are busy.
+"""
 
 import logging
 import multiprocessing
@@ -6,9 +10,10 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from traceback import format_tb
 from typing import Any, TypeVar
@@ -17,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mugv_ds.config.errors import TrainingError
+from mugv_ds.data.ahead import ahead
 from mugv_ds.data.plan import SampleRef
 
 Batch = TypeVar("Batch")
@@ -24,8 +30,7 @@ Batch = TypeVar("Batch")
 _MAX_RESTARTS = 1  # in a row without a step in between
 _SHARED_MEMORY = "/dev/shm"
 _ALIGNMENT = 64  # bytes, of a tensor in shared memory
-_PREFETCHED = 2  # batches of a worker, at least
-_LOOKED_AT = 64  # steps whose numbers of micro-batches are looked at
+_PREFETCHED = 2  # batches of a worker
 
 logger = logging.getLogger(__name__)
 
@@ -45,27 +50,41 @@ def loader(
     The same step gives the same batches whatever `start_step` and `num_workers` are; ambient random state is neither
     read nor advanced. When a worker is killed, the samples of the step it was to deliver are logged and read again.
 
+    Where there are workers, a thread receives from them, one step ahead; `micro_batches` and `name` are called there.
+
     Args:
         micro_batches: what this rank takes of a step, by micro-batch; a function of the step alone.
         start_step, stop_step: steps to yield.
         make: turns the refs of one micro-batch into tensors; must pickle, as workers are not forked from this process
             (which may hold a CUDA context).
         name: of a ref, for messages.
-        num_workers: processes, of one thread each; 0 reads in this one.
-        pin: hand the tensors out in pinned memory, from which copies to a CUDA device need not be waited for; where
-            there are workers, a thread of this process pins ahead of time.
+        num_workers: processes, of one thread each; 0 reads in this one when a step is asked for, as a thread that
+            reads would keep the interpreter from who trains.
+        pin: hand the tensors out in pinned memory, from which copies to a CUDA device need not be waited for.
 
     Raises:
         TrainingError: workers were killed again, before the step was read; or shared memory ran out.
         Exception: what `make` raised, as it was; in a worker, with its traceback as a note.
     """
-    step, restarts, failure = start_step, 0, None
+    read = partial(_read, make=make, num_workers=num_workers, pin=pin)
+    steps = _steps(micro_batches, start_step, stop_step, read, name, num_workers)
+    return ahead(steps, "loader") if num_workers else steps
+
+
+def _steps(
+    micro_batches: Callable[[int], list[list[SampleRef]]],
+    step: int,
+    stop_step: int,
+    read: Callable[[Iterable[list[SampleRef]]], Iterator[Batch]],
+    name: Callable[[SampleRef], str],
+    num_workers: int,
+) -> Generator[list[Batch], None, None]:
+    """Yields what `loader` does, and reads it when it is asked for."""
+    restarts, failure = 0, None
     while step < stop_step and failure is None:
         wanted = chain.from_iterable(micro_batches(index) for index in range(step, stop_step))
-        # A step is handed out whole, so its micro-batches have to be made while the one before is at work.
-        ahead = max(len(micro_batches(index)) for index in range(step, min(step + _LOOKED_AT, stop_step)))
         try:
-            with closing(_read(wanted, make, num_workers, ahead, pin)) as batches:
+            with closing(read(wanted)) as batches:
                 while step < stop_step:
                     made = list(islice(batches, len(micro_batches(step))))
                     failure = next((item.error for item in made if isinstance(item, _Failure)), None)
@@ -120,9 +139,9 @@ class _Reader(Dataset):
 
 
 def _read(
-    wanted: Iterable[list[SampleRef]], make: Callable[[list[SampleRef]], Batch], num_workers: int, ahead: int, pin: bool
+    wanted: Iterable[list[SampleRef]], make: Callable[[list[SampleRef]], Batch], num_workers: int, pin: bool
 ) -> Iterator[Batch]:
-    """The batches that are wanted, in that order. ahead: how many the workers make, at least, before they are asked."""
+    """The batches that are wanted, in that order."""
     batches = iter(
         DataLoader(
             _Reader(make),
@@ -130,7 +149,7 @@ def _read(
             batch_size=None,
             collate_fn=_as_made,
             num_workers=num_workers,
-            prefetch_factor=max(_PREFETCHED, -(-ahead // num_workers)) if num_workers else None,
+            prefetch_factor=_PREFETCHED if num_workers else None,
             multiprocessing_context=_workers_context() if num_workers else None,
             worker_init_fn=_end_with_parent,
             pin_memory=pin,

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from threading import Lock
 
 import numpy as np
 import pyarrow.compute as pc
@@ -37,12 +38,17 @@ class Mixture:
         self._behind = np.zeros(len(shares))
         self._played = np.zeros(len(shares), np.int64)
         self._streams, self._turns = np.empty(0, np.int16), np.empty(0, np.int32)
+        self._one_at_a_time = Lock()
 
     def turn(self, position: int) -> tuple[int, int]:
-        """Returns the stream of the step at this position, and how many of its steps come before."""
-        if position >= len(self._streams):
-            self._extend(max(position + 1, 2 * len(self._streams), 1024))
-        return int(self._streams[position]), int(self._turns[position])
+        """Returns the stream of the step at this position, and how many of its steps come before.
+
+        Any thread may call it.
+        """
+        with self._one_at_a_time:
+            if position >= len(self._streams):
+                self._extend(max(position + 1, 2 * len(self._streams), 1024))
+            return int(self._streams[position]), int(self._turns[position])
 
     def _extend(self, stop: int) -> None:
         """Computes the turns up to position `stop`.

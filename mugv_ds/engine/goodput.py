@@ -5,12 +5,15 @@ Goodput is the share of the time that is spent in steps which became part of the
 
 import json
 import os
-import statistics
 import time
+from array import array
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from mugv_ds.config.errors import InputError
 from mugv_ds.config.regular_file import open_regular
@@ -24,14 +27,16 @@ _MOST_BYTES = 1 << 30
 _OF_STEPS = ("useful", "compile", "stalled", "skipped", "replayed")
 
 
-class _Taken(NamedTuple):
-    """A step that was taken. kind: of alike steps. is_first: of its kind in its process, which compiles."""
+class _Alike(NamedTuple):
+    """Steps of one kind that were taken. is_first: of its kind in its process, which compiles."""
 
-    step: int
-    kind: str
-    seconds: float
-    applied: bool
-    is_first: bool
+    seconds: array
+    applied: array
+    is_first: array
+
+    @classmethod
+    def none(cls) -> "_Alike":
+        return cls(array("d"), array("b"), array("b"))
 
 
 class Account:
@@ -44,8 +49,9 @@ class Account:
     def __init__(self) -> None:
         self.starts = 0
         self._phases: dict[str, float] = {}
-        self._taken: list[_Taken] = []
-        self._kinds: set[str] = set()  # that this process has taken
+        self._taken: list[tuple[int, str]] = []  # steps and their kinds
+        self._by_kind: defaultdict[str, _Alike] = defaultdict(_Alike.none)
+        self._met: set[str] = set()  # kinds that this process has taken
         self._replayed = 0.0
         self._began: float | None = None
         self._last = 0.0
@@ -72,14 +78,19 @@ class Account:
             self._count("down", 0.0 if self._began is None else began - self._last)
             self._began = began if self._began is None else self._began
             self.starts += 1
-            self._kinds = set()
+            self._met = set()
         if event in ("start", "back"):
-            while self._taken and self._taken[-1].step > step:
-                self._replayed += self._taken.pop().seconds
+            while self._taken and self._taken[-1][0] > step:
+                _, kind = self._taken.pop()
+                again, *_ = (column.pop() for column in self._by_kind[kind])
+                self._replayed += again
         if event == "step":
             kind = str(line["kind"])
-            self._taken.append(_Taken(step, kind, seconds.pop("step"), bool(line["applied"]), kind not in self._kinds))
-            self._kinds.add(kind)
+            facts = seconds.pop("step"), bool(line["applied"]), kind not in self._met
+            for column, fact in zip(self._by_kind[kind], facts, strict=True):
+                column.append(fact)
+            self._taken.append((step, kind))
+            self._met.add(kind)
         for name, value in seconds.items():
             self._count(name, value)
         self._last = at
@@ -95,21 +106,20 @@ class Account:
         step of more than `STALLED` medians did. skipped: steps without an update. replayed: steps that were taken
         again. down: from a process's last line to the next one's start. The others are phases between steps.
         """
-        usual: dict[str, list[float]] = {}
-        for taken in self._taken:
-            if not taken.is_first:
-                usual.setdefault(taken.kind, []).append(taken.seconds)
-        medians = {kind: statistics.median(seconds) for kind, seconds in usual.items()}
         totals = dict.fromkeys(_OF_STEPS, 0.0) | {"replayed": self._replayed}
-        for taken in self._taken:
-            median = medians.get(taken.kind, taken.seconds)
-            beyond = max(taken.seconds - median, 0.0)
-            if not taken.applied:
-                totals["skipped"] += taken.seconds
-                continue
-            why = "compile" if taken.is_first else "stalled" if taken.seconds > STALLED * median else "useful"
-            totals[why] += beyond
-            totals["useful"] += taken.seconds - beyond
+        for alike in self._by_kind.values():
+            seconds = np.array(alike.seconds)
+            applied, is_first = (np.array(column, bool) for column in (alike.applied, alike.is_first))
+            totals["skipped"] += float(seconds[~applied].sum())
+            lost = {}
+            if not is_first.all():
+                median = np.median(seconds[~is_first])
+                beyond = np.maximum(seconds - median, 0.0) * applied
+                lost["compile"] = float(beyond[is_first].sum())
+                lost["stalled"] = float(beyond[~is_first & (seconds > STALLED * median)].sum())
+            for why, value in lost.items():
+                totals[why] += value
+            totals["useful"] += float(seconds[applied].sum()) - sum(lost.values())
         return totals | self._phases
 
 

@@ -157,7 +157,7 @@ class StepLoop(ABC):
             self.waited = 0.0
             while True:
                 batches, prefetched = self._read(readings if step < ready else None)
-                stop = self.guard.boundary(step, result, prefetched)
+                stop = self._boundary(step, result, prefetched)
                 self._save(step, recorder, result, stop)
                 if stop and step < steps:
                     return True
@@ -170,7 +170,7 @@ class StepLoop(ABC):
                         ready, readings = self._make_ready(step, recorder)
                         reading.enter_context(closing(readings))
                         batches, prefetched = self._read(readings)
-                        stop = self.guard.boundary(step, None, prefetched)
+                        stop = self._boundary(step, None, prefetched)
                 except Stopped:  # before all was measured, written or made ready, which is then done when it goes on
                     stop = True
                 if stop:
@@ -190,6 +190,11 @@ class StepLoop(ABC):
         with recorder.excluded(), self.timeline.phase("make ready"):
             self._complete(step, position, stop, recorder)
         return step + stop - position, self._readings(position, stop)
+
+    def _boundary(self, step: int, taken: StepResult | None, ahead: Prefetched) -> bool:
+        """See `Guard.boundary`."""
+        with self.timeline.phase("boundary"):
+            return self.guard.boundary(step, taken, ahead)
 
     def _due(self, done: int, every: int) -> bool:
         """Whether what happens every so many steps, and after the last, happens after `done`; 0 is never."""

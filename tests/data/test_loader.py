@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,10 @@ import torch
 
 from mugv_ds.data import noise
 from mugv_ds.data.budget import BatchSize
-from mugv_ds.data.loader import loader
+from mugv_ds.data.loader import _Packed, loader
 from mugv_ds.data.plan import Plan, Stream
 from mugv_ds.data.sample import SampleError
+from tests.helpers.waiting import wait_until
 
 SHAPES = np.array([(1, 4, 4)] * 7 + [(2, 4, 4)] * 6, dtype=np.int32)
 
@@ -108,15 +108,20 @@ class Noting:
         return draw(refs)
 
 
-def test_the_whole_next_step_is_made_while_one_is_at_work(tmp_path):
-    """Its eight micro-batches too, of which DataLoader would make two; a step is handed out whole."""
+def test_the_whole_next_step_is_here_while_one_is_at_work(tmp_path, monkeypatch):
+    """Its eight micro-batches too, of which a worker makes two before they are asked for."""
+    received, unpack = [], _Packed.unpack
+    monkeypatch.setattr(_Packed, "unpack", lambda packed: received.append(packed) or unpack(packed))
     assert [len(plan(1).step(index).refs) for index in (1, 2)] == [4, 8]
     with closing(read(1, 3, workers=1, make=Noting(tmp_path))) as steps:
         next(steps)
-        end = time.monotonic() + 20
-        while len(list(tmp_path.iterdir())) < 12 and time.monotonic() < end:
-            time.sleep(0.02)
-        assert len(list(tmp_path.iterdir())) == 12
+        wait_until(lambda: len(received) == len(list(tmp_path.iterdir())) == 12)
+
+
+def test_without_workers_a_step_is_read_when_it_is_asked_for(tmp_path):
+    with closing(read(1, 3, make=Noting(tmp_path))) as steps:
+        next(steps)
+        assert len(list(tmp_path.iterdir())) == 4
 
 
 class Pair(NamedTuple):

@@ -1,8 +1,11 @@
 """What the steps of a run hold, from several streams."""
 
+import sys
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -135,3 +138,23 @@ def test_weights_of_streams_and_companions():
     ]
     assert "the rows' weights" not in plain and all(other | plain == other for other in others)
     assert len({other["the rows' weights"] for other in others}) == 3
+
+
+def played(plan, at_once):
+    at_once.wait()
+    return [plan.step(position) for position in range(STEPS)]
+
+
+def test_threads_may_share_a_plan():
+    """The loader's plans ahead of the loop that it reads for."""
+    expected = [Plan(STREAMS, 1, COMPANION).step(position) for position in range(STEPS)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(3):
+            plan, at_once = Plan(STREAMS, 1, COMPANION), Barrier(3)
+            with ThreadPoolExecutor(3) as threads:
+                for steps in threads.map(lambda _, plan=plan, at_once=at_once: played(plan, at_once), range(3)):
+                    assert steps == expected
+    finally:
+        sys.setswitchinterval(interval)

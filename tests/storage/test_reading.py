@@ -13,10 +13,8 @@ from tests.helpers.dataset import shard_dataset, write_config, write_dataset
 from tests.helpers.distributed import free_port
 
 ROOT = Path(__file__).parents[2]
-# 512 tokens. A loader worker hands a batch over in some 10 ms, wherever it has read it: the step has to be longer than
-# a hundred times that.
-SHAPE = (8, 16, 16)
-ROWS, BATCH, STEPS = 24, 8, 12  # an epoch is 3 steps
+SHAPE = (2, 6, 6)  # of the demo's clips
+ROWS, BATCH, STEPS = 48, 16, 24  # an epoch is 3 steps; ds_configs/debug.json has 16 samples of a rank in a step
 
 
 @pytest.fixture
