@@ -149,6 +149,7 @@ class Index:
         self._path = path
         self._facts = Facts.of(path)
         self._columns = open_columns(path)
+        self._recent: tuple[int, Row | None] = -1, None
 
     def __reduce__(self) -> tuple:
         return Index, (self._path, self.root, self.files)
@@ -178,6 +179,13 @@ class Index:
         """
         if not 0 <= i < len(self):
             raise IndexError(f"{self.root}: row {i} of {len(self)}")
+        number, row = self._recent  # who reads a sample asks for its row several times
+        if number != i:
+            row = self._read_row(i)
+            self._recent = i, row
+        return row
+
+    def _read_row(self, i: int) -> Row:
         record = {name: column[i].as_py() for name, column in self._columns.items()}
         for name in ("latent_path", "text_feat_path"):
             record[name] = whole_path(record[name], record["sample_id"])

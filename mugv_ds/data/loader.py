@@ -1,6 +1,6 @@
 """Reads the samples of the coming steps in worker processes. The whole state is the number of the next step.
 
-A thread receives a step from the workers while the one before is at work: a hand-over takes milliseconds where all
+A thread can receive a step from the workers while the one before is at work: a hand-over takes milliseconds where all
 cores are busy.
 """
 
@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mugv_ds.config.errors import TrainingError
-from mugv_ds.data.ahead import ahead
+from mugv_ds.data.ahead import Ahead
 from mugv_ds.data.plan import SampleRef
 
 Batch = TypeVar("Batch")
@@ -44,13 +44,15 @@ def loader(
     name: Callable[[SampleRef], str],
     num_workers: int,
     pin: bool = False,
-) -> Iterator[list[Batch]]:
+) -> Ahead[list[Batch]]:
     """Yields this rank's micro-batches for each step of [start_step, stop_step).
 
     The same step gives the same batches whatever `start_step` and `num_workers` are; ambient random state is neither
     read nor advanced. When a worker is killed, the samples of the step it was to deliver are logged and read again.
 
-    Where there are workers, a thread receives from them, one step ahead; `micro_batches` and `name` are called there.
+    Where there are workers, a thread receives from them, and `micro_batches` and `name` are called there: the next step
+    from when `Ahead.begin` is called. Who trains calls it as its step begins, so that neither the thread nor the
+    workers, which then have room again, are at work when the ranks meet after a step.
 
     Args:
         micro_batches: what this rank takes of a step, by micro-batch; a function of the step alone.
@@ -68,7 +70,7 @@ def loader(
     """
     read = partial(_read, make=make, num_workers=num_workers, pin=pin)
     steps = _steps(micro_batches, start_step, stop_step, read, name, num_workers)
-    return ahead(steps, "loader") if num_workers else steps
+    return Ahead(steps, "loader" if num_workers else None)
 
 
 def _steps(

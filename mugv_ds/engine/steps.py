@@ -3,7 +3,7 @@
 import socket
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -78,6 +78,7 @@ class StepLoop(ABC):
         self.config, self.process, self.plan, self.readers = config, process, plan, readers
         self.store, self.shown = store, shown
         self.waited = 0.0
+        self._begin_reading: Callable[[], None] = lambda: None  # of the step after the one that begins
         self.timeline = Timeline(Path(config.logging.dir), process.rank)
 
     @abstractmethod
@@ -177,6 +178,7 @@ class StepLoop(ABC):
                     self._save(step, recorder, result, stop=True)
                     return True
                 with self.timeline.phase("step"), profiled(logging, step + 1, self.process):
+                    self._begin_reading()
                     result = self._train_step(step, batches, recorder)
                 step += 1
                 self.timeline.step(step, self._kind(self.guard.history.position(step - 1)), result.applied)
@@ -237,6 +239,7 @@ class StepLoop(ABC):
                 pin=self.process.device.type == "cuda",
             )
             with closing(steps):
+                self._begin_reading = steps.begin
                 for reading in steps:
                     yield reading
                     first += 1

@@ -7,7 +7,7 @@ from contextlib import closing
 import pytest
 
 from mugv_ds.data import ahead as module
-from mugv_ds.data.ahead import ahead
+from mugv_ds.data.ahead import Ahead
 from tests.helpers.waiting import wait_until
 
 NAME = "ahead of a test"
@@ -18,21 +18,44 @@ def running() -> list[threading.Thread]:
 
 
 def test_all_comes_in_its_order():
-    assert list(ahead((number for number in range(100)), NAME)) == list(range(100))
-    assert list(ahead((number for number in ()), NAME)) == []
+    assert list(Ahead((number for number in range(100)), NAME)) == list(range(100))
+    assert list(Ahead((number for number in ()), NAME)) == []
     assert not running()
 
 
-def test_one_item_is_made_while_another_is_at_work_and_no_more():
+def test_one_item_is_made_once_it_is_begun_and_no_more():
     made = []
-    items = ahead((made.append(number) or number for number in range(9)), NAME)
-    assert not made, "nothing before it is asked for"
+    items = Ahead((made.append(number) or number for number in range(9)), NAME)
     with closing(items):
+        assert not made, "nothing before it is asked for"
         for number in range(3):
             assert next(items) == number
+            time.sleep(0.02)
+            assert len(made) == number + 1
+            for _ in range(2):
+                items.begin()
             wait_until(lambda number=number: len(made) == number + 2)
             time.sleep(0.02)
             assert len(made) == number + 2
+
+
+def test_without_a_thread_an_item_is_taken_when_it_is_asked_for():
+    made, ends = [], []
+
+    def make():
+        try:
+            for number in range(3):
+                made.append(threading.current_thread())
+                yield number
+        finally:
+            ends.append(True)
+
+    with closing(Ahead(make(), None)) as items:
+        items.begin()
+        assert not made
+        assert next(items) == 0 and made == [threading.current_thread()]
+        assert list(items) == [1, 2]
+    assert ends == [True]
 
 
 def test_who_takes_an_item_that_is_there_does_not_wait():
@@ -42,10 +65,11 @@ def test_who_takes_an_item_that_is_there_does_not_wait():
             yield number
 
     waits = []
-    with closing(ahead(slow(), NAME)) as items:
+    with closing(Ahead(slow(), NAME)) as items:
         for number in range(4):
             begin = time.perf_counter()
             assert next(items) == number
+            items.begin()
             waits.append(time.perf_counter() - begin)
             time.sleep(0.4)
     assert waits[0] > 0.15 and max(waits[1:]) < 0.1
@@ -57,7 +81,7 @@ def test_an_error_comes_in_its_place(error):
         yield from (1, 2)
         raise error
 
-    items = ahead(failing(), NAME)
+    items = Ahead(failing(), NAME)
     assert [next(items), next(items)] == [1, 2]
     with pytest.raises(type(error)) as raised:
         next(items)
@@ -73,7 +97,7 @@ def test_closing_ends_what_is_read_in_its_own_thread():
         finally:
             ends.append(threading.current_thread().name)
 
-    with closing(ahead(items(), NAME)) as taken:
+    with closing(Ahead(items(), NAME)) as taken:
         next(taken)
         assert not ends
     assert ends == [NAME] and not running()
@@ -92,8 +116,9 @@ def test_a_thread_that_is_held_up_holds_up_no_exit(monkeypatch):
             ended.set()
 
     begin = time.monotonic()
-    with closing(ahead(items(), NAME)) as taken:
+    with closing(Ahead(items(), NAME)) as taken:
         next(taken)
+        taken.begin()
     assert time.monotonic() - begin < 5 and [thread.daemon for thread in running()] == [True]
     go_on.set()
     assert ended.wait(5)

@@ -115,6 +115,7 @@ def test_the_whole_next_step_is_here_while_one_is_at_work(tmp_path, monkeypatch)
     assert [len(plan(1).step(index).refs) for index in (1, 2)] == [4, 8]
     with closing(read(1, 3, workers=1, make=Noting(tmp_path))) as steps:
         next(steps)
+        steps.begin()
         wait_until(lambda: len(received) == len(list(tmp_path.iterdir())) == 12)
 
 

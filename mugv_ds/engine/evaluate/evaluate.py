@@ -155,6 +155,7 @@ class Evaluator:
         )
         with closing(steps):
             for (reading,) in steps:
+                steps.begin()
                 yield reading if replace else (reading, ())
 
     def _next(self, readings: Iterator, count: int) -> tuple[list[Batch] | None, list[Quarantined]]:
