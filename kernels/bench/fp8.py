@@ -9,6 +9,7 @@ every block of the 10B makes, and every gradient, in the first step on a random 
 import argparse
 import dataclasses
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -62,21 +63,63 @@ def start(args: argparse.Namespace, precision: str) -> subprocess.Popen:
 
 
 def compare_runs(args: argparse.Namespace) -> None:
-    """Trains in both precisions, and reports their losses and times side by side, in `out/curves.json` too."""
+    """Trains in both precisions, and reports their losses and times side by side."""
     runs = {precision: start(args, precision) for precision in PRECISIONS}
     for precision, run in runs.items():
         if run.wait():
             sys.exit(f"{precision}: the run ended with status {run.returncode}; see {args.out / precision}/output.txt")
-    scalars = {precision: read_scalars(args.out / precision / "tensorboard") for precision in PRECISIONS}
+    report_runs(args.out)
+
+
+def report_runs(out: Path) -> None:
+    """Reports the losses and times of two runs, which may be at work still; writes `out/curves.json` and `.svg`."""
+    scalars = {precision: read_scalars(out / precision / "tensorboard") for precision in PRECISIONS}
     curves = {tag: {precision: dict(scalars[precision][tag]) for precision in PRECISIONS} for tag in TAGS}
-    (args.out / "curves.json").write_text(json.dumps(curves))
+    (out / "curves.json").write_text(json.dumps(curves))
+    (out / "curves.svg").write_text(drawn(curves))
     for tag, by_precision in curves.items():
         bf16, fp8 = (by_precision[precision] for precision in PRECISIONS)
+        both = [step for step in bf16 if step in fp8]
         rows = [
             {"step": step, "bf16": bf16[step], "fp8": fp8[step], "difference %": 100 * (fp8[step] / bf16[step] - 1)}
-            for step in list(bf16)[:: max(1, len(bf16) // 10)]
+            for step in both[:: max(1, len(both) // 10)]
         ]
-        report(f"{tag} of {args.config}, {args.steps} steps, {' '.join(args.set)}", rows)
+        report(tag, rows)
+
+
+def drawn(curves: dict[str, dict[str, dict[int, float]]]) -> str:
+    """Returns the losses as an SVG: of training as thin lines, held out as dots, in logarithms against the step."""
+    width, height, left, low = 720, 360, 48, 40
+    training, held_out = (curves[tag] for tag in TAGS[:2])
+    points = [(step, loss) for of in (training, held_out) for run in of.values() for step, loss in run.items()]
+    most = max(step for step, _ in points)
+    floor, top = min(math.log(loss) for _, loss in points), max(math.log(loss) for _, loss in points)
+
+    def place(step: int, loss: float) -> tuple[float, float]:
+        share = (math.log(loss) - floor) / (top - floor)
+        return left + step / most * (width - left - 8), height - low - share * (height - low - 8)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" font-family="sans-serif" '
+        f'font-size="12"><title>Losses in bf16 and fp8 against the step</title>'
+        f'<rect width="{width}" height="{height}" fill="white"/>'
+    ]
+    for loss in (2.0, 1.0, 0.5, 0.2, 0.1, 0.05):
+        if floor <= math.log(loss) <= top:
+            _, y = place(0, loss)
+            parts.append(
+                f'<path d="M{left} {y:.1f}H{width - 8}" stroke="#ddd"/><text x="6" y="{y + 4:.1f}">{loss}</text>'
+            )
+    for step in range(0, most + 1, max(1, most // 4)):
+        x, _ = place(step, math.exp(floor))
+        parts.append(f'<text x="{x:.1f}" y="{height - low + 18}" text-anchor="middle">{step}</text>')
+    for number, (precision, colour) in enumerate(zip(PRECISIONS, ("#1f5fa8", "#c2410c"), strict=True)):
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*of) for of in training[precision].items()))
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-opacity="0.5"/>')
+        for x, y in (place(*of) for of in held_out[precision].items()):
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
+        parts.append(f'<text x="{width - 60}" y="{30 + 18 * number}" fill="{colour}">{precision}</text>')
+    return "\n".join([*parts, "</svg>\n"])
 
 
 def compare_first_step(shape: Sequence[int], depth: int) -> None:
@@ -137,6 +180,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a value")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", type=Path, help="folder of the runs, which must not be there")
+    parser.add_argument("--report", action="store_true", help="report the runs that --out has, and start none")
     parser.add_argument("--first-step", type=int, nargs=3, metavar="N", help="compare a step of such a latent instead")
     parser.add_argument("--depth", type=int, default=56, help="blocks of it")
     args = parser.parse_args()
@@ -144,6 +188,8 @@ def main() -> None:
         compare_first_step(args.first_step, args.depth)
     elif args.out is None:
         parser.error("give --out, or --first-step")
+    elif args.report:
+        report_runs(args.out)
     else:
         compare_runs(args)
 

@@ -28,7 +28,8 @@ def start(folder: Path) -> subprocess.Popen:
         "data.num_workers=1",
         "schedule.steps=1000000",
     )
-    command = [sys.executable, "tools/launch.py", "--nproc", "2", "mugv_ds/train.py", "--config", "ds_configs/debug.json"]
+    command = [sys.executable, "tools/launch.py", "--nproc", "2"]
+    command += ["mugv_ds/train.py", "--config", "ds_configs/debug.json"]
     command += [word for setting in settings for word in ("--set", setting)]
     return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
