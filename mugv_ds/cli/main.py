@@ -30,6 +30,8 @@ COMMANDS = {
     "balance": Command("mugv_ds.cli.balance", "print how evenly a config loads its data ranks"),
     "plan": Command("mugv_ds.cli.plan", "find the fastest layout that fits some number of GPUs"),
     "calibrate": Command("mugv_ds.cli.calibrate", "measure this machine's GPUs for the planner", launched=True),
+    "sweep": Command("mugv_ds.cli.sweep", "train with several learning rates and say which is best"),
+    "coordinate-check": Command("mugv_ds.cli.coordinate_check", "show whether activations grow with the width"),
     "preflight": Command("mugv_ds.cli.preflight", "check every rank's machine before a run", launched=True),
     "train": Command("mugv_ds.train", "train the DiT", launched=True),
     "train-vae": Command("mugv_ds.train_vae", "train the VideoVAE", launched=True),
@@ -53,7 +55,7 @@ COMMANDS = {
 def usage() -> str:
     """Returns what `mugv-ds --help` prints."""
     launched = [name for name, command in COMMANDS.items() if command.launched]
-    lines = [f"  {name:<15} {command.about}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<16} {command.about}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: mugv-ds COMMAND …",

@@ -2,8 +2,9 @@
 
 import json
 
+from mugv_ds.cli import sweep
 from tests.helpers.dataset import write_config, write_dataset
-from tools import sweep
+from tests.helpers.launcher import ROOT
 
 
 def test_the_table_names_the_best_rates_and_when_the_first_case_is_reached():
@@ -44,7 +45,7 @@ def test_every_rate_is_trained_once(tmp_path, capfd):
 
 def test_a_config_that_holds_nothing_out_is_refused(tmp_path, capsys):
     config = tmp_path / "run.json"
-    extended = {"extends": str(sweep.ROOT / "ds_configs/debug.json"), "data": {"val_manifest": None}}
+    extended = {"extends": str(ROOT / "ds_configs/debug.json"), "data": {"val_manifest": None}}
     config.write_text(json.dumps(extended | {"logging": {"eval_every": 0}}))
     assert sweep.main(["--config", str(config), "--powers", "-9", "--case", "plain", "--out", str(tmp_path)]) == 2
     assert "data.val_manifest: required" in capsys.readouterr().err

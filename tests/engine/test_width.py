@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mugv_ds.cli import sweep
 from mugv_ds.config.model import PRESETS, DiTConfig
 from mugv_ds.config.schema import OptimizerSection, TrainConfig
 from mugv_ds.engine.build import build_engine, make_optimizer
@@ -28,7 +29,6 @@ from tests.helpers.distributed import run_ranks, whole_state
 from tests.helpers.launcher import ROOT
 from tests.parallel.test_layouts import SHAPE
 from tests.parallel.test_layouts import config as layout_config
-from tools import sweep
 
 # What reads a hidden vector and makes one, written out by hand; `final_layer.linear.weight` reads one as well.
 BLOCK = (

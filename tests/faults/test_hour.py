@@ -23,9 +23,10 @@ def start(folder: Path) -> subprocess.Popen:
         f"checkpoint.dir={folder}/checkpoints",
         "checkpoint.save_every=50",
         f"logging.dir={folder}/tensorboard",
-        "logging.eval_every=1000",
+        "logging.eval_every=5000",
         "logging.progress=false",
         "data.num_workers=1",
+        "optimizer.lr=3e-4",  # the config's, which falls within 400 steps, would make the loss jump in so many
         "schedule.steps=1000000",
     )
     command = [sys.executable, "tools/launch.py", "--nproc", "2"]
