@@ -49,7 +49,7 @@ _TIMEOUT_S = 4 * 3600.0  # for which replicas wait for one that has a video more
 def add_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Adds the options of models, video, sampler and processes to a command; returns the group of the models."""
     models = parser.add_argument_group("models")
-    models.add_argument("--codec", type=Path, required=True, help="vae.pt, or the codec.safetensors of the demo data")
+    models.add_argument("--codec", required=True, help="vae.pt, or the demo data's codec.safetensors, or its URL")
     models.add_argument(
         "--text-encoder", help="folder of a T5 encoder, or its name in the hub's cache; hash: the demo's"
     )

@@ -16,6 +16,7 @@ from typing import Any
 
 from mugv_ds.config import exit_status
 from mugv_ds.config.text_encoder import TextEncoderInfo
+from mugv_ds.config.url import is_url
 from mugv_ds.evaluation.measures import DEMO_MEASURES, MEASURES
 from mugv_ds.evaluation.results import read_listing, read_results
 from mugv_ds.evaluation.run import Evaluation, KeptOutputs, check_jobs, parse_weights
@@ -25,6 +26,7 @@ from mugv_ds.sample import Session, add_options, check, images_of, join_session,
 from mugv_ds.sampling.jobs import Job, read_jobs
 from mugv_ds.sampling.outputs import files_named
 from mugv_ds.sampling.run import Conditions, Workers, write_contact_sheet
+from mugv_ds.weights.located import located
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         check(args)
+        args.codec = located(args.codec)
         with files_named(args.out):
             return evaluate(args)
 
@@ -50,14 +53,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         required=True,
         metavar="NAME=PATH",
-        help="a DiT's folder or file, with config.json beside it; repeat it for others, to compare with the first",
+        help="a DiT's folder or file, config.json beside it, or its URL; repeat it for others, to compare with the first",
     )
     return parser.parse_args(argv)
 
 
 def evaluate(args: argparse.Namespace) -> int:
     """Samples, measures and compares, as one of the processes of a launch or alone."""
-    weights = parse_weights(args.weights)
+    weights = parse_weights([_on_disk(given) for given in args.weights])
     jobs = read_jobs(args.prompts, seed=args.seed, repeat=args.repeat, image=args.image)
     check_jobs(jobs)
     options = {name: argparse.Namespace(**vars(args) | {"weights": path}) for name, path in weights.items()}
@@ -87,6 +90,12 @@ def evaluate(args: argparse.Namespace) -> int:
     workers.first(lambda: compare(args.out, measured, of_all))
     session.close()
     return 0
+
+
+def _on_disk(given: str) -> str:
+    """Returns NAME=PATH of weights as they were given, with a local path in the place of a URL."""
+    name, equals, path = given.partition("=")
+    return f"{name}{equals}{located(path)}" if is_url(path) else given
 
 
 def sample(

@@ -23,6 +23,7 @@ from mugv_ds.sampling.outputs import Outputs, files_named, read_latent_file, wri
 from mugv_ds.sampling.run import Conditions, write_contact_sheet
 from mugv_ds.sampling.settings import FPS_LIMITS, SamplingSettings
 from mugv_ds.sampling.stages import video_parts
+from mugv_ds.weights.located import located
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         check(args)
+        args.codec = located(args.codec)
         with files_named(args.out):
             return decode_only(args) if args.decode_only else sample(args)
 
@@ -49,7 +51,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="make anew what other settings have made in --out")
 
     add_options(parser).add_argument(
-        "--weights", type=Path, help="the DiT's folder or file, with config.json beside it"
+        "--weights", help="the DiT's folder or file, with config.json beside it, or its URL"
     )
     return parser.parse_args(argv)
 
@@ -66,6 +68,7 @@ def sample(args: argparse.Namespace) -> int:
     """Samples what the command line asks for, as one of the processes of a launch or alone."""
     if not (args.weights and args.text_encoder):
         raise InputError("--weights and --text-encoder are needed to sample")
+    args.weights = located(args.weights)
     jobs, session = jobs_of(args), join_session(args)
     made, images = session.prepare(args, jobs), session.workers.first(lambda: images_of(jobs))
     outputs = Outputs(args.out, {job.name: made | of_job(job, images) for job in jobs}, overwrite=args.overwrite)

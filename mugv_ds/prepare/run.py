@@ -8,9 +8,10 @@ import fcntl
 import json
 import os
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 
 from mugv_ds.config.errors import ConfigError, InputError
 from mugv_ds.config.prepare_schema import EmbedSection, PrepareConfig
+from mugv_ds.config.regular_file import open_regular
 from mugv_ds.config.text_encoder import read_text_encoder
 from mugv_ds.data.manifest import read_records
 from mugv_ds.data.progress import Progress
@@ -76,6 +78,7 @@ _FUNCTIONS = {
     "fit": units_of_work.fit_unit,
 }
 _MARKER = "prepare.json"
+_IDENTITY, _OWNER = "identity", "owner"  # in the working folder, and that of the set: a number drawn once
 
 T = TypeVar("T")
 
@@ -96,6 +99,35 @@ def locked(work: Path) -> Iterator[None]:
         except OSError:
             raise InputError(f"{work}: another run is at work here; wait for it, or stop it") from None
         yield
+
+
+def own(out: Path, work: Path) -> None:
+    """Makes the folder of a set that of this working folder, which numbers its shards.
+
+    Raises:
+        InputError: it is that of another, whose shards would be overwritten.
+    """
+    identity, owner = work / _IDENTITY, out / _OWNER
+    if not identity.exists():
+        with write_atomically(identity) as stream:
+            stream.write(uuid.uuid4().hex.encode())
+    mine = _short(identity)
+    with suppress(FileExistsError), owner.open("xb") as stream:
+        stream.write(mine)
+    found = _short(owner)
+    if not found:  # who made it was killed before it wrote
+        with write_atomically(owner) as stream:
+            stream.write(mine)
+    elif found != mine:
+        raise InputError(
+            f"{out}: is the set of another working folder than {work}, whose shards would be overwritten; give the "
+            f"--work that made it, name another --out, or remove {owner}"
+        )
+
+
+def _short(path: Path) -> bytes:
+    with open_regular(path) as stream:
+        return stream.read(64)
 
 
 @dataclass(frozen=True)
@@ -465,6 +497,8 @@ class Preparation:
         return self._same(f"keys of {step}", make)
 
     def _shards(self, step: str, device: str) -> str:
+        self.folders.out.mkdir(parents=True, exist_ok=True)
+        own(self.folders.out, self.folders.work)
         fragments, keys = Fragments(self.folders.work / step), self._shard_keys(step)
         missing = {number: key for number, key in keys.items() if not fragments.find(number, key)}
         parts = [part for number, part in self._planned(step) if number in missing]
@@ -491,7 +525,6 @@ class Preparation:
     def _encode(self) -> str:
         if self.config.encode.vae is None:
             raise ConfigError("encode.vae: not given; name vae.pt, or the demo's codec")
-        self.folders.out.mkdir(parents=True, exist_ok=True)
         return self._shards("encode", self.config.encode.device)
 
     def _embed(self) -> str:
@@ -532,6 +565,8 @@ class Preparation:
         return read_labels(Path(file), named.intersection(clip for clip, _ in self._clips_and_paths()))
 
     def _manifest(self) -> str:
+        self.folders.out.mkdir(parents=True, exist_ok=True)
+        own(self.folders.out, self.folders.work)
         labels = self.labels()
         parts = Parts(
             videos=len(self.chain.scan.units),

@@ -307,6 +307,15 @@ def test_two_runs_in_one_folder_are_refused(again, tmp_path):
     assert "another run is at work" in said
 
 
+@pytest.mark.regression
+def test_a_set_of_another_working_folder_is_not_overwritten(whole, tmp_path):
+    other = Prepared.__new__(Prepared)
+    other.root, other.videos, other.work, other.out = whole.root, whole.videos, tmp_path, whole.out
+    said = other.run(status=2)
+    assert f"{whole.out}: is the set of another working folder than {tmp_path}" in said and "--out" in said
+    assert whole.hashes() == whole.made
+
+
 def test_a_folder_of_something_else_is_refused(whole, tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     other = Prepared.__new__(Prepared)

@@ -10,13 +10,17 @@ from safetensors.torch import save_file
 from mugv_ds.checkpoint import files
 from mugv_ds.checkpoint.manifest import MANIFEST_NAME
 from mugv_ds.checkpoint.reader import CheckpointReader
+from mugv_ds.cli.sample import main as sample
 from mugv_ds.config.errors import CheckpointError
 from mugv_ds.files.copies import cache_folder
 from mugv_ds.files.objects import ObjectFolder
+from mugv_ds.models import DiTConfig
+from mugv_ds.models.codec import LinearCodec
 from mugv_ds.weights import located as module
 from mugv_ds.weights.located import located, resolved
 from mugv_ds.weights.published import PublishedWeights
 from mugv_ds.weights.start import find_start
+from tests.helpers.published import toy_dit, write_dit
 from tests.helpers.saved import write_checkpoint
 from tests.helpers.store import flips
 
@@ -100,3 +104,27 @@ def test_a_copy_that_is_removed_is_made_again(run, copies):
     shutil.rmtree(copies)
     module._copy.cache_clear()
     assert located(run) == folder and held(folder)
+
+
+def test_videos_are_sampled_from_a_url(bucket, tmp_path):
+    """The same as from the files."""
+    toy, objects = tmp_path / "toy", ObjectFolder(f"{bucket}/exports/toy", "")
+    toy.mkdir()
+    config = DiTConfig(144, 2, 2, caption_channels=16)
+    write_dit(toy, toy_dit(config).state_dict(), config)
+    clips = 2 * torch.rand(20, 3, 16, 16, 24, generator=torch.Generator().manual_seed(0)) - 1
+    LinearCodec.fit(clips).save(tmp_path / "codec.safetensors")
+    for path in toy.iterdir():
+        objects.write(path.name, path.read_bytes())
+    codec = ObjectFolder(f"{bucket}/codecs", "")
+    codec.write("codec.safetensors", (tmp_path / "codec.safetensors").read_bytes())
+    made = {}
+    for name, weights, of in (
+        ("files", str(toy), str(tmp_path / "codec.safetensors")),
+        ("urls", str(objects), f"{codec}/codec.safetensors"),
+    ):
+        models = ["--weights", weights, "--codec", of, "--text-encoder", "hash", "--max-text-tokens", "40"]
+        sizes = ["--frames", "16", "--height", "16", "--width", "24", "--steps", "2", "--fps", "12"]
+        assert sample(["--prompt", "clouds", "--out", str(tmp_path / name), *models, *sizes]) == 0
+        (made[name],) = (tmp_path / name).glob("*.mp4")
+    assert made["files"].read_bytes() == made["urls"].read_bytes()
