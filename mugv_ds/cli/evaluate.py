@@ -53,7 +53,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         required=True,
         metavar="NAME=PATH",
-        help="a DiT's folder or file, config.json beside it, or its URL; repeat it for others, to compare with the first",
+        help="a DiT's folder or file, config.json beside it, or its URL; those after the first are compared with it",
     )
     return parser.parse_args(argv)
 
