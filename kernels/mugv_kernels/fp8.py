@@ -31,6 +31,7 @@ ROWS = 16
 _PROGRAMS_PER_MULTIPROCESSOR = 8
 _ELEMENTS = 4096  # of a turn of a program that looks for the largest value
 _TILE = 64
+_COLUMNS = 512  # channels of a program that sums
 
 
 class Modulated(NamedTuple):
@@ -215,12 +216,12 @@ def sum_and_largest(x_RC: Tensor) -> tuple[Tensor, Tensor]:
 
 def _by_columns(x_RC: Tensor, gradient_RC: Tensor, *, is_gelu: bool) -> tuple[Tensor, Tensor]:
     rows, columns = x_RC.shape
-    column_programs = triton.cdiv(columns, 512)
+    column_programs = triton.cdiv(columns, _COLUMNS)
     row_programs = min(rows, triton.cdiv(2 * _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x_RC), column_programs))
     sums = x_RC.new_empty((row_programs, columns), dtype=torch.float32)
     out = torch.zeros((), dtype=torch.float32, device=x_RC.device)
     grid = (column_programs, row_programs)
-    _columns_kernel[grid](x_RC, gradient_RC, sums, out, rows, C=columns, GELU=is_gelu, COLUMNS=512, num_warps=2)
+    _columns_kernel[grid](x_RC, gradient_RC, sums, out, rows, C=columns, GELU=is_gelu, COLUMNS=_COLUMNS, num_warps=2)
     return sums.sum(0).to(x_RC.dtype), out
 
 
