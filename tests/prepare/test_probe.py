@@ -214,7 +214,7 @@ def test_a_process_of_its_own_gives_the_same_row(video, row, tmp_path, monkeypat
         config = PrepareConfig().model_dump(mode="json")
         direct = probe_table(str(video), video.name, "ab" * 32, config).to_pylist()[0]
         assert repr(isolated) == repr(direct)
-        slow = PrepareConfig.model_validate({"decode": {"wall_extra": 0.01, "wall_factor": 0.001}})
+        slow = PrepareConfig.model_validate({"decode": {"wall_extra": 1e-4, "wall_factor": 1e-6}})
         assert probe_isolated(video.parent, source, slow)["error"] == "timed_out"
     finally:
         end_all()
