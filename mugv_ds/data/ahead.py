@@ -5,7 +5,7 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future
 from contextlib import closing
 from queue import SimpleQueue
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 Item = TypeVar("Item")
 
@@ -13,7 +13,7 @@ _END = object()
 _PATIENCE_SECONDS = 5.0  # that closing waits for the thread, as DataLoader waits for a worker
 
 
-class Ahead(Iterator[Item], Generic[Item]):
+class Ahead(Iterator[Item]):
     """Yields what `items` yields, of which a thread takes the next from when `begin` is called, or it is asked for.
 
     `items` runs in that thread, from its beginning to its end or to its `close`. Who closes this waits for that, but

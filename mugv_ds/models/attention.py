@@ -27,7 +27,9 @@ MaskedAttention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 _MASKED = -30_000.0  # added to q·k before the scale; −3,500 after it
 _MAX_PARTS = 32  # most parts that `flash4_masked` cuts the queries into
 _MULTIPROCESSORS, _KEY_BLOCK = 132, 128  # of an H100 or H200; keys that one of them takes in the backward pass
-_COPY = 110  # queries whose attention takes as long as a part's copies of keys and values, and summing their gradients
+# Queries whose attention takes as long as a part's copies of keys and values, and summing their gradients: on an H200
+# 66 copies took 0.6 ms, and the attention of 16,566 queries 1.4 (`kernels/bench/block.py --profile --cases 360p-2s`).
+_COPY = 110
 _MAX_SAMPLES = 256  # most samples, or parts, that FlashAttention-4's backward pass takes with a prefix of the keys
 
 

@@ -166,10 +166,11 @@ def _linear_backward(
     x, dy_RE = x.contiguous(), dy.flatten(0, 1).contiguous()
     operations = fp8_operations(x)
     through = needs_x or needs_rows
-    d_bias, dy_largest = x.new_empty(0), None
     if needs_bias:
         d_bias, dy_largest = operations.sum_and_largest(dy_RE)
-    dy8 = _gradient(dy_RE, operations.largest(dy_RE) if dy_largest is None else dy_largest, through, needs_weight)
+    else:
+        d_bias, dy_largest = x.new_empty(0), operations.largest(dy_RE)
+    dy8 = _gradient(dy_RE, dy_largest, through, needs_weight)
     of = None if shift is None else Modulated(shift.contiguous(), scale.contiguous(), clean.contiguous(), mean, rstd)
     d_weight = x.new_empty(0)
     if needs_weight:
