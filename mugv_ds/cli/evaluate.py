@@ -105,11 +105,9 @@ def sample(
     workers, name = session.workers, outputs.folder.name
     timer = session.sampling(session.loaders(args, jobs), outputs, conditions).run(jobs, args.batch)
     workers.first_then_all(lambda: outputs.complete(jobs) if workers.leads else None)
-    if not timer.stages:
-        _say(workers, f"{name}: all {len(jobs)} videos are there")
-        return
     workers.first(lambda: write_contact_sheet(jobs, outputs) and None)
-    _say(workers, "\n".join(f"{name}: {line}" for line in timer.lines()))
+    lines = timer.lines() if timer.stages else [f"all {len(jobs)} videos are there"]
+    _say(workers, "\n".join(f"{name}: {line}" for line in lines))
 
 
 def compare(folder: Path, measured: dict[tuple[str, str], dict[str, float]], made: dict[str, Any]) -> None:

@@ -41,6 +41,10 @@ class TextEncoderInfo(BaseModel):
             f"{self.fingerprint[:12]})"
         )
 
+    def to_bytes(self) -> bytes:
+        """Returns what `text_encoder.json` holds."""
+        return (self.model_dump_json(indent=2) + "\n").encode()
+
     def makes_same(self, other: "TextEncoderInfo") -> bool:
         """Tells whether the features of the same text are the same up to the rounding of the dtype."""
         return all(getattr(self, name) == getattr(other, name) for name in ("kind", "fingerprint", "max_tokens"))
@@ -52,7 +56,7 @@ def write_text_encoder(folder: str | Path, info: TextEncoderInfo) -> None:
     Raises:
         OSError: the file system failed.
     """
-    (Path(folder) / TEXT_ENCODER_NAME).write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (Path(folder) / TEXT_ENCODER_NAME).write_bytes(info.to_bytes())
 
 
 def read_text_encoder(folder: str | Path) -> TextEncoderInfo | None:

@@ -26,6 +26,7 @@ from torch import Tensor
 from mugv_ds.config.errors import InputError
 from mugv_ds.config.regular_file import open_regular
 from mugv_ds.data.containers import OPTIONS
+from mugv_ds.files.atomic import write_changed
 
 # A crf of 18 is called visually lossless; small clips of flat colour show losses sooner, and bits are cheap here.
 # mbtree is off because with it x264's AVX-512 code was measured to write other bytes and pixels at each run.
@@ -231,13 +232,14 @@ def contact_sheet(
     """Writes a PNG with one row a video: the caption, and below it frames evenly spaced from the first to the last.
 
     Args:
-        path: file to write.
+        path: file to write as a whole; it is not touched if it is that already.
         videos: (caption, uint8 RGB frames [F, H, W, 3]) pairs, of which one is held at a time; sizes may differ. Small
             frames are enlarged by a whole factor without smoothing, large ones are made smaller.
         frames_per_video: frames in a row; a video with fewer frames repeats some.
 
     Raises:
         ValueError: there are no videos.
+        OSError: the file system failed.
     """
     rows = [_sheet_row(caption, frames, frames_per_video) for caption, frames in videos]
     if not rows:
@@ -247,7 +249,9 @@ def contact_sheet(
     for row in rows:
         sheet.paste(row, (0, top))
         top += row.height
-    sheet.save(path, format="PNG")
+    content = io.BytesIO()
+    sheet.save(content, format="PNG")
+    write_changed(Path(path), content.getvalue())
 
 
 def _sheet_row(caption: str, frames: np.ndarray, count: int) -> Image.Image:

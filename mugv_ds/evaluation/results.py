@@ -19,14 +19,13 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mugv_ds.config.errors import InputError
-from mugv_ds.config.regular_file import read_bytes_file, read_text_file
-from mugv_ds.files.atomic import write_atomically
+from mugv_ds.config.regular_file import read_text_file
+from mugv_ds.files.atomic import write_changed
 
 INDEX_NAME = "evaluation.json"
 WEIGHTS_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 RESERVED = ("conditions", "first_frames", "text_features")  # folders of an evaluation that are of no weights
 _MAX_INDEX_BYTES = 1 << 28
-_MAX_FILE_BYTES = 1 << 33
 _MAX_MADE_BYTES = 1 << 22
 
 WeightsName = Annotated[str, Field(pattern=f"^{WEIGHTS_NAME}$")]
@@ -116,19 +115,6 @@ def write_listing(folder: Path, listing: Listing) -> None:
         OSError: the file system failed.
     """
     write_changed(folder / INDEX_NAME, (json.dumps(listing.model_dump(mode="json"), indent=2) + "\n").encode())
-
-
-def write_changed(path: Path, content: bytes) -> None:
-    """Writes a file whose folder may be missing, unless it holds that already.
-
-    Raises:
-        OSError: the file system failed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and read_bytes_file(path, _MAX_FILE_BYTES) == content:
-        return
-    with write_atomically(path) as stream:
-        stream.write(content)
 
 
 def read_listing(folder: Path) -> Listing:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mugv_ds.config.errors import InputError
 from mugv_ds.config.regular_file import read_text_file
-from mugv_ds.config.text_encoder import TextEncoderInfo, read_text_encoder, write_text_encoder
+from mugv_ds.config.text_encoder import TEXT_ENCODER_NAME, TextEncoderInfo
 from mugv_ds.data.video import read_image, read_mp4, read_still, to_frames
 from mugv_ds.evaluation.measures import VERSION, measure
 from mugv_ds.evaluation.results import (
@@ -35,10 +35,9 @@ from mugv_ds.evaluation.results import (
     read_results,
     text_features_path,
     weights_folder,
-    write_changed,
     write_listing,
 )
-from mugv_ds.files.atomic import write_atomically
+from mugv_ds.files.atomic import write_atomically, write_changed
 from mugv_ds.models.text import save_features
 from mugv_ds.sampling.jobs import Job
 from mugv_ds.sampling.outputs import LATENT_SUFFIX, Outputs, read_latent_file
@@ -199,8 +198,7 @@ class Evaluation:
                 content = io.BytesIO()
                 save_features(content, features, torch.ones(len(features), dtype=torch.bool))
                 write_changed(text_features_path(self.folder, job.name), content.getvalue())
-        if read_text_encoder(self.folder) != info:
-            write_text_encoder(self.folder, info)
+        write_changed(self.folder / TEXT_ENCODER_NAME, info.to_bytes())
 
     def measure(self, more: More) -> dict[tuple[str, str], dict[str, float]]:
         """Measures the videos that were not measured yet; all processes call it together.

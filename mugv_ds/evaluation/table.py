@@ -11,7 +11,8 @@ import jinja2
 import numpy as np
 
 from mugv_ds.evaluation.measures import Measure
-from mugv_ds.evaluation.results import Result, write_changed
+from mugv_ds.evaluation.results import Result
+from mugv_ds.files.atomic import write_changed
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000

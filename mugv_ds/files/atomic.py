@@ -33,3 +33,16 @@ def write_atomically(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_changed(path: Path, content: bytes) -> None:
+    """Writes a file whose folder may be missing as a whole, unless it holds that already.
+
+    Raises:
+        OSError: the file system failed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
+        return
+    with write_atomically(path) as stream:
+        stream.write(content)

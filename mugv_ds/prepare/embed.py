@@ -139,4 +139,4 @@ def write_null_text(encoder: TextEncoder, out: Path, section: EmbedSection, text
     with write_atomically(path) as stream:
         save_features(stream, features[0].to(_DTYPES[section.dtype]), mask[0])
     with write_atomically(out / TEXT_ENCODER_NAME) as stream:
-        stream.write(f"{encoder.info.model_dump_json(indent=2)}\n".encode())
+        stream.write(encoder.info.to_bytes())

@@ -2,11 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -193,19 +193,44 @@ def test_weights_that_have_changed_are_sampled_anew_and_others_are_not(toy, done
     assert made_anew == {"b"}
 
 
-def test_killed_half_way_it_goes_on_to_the_same_files(toy, done, tmp_path):
-    """SIGKILL when the first weights' videos appear; the measures and tables are the same too."""
+# Evaluates as `tools/evaluate.py` does, and dies in the call of a function before which it has done so many.
+DIES = """
+import os, signal, sys
+from importlib import import_module
+
+module, function, calls = sys.argv[1], sys.argv[2], int(sys.argv[3])
+*owner, function = function.split(".")
+owner = getattr(import_module(module), owner[0]) if owner else import_module(module)
+done = getattr(owner, function)
+
+def dying(*arguments, **named):
+    global calls
+    calls -= 1
+    if calls < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return done(*arguments, **named)
+
+setattr(owner, function, dying)
+sys.exit(import_module("mugv_ds.cli.evaluate").main(sys.argv[4:]))
+"""
+KILLED = {
+    "after a video": ("mugv_ds.sampling.outputs", "Outputs.save_video", 1),
+    "before a contact sheet": ("mugv_ds.sampling.run", "contact_sheet", 0),
+    "before the texts' encoder": ("mugv_ds.config.text_encoder", "TextEncoderInfo.to_bytes", 0),
+    "in the measures": ("mugv_ds.evaluation.run", "measure", 3),
+    "before the table": ("mugv_ds.evaluation.table", "write_changed", 0),
+}
+
+
+@pytest.mark.parametrize("point", KILLED)
+def test_killed_anywhere_it_goes_on_to_the_same_files(point, toy, done, tmp_path):
     out = tmp_path / "out"
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, str(ROOT / "tools/evaluate.py"), *command(toy, out, "--keep-latents")]
-    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL)
-    while process.poll() is None and not list(out.glob("a/*.json")):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    there = {path: path.read_bytes() for path in out.glob("a/*.json")}
-    times = {path.with_suffix(".mp4"): path.with_suffix(".mp4").stat().st_mtime_ns for path in there}
-    assert there and not (out / "table.json").exists()
+    where = [str(one) for one in KILLED[point]]
+    arguments = [sys.executable, "-c", DIES, *where, *command(toy, out, "--keep-latents")]
+    assert subprocess.run(arguments, env=environment, stdout=subprocess.DEVNULL).returncode == -signal.SIGKILL
+    times = {path: path.stat().st_mtime_ns for path in out.glob("*/*.mp4") if path.with_suffix(".json").exists()}
+    assert times and not (out / "table.json").exists()
     assert main(command(toy, out, "--keep-latents")) == 0
     for path in out.rglob("*.tmp"):
         path.unlink()  # of the file that was being written
@@ -213,6 +238,16 @@ def test_killed_half_way_it_goes_on_to_the_same_files(toy, done, tmp_path):
     assert found.keys() == expected.keys()
     assert [name for name in found if found[name] != expected[name]] == []
     assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+@pytest.mark.parametrize("name", ["a/contact_sheet.png", "text_encoder.json", "table.html", "table.json"])
+def test_a_file_that_was_half_written_is_made_anew(name, toy, done, tmp_path):
+    """As a file system leaves it that lost power, or an older version of this program that was killed."""
+    out = tmp_path / "out"
+    shutil.copytree(done, out)
+    (out / name).write_bytes((out / name).read_bytes()[:100])
+    assert main(command(toy, out, "--keep-latents")) == 0
+    assert (out / name).read_bytes() == (done / name).read_bytes()
 
 
 LAYOUTS = {
@@ -290,15 +325,18 @@ def test_a_folder_that_is_no_evaluation(tmp_path, content, message):
     assert str(tmp_path) in str(failure.value)
 
 
-def test_a_damaged_video_is_named(toy, done, tmp_path, capsys):
+@pytest.mark.parametrize("name", [NAMES[1], NAMES[2]], ids=["measured alone", "in the contact sheet"])
+def test_a_damaged_video_is_named(name, toy, done, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(done, out)
-    (video := out / f"b/{NAMES[2]}.mp4").write_bytes(b"no video")
+    (video := out / f"b/{name}.mp4").write_bytes(b"no video")
     video.with_suffix(".measures.json").write_text('{"key": 1}')
-    assert main(command(toy, out)) == 2 and f"delete {video}" in capsys.readouterr().err
+    assert main(command(toy, out)) == 2
+    said = capsys.readouterr().err
+    assert str(video) in said and re.search(rf"delete ({video}|it), and it is made anew", said)
     video.unlink()
     assert main(command(toy, out)) == 0
-    assert video.read_bytes() == (done / f"b/{NAMES[2]}.mp4").read_bytes()
+    assert video.read_bytes() == (done / f"b/{name}.mp4").read_bytes()
 
 
 def test_what_is_left_can_be_compared_blindly_and_its_votes_train(done, tmp_path):
