@@ -25,7 +25,12 @@ class Fp8Linear(Linear):
 
     Args:
         linear: the layer to replace, with a bias, on a CUDA device.
+
+    Attributes:
+        fp8_on: whether it computes in fp8, or in the dtype of its parameters.
     """
+
+    fp8_on = True
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, params_dtype=linear.weight.dtype, device="meta")
@@ -37,7 +42,9 @@ class Fp8Linear(Linear):
 
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
-        """Applies the layer in fp8: […, in_features] → […, out_features]."""
+        """Applies the layer: […, in_features] → […, out_features]."""
+        if not self.fp8_on:
+            return F.linear(x, self.weight, self.bias)
         rows = x.flatten(0, -2)
         padding = -len(rows) % _ROWS
         with autocast(recipe=_RECIPE):

@@ -26,6 +26,7 @@ from mugv_ds.engine.optional import OptionalOutput
 from mugv_ds.engine.preview_codec import Codec, PreviewCodec
 from mugv_ds.engine.process import Process
 from mugv_ds.engine.sampled import Prompt, RowSampler
+from mugv_ds.models.fp8 import fp8_off
 from mugv_ds.parallel.inference import PipelinedModel
 from mugv_ds.parallel.pipeline import DiTPipeline
 
@@ -61,7 +62,7 @@ class SampledRows(ABC):
         weights: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         self._key, self._section, self._data, self._flow = key, config.sampled[key], config.data, config.flow
-        self._process, self._weights = process, weights
+        self._process, self._module, self._weights = process, module, weights
         self._sampler = RowSampler(
             sample,
             PipelinedModel(module),
@@ -110,7 +111,7 @@ class SampledRows(ABC):
         Args:
             recorder: of the run. alive: called now and then, on all ranks equally often; may end it by an error.
         """
-        with self._weights():
+        with self._weights(), fp8_off(self._module):
             latents = self._latents(alive)
         with nullcontext() if self._codec is None else self._codec.on_device():
             for number, latent in enumerate(latents):

@@ -1,9 +1,12 @@
 """Puts the blocks' large linears into fp8: by our own products (`models.fp8_products`), or by Transformer Engine."""
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mugv_ds.config.errors import ConfigError
@@ -23,7 +26,12 @@ class Fp8Linear(nn.Module):
         linear: the layer to replace. Both its widths must be multiples of 16.
         keeps_weight: whether the fp8 forms of the weight, 2 bytes a parameter, are kept until the weight changes, in
             place of being made for each product.
+
+    Attributes:
+        fp8_on: whether it computes in fp8, or as the linear that it replaced, see `fp8_off`.
     """
+
+    fp8_on = True
 
     def __init__(self, linear: nn.Linear, keeps_weight: bool) -> None:
         super().__init__()
@@ -47,7 +55,7 @@ class Fp8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the layer: […, D] → […, E], for a weight [E, D]."""
-        return fp8_linear(x, self.rounded, self.bias)
+        return fp8_linear(x, self.rounded, self.bias) if self.fp8_on else F.linear(x, self.weight, self.bias)
 
 
 def check_fp8(device: torch.device, backend: Backend) -> None:
@@ -109,3 +117,19 @@ def use_fp8(block: Block, backend: Backend = "native", keeps_weights: bool = Fal
 
     if keeps_weights:
         block.register_forward_pre_hook(refresh)
+
+
+@contextmanager
+def fp8_off(module: nn.Module) -> Iterator[None]:
+    """Inside, the linears that `use_fp8` has put into a model compute in bf16, as those that they replaced did.
+
+    So do the published weights wherever they are used: what is measured or shown of a model is measured inside.
+    """
+    linears = [linear for linear in module.modules() if hasattr(linear, "fp8_on")]
+    for linear in linears:
+        linear.fp8_on = False
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear.fp8_on = True

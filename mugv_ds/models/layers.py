@@ -83,12 +83,17 @@ class FeedForward(Mlp):
     def forward(self, x_BND: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor]:
         """Returns the output without the last bias [B, N, D], and that bias [D], which the gated residual adds."""
         fc1, fc2 = self.fc1, self.fc2
-        if isinstance(fc1, nn.Linear):
+        if _is_plain(fc1):
             adapters = adapter_of(fc1), adapter_of(fc2)
             return modulated_mlp(x_BND, *modulation, fc1.weight, fc1.bias, fc2.weight, *adapters), fc2.bias
         if _is_fused_fp8(fc1) and _is_fused_fp8(fc2):
             return fp8_modulated_mlp(x_BND, *modulation, fc1.rounded, fc1.bias, fc2.rounded), fc2.bias
         return _unbiased(fc2, F.gelu(_modulated(fc1, x_BND, modulation), approximate="tanh"))
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Tells whether a linear computes in the dtype of its weight: PyTorch's, or an fp8 one that is switched off."""
+    return isinstance(linear, nn.Linear) or getattr(linear, "fp8_on", None) is False
 
 
 def _is_fused_fp8(linear: nn.Module) -> bool:
@@ -102,7 +107,7 @@ def _modulated(linear: nn.Module, x_BND: Tensor, modulation: Modulation) -> Tens
 
     The LayerNorm's output is saved for the backward pass only by fp8 linears that are not fused with it.
     """
-    if isinstance(linear, nn.Linear):
+    if _is_plain(linear):
         return modulated_linear(x_BND, *modulation, linear.weight, linear.bias, adapter_of(linear))
     if _is_fused_fp8(linear):
         return fp8_modulated_linear(x_BND, *modulation, linear.rounded, linear.bias)
@@ -111,7 +116,7 @@ def _modulated(linear: nn.Module, x_BND: Tensor, modulation: Modulation) -> Tens
 
 def _unbiased(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """Returns x·Wᵀ and the bias for the caller to add, which is zero where the linear adds its own."""
-    if isinstance(linear, nn.Linear):
+    if _is_plain(linear):
         return plus_adapter(F.linear(x, linear.weight), linear, x), linear.bias
     if hasattr(linear, "rounded"):
         return plus_adapter(fp8_linear(x, linear.rounded, None), linear, x), linear.bias

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
 
@@ -24,9 +25,10 @@ from mugv_ds.models import DiT, fp8_products
 from mugv_ds.models import fp8 as fp8_models
 from mugv_ds.models.attention import sdpa
 from mugv_ds.models.dit import init_weights
-from mugv_ds.models.fp8 import check_fp8, use_fp8
+from mugv_ds.models.fp8 import check_fp8, fp8_off, use_fp8
 from mugv_ds.models.layers import Block, Condition
 from mugv_ds.models.lora import adapters_off, add_adapters, block_adapter_shapes
+from mugv_ds.plan.records import read_scalars
 from mugv_ds.train import train
 from mugv_ds.weights.published import export
 from mugv_kernels.fp8 import E4M3, E5M2
@@ -429,6 +431,56 @@ def test_a_resumed_fp8_run_is_the_uninterrupted_one(tmp_path, layout):
             run_ranks(2, train_and_go_on, str(config))
         weights[name] = torch.load(export(folder / "checkpoints", folder / "dit", layout="pt"), weights_only=True)
     assert all(torch.equal(value, weights["resumed"][name]) for name, value in weights["whole"].items())
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["weights", "adapters"])
+def test_switched_off_a_block_is_that_in_bf16(device, backend, adapted):
+    block = make_block(device)
+    if adapted:
+        add_adapters(block, LoraSection(rank=4))
+        init_weights(block, "blocks.0.", seed=0)
+        nn.init.normal_(block.attn.qkv.lora_B.weight, std=0.02, generator=torch.Generator(device).manual_seed(1))
+    plain = run(block, backward=False)["out"]
+    use_fp8(block, backend)
+    rounded_out = run(block, backward=False)["out"]
+    assert not torch.equal(rounded_out, plain)
+    with pytest.raises(ZeroDivisionError), fp8_off(block):
+        assert torch.equal(run(block, backward=False)["out"], plain)
+        raise ZeroDivisionError
+    assert torch.equal(run(block, backward=False)["out"], rounded_out)
+
+
+def test_what_an_fp8_run_measures_and_shows_is_of_its_weights_in_bf16(tmp_path):
+    """As a run in bf16 does that starts from the weights it leaves; the steps themselves differ."""
+    manifest = write_dataset(tmp_path / "data", [(1, 4, 4)] * 4)
+    held_out = str(write_dataset(tmp_path / "data", [(1, 4, 4)] * 3, "val"))
+
+    def ran(name: str, precision: str, lr: float, init_from: Path | None = None) -> tuple[dict, bytes]:
+        folder = tmp_path / name
+        config = write_config(
+            folder,
+            manifest,
+            model={"precision": precision, "hidden_size": 288, "num_heads": 4},
+            data={"val_manifest": held_out},
+            parallel={"data": 1},
+            optimizer={"lr": lr},
+            schedule={"steps": 2, "kind": "constant", "warmup_steps": 0},
+            checkpoint={"save_every": 2} | ({"init_from": str(init_from)} if init_from else {}),
+            logging={"every": 1},
+            preview={"every": 2, "manifest": held_out, "count": 1, "steps": 2, "dir": str(folder / "previews")},
+        )
+        run_ranks(1, train_and_go_on, str(config))
+        scalars = {tag: dict(values) for tag, values in read_scalars(folder / "tensorboard").items()}
+        (latent,) = (folder / "previews/step-000002").glob("*.safetensors")
+        return scalars, latent.read_bytes()
+
+    trained, shown = ran("trained", "fp8", 3e-3)
+    weights = export(tmp_path / "trained/checkpoints", tmp_path / "dit", layout="pt")
+    exact, shown_exactly = ran("exact", "bf16", 1e-30, weights)
+    rounded_run, shown_again = ran("again", "fp8", 1e-30, weights)
+    assert trained["validation/loss"][2] == exact["validation/loss"][0] == rounded_run["validation/loss"][0]
+    assert shown == shown_exactly == shown_again
+    assert rounded_run["train/loss"][1] != exact["train/loss"][1]
 
 
 def test_blocks_that_are_not_there_are_refused(tmp_path):

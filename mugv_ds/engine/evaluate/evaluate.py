@@ -1,7 +1,7 @@
 """Flow losses of given samples under the present weights, without gradients, on any layout."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from itertools import islice
 
@@ -18,6 +18,7 @@ from mugv_ds.data.readers import Batch, Reader, Sources
 from mugv_ds.data.reference import REFERENCE_DTYPE, unknown
 from mugv_ds.engine.feed import Feed
 from mugv_ds.engine.process import Process
+from mugv_ds.models.fp8 import fp8_off
 
 _AT_ONCE = 4  # micro-batches of a call, times the pipeline's stages
 
@@ -74,6 +75,10 @@ class Evaluator:
     def reads(self) -> bool:
         """Whether this rank reads samples."""
         return self._feed.reads
+
+    def in_bf16(self) -> AbstractContextManager[None]:
+        """Inside, a model that trains in fp8 is measured in bf16, as its published weights are used."""
+        return fp8_off(self._engine.module)
 
     def losses(self, batches: list[Batch] | None, shape: Shape, size: int, count: int) -> Measured:
         """The losses of all data ranks' samples, on every rank; fillers are left out.

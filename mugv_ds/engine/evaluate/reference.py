@@ -229,6 +229,8 @@ def measure_held_out(
 ) -> list[np.ndarray | None]:
     """Measures the held-out annotations of every source with the present weights; None where a source has none.
 
+    A model that trains in fp8 is measured in bf16, as `Validation` measures the policy.
+
     Args:
         alive: called between the parts of the work.
     """
@@ -238,8 +240,9 @@ def measure_held_out(
             measured.append(None)
             continue
         sizes = data.batch_sizes(reader)
-        parts = evaluator.measure(reader, lambda shape, sizes=sizes: sizes[shape].micro, alive=alive)
-        losses = Measured.concatenate(part for _, part, _ in parts)
+        with evaluator.in_bf16():
+            parts = evaluator.measure(reader, lambda shape, sizes=sizes: sizes[shape].micro, alive=alive)
+            losses = Measured.concatenate(part for _, part, _ in parts)
         measured.append(losses.cells(len(reader.samples.index), 1))
     return measured
 

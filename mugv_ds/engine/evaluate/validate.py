@@ -40,6 +40,8 @@ class Validation:
     def run(self, alive: Callable[[], None]) -> dict[str, float]:
         """Scalars by tag: the mean flow loss, also by quarter of the timesteps and by latent shape; preferences.
 
+        A model that trains in fp8 is measured in bf16.
+
         Args:
             alive: called between the parts of the work.
 
@@ -47,12 +49,13 @@ class Validation:
             SampleError: a held-out sample cannot be used. PeerError: another rank met an error.
         """
         results = {}
-        if self._flows is not None:
-            results |= self._flow_losses(alive)
-        for name, reader in self._preferences.items():
-            measured = Measured.concatenate(part for _, part in self._measure(reader, alive))
-            means = preference_means(self._terms(reader, measured))
-            results |= {f"validation/preference/{name}/{key}": value for key, value in means.items()}
+        with self._evaluator.in_bf16():
+            if self._flows is not None:
+                results |= self._flow_losses(alive)
+            for name, reader in self._preferences.items():
+                measured = Measured.concatenate(part for _, part in self._measure(reader, alive))
+                means = preference_means(self._terms(reader, measured))
+                results |= {f"validation/preference/{name}/{key}": value for key, value in means.items()}
         return results
 
     def _measure(self, reader: Reader, alive: Callable[[], None]):
