@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 from baseline import PublishedBlock
-from harness import median_ms, peak_gib, relative_error, report
+from harness import median_ms, peak_gib, relative_error, report, watched
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
@@ -160,7 +160,8 @@ def measure(case: str, args: argparse.Namespace) -> None:
             relative_error(tensor, other.to(device)) for tensor, other in zip(found, first, strict=True)
         )
         del y, found
-        milliseconds = median_ms(call, seconds=args.seconds)
+        with watched() as card:
+            milliseconds = median_ms(call, seconds=args.seconds)
         percent = 100 / milliseconds / 1e9 / PEAK_TFLOPS
         rows.append(
             {
@@ -169,6 +170,7 @@ def measure(case: str, args: argparse.Namespace) -> None:
                 "model TFLOP/s": flops / milliseconds / 1e9,
                 "MFU %": percent * flops,
                 "HFU %": percent * (flops + batch * recomputed_flops(*sizes, recompute)),
+                **card,
                 "peak GiB": peak_gib(call),
                 "difference": difference,
                 "of gradients": max(of_gradients),

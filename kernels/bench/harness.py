@@ -8,7 +8,8 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -32,6 +33,30 @@ def median_ms(function: Callable[[], object], *, seconds: float = 1.0, warmup: i
         end.synchronize()
         times.append(start.elapsed_time(end))
     return statistics.median(times)
+
+
+@contextmanager
+def watched() -> Iterator[dict[str, float]]:
+    """Has nvidia-smi read the first card ten times a second; what it gives is there once the block has ended.
+
+    Yields:
+        The median of the later half of the readings: "MHz" of the multiprocessors, "W". Without nvidia-smi, nothing.
+    """
+    found: dict[str, float] = {}
+    command = ["nvidia-smi", "--id=0", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits", "--loop-ms=100"]
+    try:
+        reader = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    except OSError:
+        yield found
+        return
+    try:
+        yield found
+    finally:
+        reader.terminate()
+        lines = reader.communicate()[0].splitlines()
+    late = [line.split(",") for line in lines[len(lines) // 2 :] if line.count(",") == 1]
+    for name, readings in zip(("MHz", "W"), zip(*late, strict=True), strict=False):
+        found[name] = statistics.median(map(float, readings))
 
 
 def forward_backward(
