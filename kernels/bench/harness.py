@@ -43,7 +43,13 @@ def watched() -> Iterator[dict[str, float]]:
         The median of the later half of the readings: "MHz" of the multiprocessors, "W". Without nvidia-smi, nothing.
     """
     found: dict[str, float] = {}
-    command = ["nvidia-smi", "--id=0", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits", "--loop-ms=100"]
+    command = [
+        "nvidia-smi",
+        "--id=0",
+        "--query-gpu=clocks.sm,power.draw",
+        "--format=csv,noheader,nounits",
+        "--loop-ms=100",
+    ]
     try:
         reader = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     except OSError:

@@ -55,7 +55,8 @@ def rounding(rows: int) -> None:
     wide = torch.randn(rows, 4 * D, device="cuda", dtype=torch.bfloat16)
     shift, scale = (torch.randn(1, 2, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     clean = torch.zeros(1, rows, dtype=torch.bool, device="cuda")
-    mean, rstd, largest = fp8.modulated_largest(x, shift, scale, clean)
+    largest, bound = fp8.largest(x), fp8.modulated_bound(shift, scale)
+    _, mean, rstd = fp8.modulate_to(x, shift, scale, clean, bound, E4M3)
     of, gradient = fp8.Modulated(shift, scale, clean, mean, rstd), torch.randn_like(wide)
     both, values, transposed = ({"values": a, "transposed": b} for a, b in ((True, True), (True, False), (False, True)))
     element = rows * D
@@ -64,9 +65,9 @@ def rounding(rows: int) -> None:
         "x to E5M2, both forms": (lambda: fp8.round_to(x[0], largest, E5M2, **both), 4 * element),
         "x to E4M3, as it is": (lambda: fp8.round_to(x[0], largest, E4M3, **values), 3 * element),
         "x to E4M3, transposed": (lambda: fp8.round_to(x[0], largest, E4M3, **transposed), 3 * element),
-        "largest of LayerNorm": (lambda: fp8.modulated_largest(x, shift, scale, clean), 2 * element),
-        "LayerNorm, as it is": (lambda: fp8.round_modulated(x, of, largest, E4M3, **values), 3 * element),
-        "LayerNorm, transposed": (lambda: fp8.round_modulated(x, of, largest, E4M3, **transposed), 3 * element),
+        "LayerNorm's bound": (lambda: fp8.modulated_bound(shift, scale), 8 * D),
+        "LayerNorm, as it is": (lambda: fp8.modulate_to(x, shift, scale, clean, bound, E4M3), 3 * element),
+        "LayerNorm, transposed": (lambda: fp8.transpose_modulated(x, of, bound, E4M3), 3 * element),
         "largest of GELU": (lambda: fp8.gelu_largest(wide), 8 * element),
         "GELU, as it is": (lambda: fp8.round_gelu(wide, largest, E4M3, **values), 12 * element),
         "GELU, transposed": (lambda: fp8.round_gelu(wide, largest, E4M3, **transposed), 12 * element),

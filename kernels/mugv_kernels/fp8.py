@@ -6,10 +6,16 @@
 state. A tensor with a value that is not finite gets an infinite scale, which makes all that is computed of it infinite
 or NaN, so that it cannot go unseen.
 
+A modulated LayerNorm is scaled by a bound of its largest value in place of it, which its shift and scale give:
+
+    |x̂ · (1 + scale) + shift| ≤ √C · |1 + scale| + |shift|,  as ‖x̂‖ ≤ √C
+
+so that it is normalised, modulated and rounded in one pass over x. At C = 3456 the bound is about ten times what
+normal values reach, of the 28,672 times between the largest number of E4M3 and its smallest normal one.
+
 A product on Hopper takes both factors with the summed dimension last. The three products of a linear sum over three
 different dimensions, so a factor is written as it is, transposed, or both. What is rounded need not be there: the
-kernels compute LayerNorm with a modulation, or GELU, on the way, in one pass for the largest value and in another for
-the rounded values, neither of which writes the result itself.
+kernels compute LayerNorm with a modulation, or GELU, on the way, and do not write its values themselves.
 
 Rows are padded with zeros to a multiple of 16, which the products ask for.
 
@@ -24,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mugv_kernels.modulate import EPS, modulate_forward_reference, multiprocessors, row_launch
+from mugv_kernels.modulate import EPS, by_class, modulate_forward_reference, multiprocessors, row_launch
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 ROWS = 16
@@ -80,20 +86,24 @@ def round_reference(x_RC: Tensor, largest: Tensor, dtype: torch.dtype, *, values
     return Rounded(rounded if values else None, rounded.T.contiguous() if transposed else None, 1 / factor)
 
 
-def modulated_largest_reference(
-    x_BNC: Tensor, shift: Tensor, scale: Tensor, clean: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Does what `modulated_largest` does in plain PyTorch."""
+def modulated_bound_reference(shift: Tensor, scale: Tensor) -> Tensor:
+    """Does what `modulated_bound` does in plain PyTorch."""
+    return largest_reference(shift.shape[-1] ** 0.5 * (1 + scale.float()).abs() + shift.float().abs())
+
+
+def modulate_to_reference(
+    x_BNC: Tensor, shift: Tensor, scale: Tensor, clean: Tensor, bound: Tensor, dtype: torch.dtype
+) -> tuple[Rounded, Tensor, Tensor]:
+    """Does what `modulate_to` does in plain PyTorch."""
     y, mean, rstd = modulate_forward_reference(x_BNC.float(), shift, scale, clean)
-    return mean, rstd, largest_reference(y)
+    return round_reference(y.flatten(0, 1), bound, dtype, values=True, transposed=False), mean, rstd
 
 
-def round_modulated_reference(
-    x_BNC: Tensor, modulated: Modulated, largest: Tensor, dtype: torch.dtype, *, values: bool, transposed: bool
-) -> Rounded:
-    """Does what `round_modulated` does in plain PyTorch."""
-    y = modulate_forward_reference(x_BNC.float(), *modulated[:3])[0].flatten(0, 1)
-    return round_reference(y, largest, dtype, values=values, transposed=transposed)
+def transpose_modulated_reference(x_BNC: Tensor, of: Modulated, bound: Tensor, dtype: torch.dtype) -> Rounded:
+    """Does what `transpose_modulated` does in plain PyTorch."""
+    normed = (x_BNC.float() - of.mean[..., None]) * of.rstd[..., None]
+    y = normed * (1 + by_class(of.scale.float(), of.clean)) + by_class(of.shift.float(), of.clean)
+    return round_reference(y.flatten(0, 1), bound, dtype, values=False, transposed=True)
 
 
 def gelu_largest_reference(x_RC: Tensor) -> Tensor:
@@ -177,25 +187,41 @@ def round_gelu(x_RC: Tensor, largest: Tensor, dtype: torch.dtype, *, values: boo
     return _round(x_RC[None], None, largest, dtype, _GELU, values, transposed)
 
 
-def modulated_largest(x_BNC: Tensor, shift: Tensor, scale: Tensor, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns mean and rstd [B, N] fp32 of the rows of x, and the largest magnitude of its modulated LayerNorm, [].
+def modulated_bound(shift: Tensor, scale: Tensor) -> Tensor:
+    """Returns what no magnitude of a LayerNorm with this modulation exceeds, [] fp32; infinity where it is not finite.
 
     Args:
-        x_BNC, shift, scale, clean: see `mugv_kernels.modulate`; contiguous.
+        shift, scale: [B, 2, C], contiguous.
+    """
+    out = torch.zeros((), dtype=torch.float32, device=shift.device)
+    _bound_kernel[_turns(shift)](shift, scale, out, shift.numel(), WIDEST=shift.shape[-1] ** 0.5, ELEMENTS=_ELEMENTS)
+    return out
+
+
+def modulate_to(
+    x_BNC: Tensor, shift: Tensor, scale: Tensor, clean: Tensor, bound: Tensor, dtype: torch.dtype
+) -> tuple[Rounded, Tensor, Tensor]:
+    """Rounds the modulated LayerNorm of x to fp8, as it is.
+
+    Args:
+        x_BNC, shift, scale, clean: see `mugv_kernels.modulate`; contiguous. bound: see `modulated_bound`.
+    Returns:
+        The values, of which those of a row with one that is not finite are NaN, and mean and rstd [B, N] fp32.
     """
     B, N, C = x_BNC.shape
     mean, rstd = (torch.empty(B, N, dtype=torch.float32, device=x_BNC.device) for _ in range(2))
-    out = torch.zeros((), dtype=torch.float32, device=x_BNC.device)
-    programs = min(N, max(1, _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x_BNC) // B))
-    _modulated_largest_kernel[(programs, B)](x_BNC, shift, scale, clean, mean, rstd, out, N, EPS=EPS, **row_launch(C))
-    return mean, rstd, out
+    values, scale8 = torch.empty(padded(B * N), C, dtype=dtype, device=x_BNC.device), torch.empty_like(bound)
+    values[B * N :].zero_()
+    _modulate_kernel[(N, B)](
+        x_BNC, shift, scale, clean, bound, values, scale8, mean, rstd, N,
+        EPS=EPS, MAX=torch.finfo(dtype).max, **row_launch(C),
+    )  # fmt: skip
+    return Rounded(values, None, scale8), mean, rstd
 
 
-def round_modulated(
-    x_BNC: Tensor, modulated: Modulated, largest: Tensor, dtype: torch.dtype, *, values: bool, transposed: bool
-) -> Rounded:
-    """Rounds the modulated LayerNorm of x, of which `modulated_largest` gave mean, rstd and the largest value."""
-    return _round(x_BNC, modulated, largest, dtype, _MODULATED, values, transposed)
+def transpose_modulated(x_BNC: Tensor, of: Modulated, bound: Tensor, dtype: torch.dtype) -> Rounded:
+    """Rounds the modulated LayerNorm of x, of which `modulate_to` gave mean and rstd, transposed."""
+    return _round(x_BNC, of, bound, dtype, _MODULATED, False, True)
 
 
 def gelu_backward(x_RC: Tensor, gradient_RC: Tensor) -> tuple[Tensor, Tensor]:
@@ -269,6 +295,7 @@ if find_spec("triton"):  # not built for every platform; the references need non
     import triton.language as tl
 
     from mugv_kernels.gelu import gelu_and_slope
+    from mugv_kernels.modulate import modulated_row
 
     _IS_MODULATED, _IS_GELU = tl.constexpr(_MODULATED), tl.constexpr(_GELU)
 
@@ -276,6 +303,17 @@ if find_spec("triton"):  # not built for every platform; the references need non
     def _magnitude(y):
         """Returns |y|, and infinity for NaN, which a comparison would pass over."""
         return tl.where(y == y, tl.abs(y), float("inf"))
+
+    @triton.jit
+    def _factor(largest_ptr, MAX: tl.constexpr):
+        """Returns what takes a tensor's largest value to MAX."""
+        largest = tl.load(largest_ptr)
+        return tl.where(largest > 0, MAX / largest, 1.0)
+
+    @triton.jit
+    def _clamped(y, MAX: tl.constexpr):
+        """Returns y between −MAX and MAX; NaN stays."""
+        return tl.clamp(y, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
 
     @triton.jit
     def _gelu(x):
@@ -293,33 +331,34 @@ if find_spec("triton"):  # not built for every platform; the references need non
         tl.atomic_max(out_ptr, tl.max(found, axis=0))
 
     @triton.jit
-    def _modulated_largest_kernel(
-        x_ptr, shift_ptr, scale_ptr, clean_ptr, mean_ptr, rstd_ptr, out_ptr, N,
-        EPS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    def _bound_kernel(shift_ptr, scale_ptr, out_ptr, numel, WIDEST: tl.constexpr, ELEMENTS: tl.constexpr):
+        """Each program takes ELEMENTS elements in turns. WIDEST: √C."""
+        found = tl.zeros([ELEMENTS], dtype=tl.float32)
+        for turn in tl.range(tl.program_id(0), tl.cdiv(numel, ELEMENTS), tl.num_programs(0), num_stages=3):
+            at = turn * ELEMENTS + tl.arange(0, ELEMENTS)
+            shift = tl.load(shift_ptr + at, mask=at < numel, other=0.0).to(tl.float32)
+            scale = tl.load(scale_ptr + at, mask=at < numel, other=-1.0).to(tl.float32)
+            found = tl.maximum(found, _magnitude(WIDEST * tl.abs(1.0 + scale) + tl.abs(shift)))
+        tl.atomic_max(out_ptr, tl.max(found, axis=0))
+
+    @triton.jit
+    def _modulate_kernel(
+        x_ptr, shift_ptr, scale_ptr, clean_ptr, bound_ptr, values_ptr, out_scale_ptr, mean_ptr, rstd_ptr, N,
+        EPS: tl.constexpr, MAX: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     ):  # fmt: skip
-        """Each program takes every `programs`-th token of one sample; the grid is (programs, B)."""
+        """Each program computes one token; the grid is (N, B)."""
         batch = tl.program_id(1).to(tl.int64)
+        token = batch * N + tl.program_id(0)
         d = tl.arange(0, BLOCK_D)
         mask = d < D
-        rows = 2 * batch * D + d
-        shift_noised = tl.load(shift_ptr + rows, mask=mask, other=0.0).to(tl.float32)
-        shift_clean = tl.load(shift_ptr + rows + D, mask=mask, other=0.0).to(tl.float32)
-        scale_noised = tl.load(scale_ptr + rows, mask=mask, other=0.0).to(tl.float32)
-        scale_clean = tl.load(scale_ptr + rows + D, mask=mask, other=0.0).to(tl.float32)
-        found = tl.zeros([BLOCK_D], dtype=tl.float32)
-        for n in tl.range(tl.program_id(0), N, tl.num_programs(0), num_stages=3):
-            token = batch * N + n
-            x = tl.load(x_ptr + token * D + d, mask=mask, other=0.0).to(tl.float32)
-            is_clean = tl.load(clean_ptr + token) != 0
-            mean = tl.sum(x, axis=0) / D
-            centred = tl.where(mask, x - mean, 0.0)
-            rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / D + EPS)
-            scale = 1.0 + tl.where(is_clean, scale_clean, scale_noised)
-            y = centred * rstd * scale + tl.where(is_clean, shift_clean, shift_noised)
-            found = tl.maximum(found, _magnitude(y))
-            tl.store(mean_ptr + token, mean)
-            tl.store(rstd_ptr + token, rstd)
-        tl.atomic_max(out_ptr, tl.max(found, axis=0))
+        y, mean, rstd = modulated_row(x_ptr, shift_ptr, scale_ptr, clean_ptr, batch, token, d, mask, EPS, D)
+        factor = _factor(bound_ptr, MAX)
+        rounded = _clamped(y * factor, MAX).to(values_ptr.dtype.element_ty)
+        tl.store(values_ptr + token * D + d, rounded, mask=mask)
+        tl.store(mean_ptr + token, mean)
+        tl.store(rstd_ptr + token, rstd)
+        if token == 0:
+            tl.store(out_scale_ptr, 1.0 / factor)
 
     @triton.jit
     def _round_kernel(
@@ -353,11 +392,10 @@ if find_spec("triton"):  # not built for every platform; the references need non
                 y = tl.where((row // N == batch)[:, None] & inside, modulated, y)
         if OF == _IS_GELU:
             y = _gelu(y)
-        largest = tl.load(largest_ptr)
-        factor = tl.where(largest > 0, MAX / largest, 1.0)
+        factor = _factor(largest_ptr, MAX)
         if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
             tl.store(out_scale_ptr, 1.0 / factor)
-        y = tl.clamp(y * factor, -MAX, MAX)  # zero in the rows of the padding
+        y = _clamped(y * factor, MAX)  # zero in the rows of the padding
         if VALUES:
             rounded = y.to(values_ptr.dtype.element_ty)
             at = row.to(tl.int64)[:, None] * C + c[None, :]
@@ -401,8 +439,9 @@ class Operations(NamedTuple):
 
     largest: Callable[..., Tensor]
     round_to: Callable[..., Rounded]
-    modulated_largest: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    round_modulated: Callable[..., Rounded]
+    modulated_bound: Callable[..., Tensor]
+    modulate_to: Callable[..., tuple[Rounded, Tensor, Tensor]]
+    transpose_modulated: Callable[..., Rounded]
     gelu_largest: Callable[..., Tensor]
     round_gelu: Callable[..., Rounded]
     gelu_backward: Callable[..., tuple[Tensor, Tensor]]
@@ -412,8 +451,9 @@ class Operations(NamedTuple):
 KERNELS = Operations(
     largest,
     round_to,
-    modulated_largest,
-    round_modulated,
+    modulated_bound,
+    modulate_to,
+    transpose_modulated,
     gelu_largest,
     round_gelu,
     gelu_backward,
@@ -422,8 +462,9 @@ KERNELS = Operations(
 REFERENCES = Operations(
     largest_reference,
     round_reference,
-    modulated_largest_reference,
-    round_modulated_reference,
+    modulated_bound_reference,
+    modulate_to_reference,
+    transpose_modulated_reference,
     gelu_largest_reference,
     round_gelu_reference,
     gelu_backward_reference,

@@ -70,6 +70,21 @@ if find_spec("triton"):  # not built for every platform; the reference needs non
     import triton.language as tl
 
     @triton.jit
+    def modulated_row(
+        x_ptr, shift_ptr, scale_ptr, clean_ptr, batch, token, d, mask, EPS: tl.constexpr, D: tl.constexpr
+    ):  # fmt: skip
+        """Returns y of a token of a sample, and its mean and rstd, all fp32."""
+        x = tl.load(x_ptr + token * D + d, mask=mask, other=0.0).to(tl.float32)
+        row = (2 * batch + (tl.load(clean_ptr + token) != 0).to(tl.int64)) * D + d
+        shift = tl.load(shift_ptr + row, mask=mask, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr + row, mask=mask, other=0.0).to(tl.float32)
+
+        mean = tl.sum(x, axis=0) / D
+        centred = tl.where(mask, x - mean, 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / D + EPS)
+        return centred * rstd * (1.0 + scale) + shift, mean, rstd
+
+    @triton.jit
     def _forward_kernel(
         x_ptr,
         shift_ptr,
@@ -88,17 +103,7 @@ if find_spec("triton"):  # not built for every platform; the reference needs non
         token = batch * N + tl.program_id(0)
         d = tl.arange(0, BLOCK_D)
         mask = d < D
-
-        x = tl.load(x_ptr + token * D + d, mask=mask, other=0.0).to(tl.float32)
-        row = (2 * batch + (tl.load(clean_ptr + token) != 0).to(tl.int64)) * D + d
-        shift = tl.load(shift_ptr + row, mask=mask, other=0.0).to(tl.float32)
-        scale = tl.load(scale_ptr + row, mask=mask, other=0.0).to(tl.float32)
-
-        mean = tl.sum(x, axis=0) / D
-        centred = tl.where(mask, x - mean, 0.0)
-        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / D + EPS)
-        y = centred * rstd * (1.0 + scale) + shift
-
+        y, mean, rstd = modulated_row(x_ptr, shift_ptr, scale_ptr, clean_ptr, batch, token, d, mask, EPS, D)
         tl.store(y_ptr + token * D + d, y.to(y_ptr.dtype.element_ty), mask=mask)
         tl.store(mean_ptr + token, mean)
         tl.store(rstd_ptr + token, rstd)

@@ -33,8 +33,8 @@ class ModelSection(Section):
     precision: Literal["bf16", "fp8", "fp32"] = Field(
         "bf16",
         description="Dtype of weights and activations; fp32 for tests. fp8 is bf16 with the products of the blocks' "
-        "large linears in fp8, each factor scaled by its own largest value (docs/performance.md, fp8). Held-out losses and "
-        "what is sampled to look at are of the weights in bf16, as they are published.",
+        "large linears in fp8, each factor scaled by its own largest value (docs/performance.md, fp8). Held-out "
+        "losses and what is sampled to look at are of the weights in bf16, as they are published.",
     )
     fp8_backend: Literal["native", "te"] = Field(
         "native", description="What computes in fp8: kernels of this package, or Transformer Engine."

@@ -2,9 +2,9 @@
 
     y = x·Wᵀ from E4M3 factors,  dx = dy·W and dW = dyᵀ·x from an E5M2 and an E4M3 factor
 
-each factor scaled by its own largest value (`mugv_kernels.fp8`). The product of the forward pass keeps its partial sums
-in the tensor cores; those of the backward pass, one of which sums over all tokens, in fp32: Transformer Engine and
-torchao do the same.
+each factor scaled by its own largest value, or a bound of it (`mugv_kernels.fp8`). The product of the forward pass
+keeps its partial sums in the tensor cores; those of the backward pass, one of which sums over all tokens, in fp32:
+Transformer Engine and torchao do the same.
 
 What is saved for the backward pass is what the same linears save in bf16 (`models.modulated`), and the largest values:
 the rounded factors are made again, in the form that the product then needs, by one pass each. Nothing in fp8 is kept,
@@ -115,7 +115,7 @@ def _linear(
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns y [B, N, E], and what the backward pass makes the fp8 forms from: of the input mean, rstd and the largest
-    value, and the largest value of the weight.
+    value, or its bound, and the largest value of the weight.
 
     Without shift, scale and clean the linear is that of x itself, and mean and rstd are empty.
     """
@@ -127,9 +127,8 @@ def _linear(
         x8 = operations.round_to(x.flatten(0, 1), largest, E4M3, values=True, transposed=False)
     else:
         rows = shift.contiguous(), scale.contiguous(), clean.contiguous()
-        mean, rstd, largest = operations.modulated_largest(x, *rows)
-        of = Modulated(*rows, mean, rstd)
-        x8 = operations.round_modulated(x, of, largest, E4M3, values=True, transposed=False)
+        largest = operations.modulated_bound(*rows[:2])
+        x8, mean, rstd = operations.modulate_to(x, *rows, largest, E4M3)
     w_largest = _largest(weight, values)
     w8, w_scale = _factor(weight, values, weight_scale, w_largest, transposed=False)
     y = product(x8.values, w8, x8.scale, w_scale, x.dtype, is_fast=True, bias=bias)[: B * N]
@@ -177,7 +176,7 @@ def _linear_backward(
         if of is None:
             x8 = operations.round_to(x.flatten(0, 1), largest, E4M3, values=False, transposed=True)
         else:
-            x8 = operations.round_modulated(x, of, largest, E4M3, values=False, transposed=True)
+            x8 = operations.transpose_modulated(x, of, largest, E4M3)
         d_weight = _weight_gradient(dy8, x8, weight.dtype)
         del x8
     if not through:
@@ -302,7 +301,7 @@ def _mlp_backward(
     del d_inner_RE
     of, d_w1 = Modulated(shift.contiguous(), scale.contiguous(), clean.contiguous(), mean, rstd), x.new_empty(0)
     if needs_w1:
-        x8 = operations.round_modulated(x, of, largest1, E4M3, values=False, transposed=True)
+        x8 = operations.transpose_modulated(x, of, largest1, E4M3)
         d_w1 = _weight_gradient(d_inner8, x8, w1.dtype)
         del x8
     if not through:

@@ -79,20 +79,62 @@ def test_rounds_a_modulated_layer_norm(which, operations: Operations, device, ma
     x = normal(B, N, C, dtype=torch.float32, device=device, scale=3.0)
     shift, scale = (normal(B, 2, C, dtype=torch.float32, device=device) for _ in range(2))
     clean = make_clean(B, N, which)
-    mean, rstd, largest = operations.modulated_largest(x, shift, scale, clean)
+    bound = operations.modulated_bound(shift, scale)
+    exact_bound = (C**0.5 * (1 + scale.double()).abs() + shift.double().abs()).max()
+    torch.testing.assert_close(bound.double(), exact_bound, rtol=1e-6, atol=0)
     wide = x.double()
     rows = [row.double()[torch.arange(B, device=device)[:, None], clean.long()] for row in (shift, scale)]
     normed = torch.nn.functional.layer_norm(wide, (C,), eps=1e-6)
     exact = (normed * (1 + rows[1]) + rows[0]).flatten(0, 1)
-    torch.testing.assert_close(mean.double(), wide.mean(-1), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(rstd.double(), (wide.var(-1, correction=0) + 1e-6).rsqrt(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(largest.double(), exact.abs().max(), rtol=1e-5, atol=0)
-    of = Modulated(shift, scale, clean, mean, rstd)
-    for to, (values, transposed) in zip((E4M3, E5M2, E4M3), FORMS, strict=True):
-        rounded = operations.round_modulated(x, of, largest, to, values=values, transposed=transposed)
-        got = value(rounded, B * N)
-        assert (got - exact).norm() / exact.norm() < torch.finfo(to).eps / 2
-        assert ((got - exact).abs() <= exact.abs().max() * torch.finfo(to).eps / 2 * 1.001).all()
+    assert exact.abs().max() <= bound
+    for to in (E4M3, E5M2):
+        rounded, mean, rstd = operations.modulate_to(x, shift, scale, clean, bound, to)
+        torch.testing.assert_close(mean.double(), wide.mean(-1), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(rstd.double(), (wide.var(-1, correction=0) + 1e-6).rsqrt(), rtol=1e-5, atol=0)
+        turned = operations.transpose_modulated(x, Modulated(shift, scale, clean, mean, rstd), bound, to)
+        smallest = torch.finfo(to).smallest_normal * bound.double() / torch.finfo(to).max
+        for form in (rounded, turned):
+            error = (value(form, B * N) - exact).abs()
+            # Half a step, and what fp32 rounds on the way: of the terms, which may cancel.
+            assert (error <= exact.abs().clamp(min=smallest) * torch.finfo(to).eps * 0.5001 + 1e-5).all()
+
+
+@pytest.mark.parametrize("operations", IMPLEMENTATIONS)
+def test_a_bound_takes_nothing_from_a_layer_norm_of_the_10b(operations: Operations, device):
+    """Of normal values it is ten times the largest: they are rounded as well as by that."""
+    torch.manual_seed(0)
+    x, rows = normal(1, 40, 3456, dtype=torch.bfloat16, device=device), torch.zeros(1, 2, 3456, device=device)
+    clean = torch.zeros(1, 40, dtype=torch.bool, device=device)
+    bound = operations.modulated_bound(rows, rows)
+    exact = torch.nn.functional.layer_norm(x.double(), (3456,), eps=1e-6)[0]
+    assert bound > 10 * exact.abs().max()
+    errors = []
+    for largest in (bound, exact.abs().max().float()):
+        rounded, *_ = operations.modulate_to(x, rows, rows, clean, largest, E4M3)
+        errors.append(float((value(rounded, 40) - exact).norm() / exact.norm()))
+    assert errors[0] == pytest.approx(errors[1], rel=0.02) and errors[0] < 0.028
+
+
+@pytest.mark.parametrize("operations", IMPLEMENTATIONS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_modulated_layer_norm_that_is_not_finite_cannot_go_unseen(bad, operations: Operations, device):
+    """A token's is in all of its values; a shift's or scale's in all there are."""
+    torch.manual_seed(0)
+    x, clean = torch.randn(2, 9, 32, device=device), torch.zeros(2, 9, dtype=torch.bool, device=device)
+    shift, scale = (torch.randn(2, 2, 32, device=device) for _ in range(2))
+    x[1, 3, 5] = bad
+    bound = operations.modulated_bound(shift, scale)
+    rounded, mean, rstd = operations.modulate_to(x, shift, scale, clean, bound, E4M3)
+    turned = operations.transpose_modulated(x, Modulated(shift, scale, clean, mean, rstd), bound, E4M3)
+    for values in (rounded.values[:18].float(), turned.transposed.T[:18].float()):
+        assert values[12].isnan().all() and values[:12].isfinite().all() and values[13:].isfinite().all()
+    for rows in (shift, scale):
+        kept, rows[0, 0, 3] = rows[0, 0, 3].item(), bad
+        bound = operations.modulated_bound(shift, scale)
+        assert bound.isinf()
+        rounded, *_ = operations.modulate_to(x, shift, scale, clean, bound, E4M3)
+        assert not (rounded.values.float() * rounded.scale)[:18].isfinite().any()
+        rows[0, 0, 3] = kept
 
 
 @pytest.mark.parametrize("operations", IMPLEMENTATIONS)
