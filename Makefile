@@ -179,8 +179,9 @@ $(VBENCH_ENV)/installed: tools/vbench.txt
 	touch $@
 
 # A file's tests stay together, as they share what its fixtures trained; much of them is waiting for processes to start.
+# Two files at a time have more threads than there are cores: those that wait sleep, in place of spinning.
 test: install lint  ## Run the linter and all tests, two files of tests at a time
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-long: install  ## Also what shows only over thousands of steps
 	$(BIN)/python -m pytest tests -m long
