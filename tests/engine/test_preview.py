@@ -363,7 +363,7 @@ def test_what_cannot_be_previewed_is_named(tmp_path, data, alone):
     for values, complaint in settings:
         config = configure(tmp_path / "run", data, (1, 1, 1), **values)
         with pytest.raises(ConfigError, match=complaint) as error:
-            Previews(config, alone, None, open_index(config.preview.manifest), sample_latents, load_codec)
+            Previews(config, alone, torch.nn.Module(), open_index(config.preview.manifest), sample_latents, load_codec)
         assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match=r"preview.ema = 0.1: must be one of ema.sigma_rel = \[0.25\]$"):
         configure(tmp_path / "run", data, (1, 1, 1), ema=0.1)
@@ -394,7 +394,7 @@ def test_a_gpu_decodes_in_bf16_where_it_computes_that_right(data, alone, monkeyp
 def test_a_latent_that_is_not_finite_is_written_as_it_is(tmp_path, data, alone, capsys):
     config = configure(tmp_path, data, (1, 1, 1), codec=str(data / "vae.pt"), count=1)
     index = open_index(config.preview.manifest)
-    previews = Previews(config, alone, None, index, lambda _, noise, **given: noise * torch.nan, load_codec)
+    previews = Previews(config, alone, torch.nn.Module(), index, lambda _, noise, **given: noise * torch.nan, load_codec)
     previews.write(2, None, lambda: None)
     (written,) = (tmp_path / "previews/step-000002").iterdir()
     assert (
@@ -405,7 +405,7 @@ def test_a_latent_that_is_not_finite_is_written_as_it_is(tmp_path, data, alone, 
 def test_a_folder_that_cannot_be_written_is_warned_of_once(tmp_path, data, alone, capsys):
     config = configure(tmp_path, data, (1, 1, 1))
     index = open_index(config.preview.manifest)
-    previews = Previews(config, alone, None, index, lambda _, noise, **given: noise, load_codec)
+    previews = Previews(config, alone, torch.nn.Module(), index, lambda _, noise, **given: noise, load_codec)
     (tmp_path / "previews/step-000002").write_text("in the way")
     for step in (2, 2, 3):
         previews.write(step, None, lambda: None)
@@ -417,5 +417,5 @@ def test_a_folder_that_cannot_be_written_is_warned_of_once(tmp_path, data, alone
 def test_a_folder_that_cannot_be_made_is_warned_of_at_the_start(tmp_path, data, alone, capsys):
     (tmp_path / "file").write_text("in the way")
     config = configure(tmp_path / "run", data, (1, 1, 1), dir=str(tmp_path / "file"))
-    Previews(config, alone, None, open_index(config.preview.manifest), sample_latents, load_codec)
+    Previews(config, alone, torch.nn.Module(), open_index(config.preview.manifest), sample_latents, load_codec)
     assert f"warning: preview.dir = {tmp_path}/file: " in capsys.readouterr().err
