@@ -394,7 +394,8 @@ def test_a_gpu_decodes_in_bf16_where_it_computes_that_right(data, alone, monkeyp
 def test_a_latent_that_is_not_finite_is_written_as_it_is(tmp_path, data, alone, capsys):
     config = configure(tmp_path, data, (1, 1, 1), codec=str(data / "vae.pt"), count=1)
     index = open_index(config.preview.manifest)
-    previews = Previews(config, alone, torch.nn.Module(), index, lambda _, noise, **given: noise * torch.nan, load_codec)
+    module = torch.nn.Module()
+    previews = Previews(config, alone, module, index, lambda _, noise, **given: noise * torch.nan, load_codec)
     previews.write(2, None, lambda: None)
     (written,) = (tmp_path / "previews/step-000002").iterdir()
     assert (
