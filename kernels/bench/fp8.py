@@ -2,6 +2,9 @@
 
 kernels/bench/fp8.py --out runs/fp8 --set model.depth=12 --set model.num_heads=12 --set model.hidden_size=864
 
+With `--control` a third runs beside them, in bf16 with half the samples a micro-batch. It differs from the first by the
+rounding of sums alone: what that comes to over the steps is no fault of fp8.
+
 It needs the demo data (`make demo-data`) for the default config. With `--first-step 6 45 80` it compares instead what
 every block of the 10B makes, and every gradient, in the first step on a random latent.
 """
@@ -22,7 +25,7 @@ from harness import relative_error, report
 from plan_runs import free_port
 from torch import Tensor
 
-from mugv_ds.config import PRESETS
+from mugv_ds.config import PRESETS, load_config
 from mugv_ds.models.attention import BACKENDS
 from mugv_ds.models.dit import DiT, init_weights
 from mugv_ds.models.fp8 import use_fp8
@@ -30,17 +33,21 @@ from mugv_ds.plan.records import read_scalars
 
 ROOT = Path(__file__).parents[2]
 PRECISIONS = ("bf16", "fp8")
+CONTROL = "bf16_again"
+COLOURS = {"bf16": "#1f5fa8", "fp8": "#c2410c", CONTROL: "#6b8e23"}
 TAGS = ("train/loss", "validation/loss", "speed/seconds_per_step")
 
 
-def start(args: argparse.Namespace, precision: str) -> subprocess.Popen:
-    """Starts a training with one process, which writes its scalars to `out/precision`."""
-    folder = args.out / precision
+def start(args: argparse.Namespace, name: str) -> subprocess.Popen:
+    """Starts a training with one process, which writes its scalars to `out/name`."""
+    folder, own = args.out / name, []
     folder.mkdir(parents=True)
+    if name == CONTROL:
+        own = [f"data.micro_batch_size={load_config(args.config, args.set).data.micro_batch_size // 2}"]
     hostfile = folder / "hostfile"
     hostfile.write_text("localhost slots=1\n")
     settings = {
-        "model.precision": precision,
+        "model.precision": "fp8" if name == "fp8" else "bf16",
         "parallel.data": 1,
         "parallel.sequence": 1,
         "parallel.pipeline": 1,
@@ -56,7 +63,7 @@ def start(args: argparse.Namespace, precision: str) -> subprocess.Popen:
     }
     command = [sys.executable, ROOT / "tools/launch.py", "--hostfile", hostfile, "--master_port", free_port()]
     command += [ROOT / "mugv_ds/train.py", "--config", args.config]
-    for setting in [*(f"{key}={value}" for key, value in settings.items()), *args.set]:
+    for setting in [*(f"{key}={value}" for key, value in settings.items()), *args.set, *own]:
         command += ["--set", setting]
     with (folder / "output.txt").open("w") as output:
         return subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=output, stderr=output)
@@ -64,25 +71,28 @@ def start(args: argparse.Namespace, precision: str) -> subprocess.Popen:
 
 def compare_runs(args: argparse.Namespace) -> None:
     """Trains in both precisions, and reports their losses and times side by side."""
-    runs = {precision: start(args, precision) for precision in PRECISIONS}
-    for precision, run in runs.items():
+    names = [*PRECISIONS, CONTROL] if args.control else PRECISIONS
+    runs = {name: start(args, name) for name in names}
+    for name, run in runs.items():
         if run.wait():
-            sys.exit(f"{precision}: the run ended with status {run.returncode}; see {args.out / precision}/output.txt")
+            sys.exit(f"{name}: the run ended with status {run.returncode}; see {args.out / name}/output.txt")
     report_runs(args.out)
 
 
 def report_runs(out: Path) -> None:
-    """Reports the losses and times of two runs, which may be at work still; writes `out/curves.json` and `.svg`."""
-    scalars = {precision: read_scalars(out / precision / "tensorboard") for precision in PRECISIONS}
-    curves = {tag: {precision: dict(scalars[precision][tag]) for precision in PRECISIONS} for tag in TAGS}
+    """Reports the losses and times of the runs, which may be at work still; writes `out/curves.json` and `.svg`."""
+    scalars = {name: read_scalars(out / name / "tensorboard") for name in COLOURS if (out / name).exists()}
+    curves = {tag: {name: dict(values[tag]) for name, values in scalars.items()} for tag in TAGS}
     (out / "curves.json").write_text(json.dumps(curves))
     (out / "curves.svg").write_text(drawn(curves))
-    for tag, by_precision in curves.items():
-        bf16, fp8 = (by_precision[precision] for precision in PRECISIONS)
-        both = [step for step in bf16 if step in fp8]
+    for tag, runs in curves.items():
+        exact, *others = runs.values()
+        steps = [step for step in exact if all(step in run for run in others)]
         rows = [
-            {"step": step, "bf16": bf16[step], "fp8": fp8[step], "difference %": 100 * (fp8[step] / bf16[step] - 1)}
-            for step in both[:: max(1, len(both) // 10)]
+            {"step": step}
+            | {name: run[step] for name, run in runs.items()}
+            | {f"{name}, difference %": 100 * (run[step] / exact[step] - 1) for name, run in list(runs.items())[1:]}
+            for step in steps[:: max(1, len(steps) // 10)]
         ]
         report(tag, rows)
 
@@ -113,12 +123,13 @@ def drawn(curves: dict[str, dict[str, dict[int, float]]]) -> str:
     for step in range(0, most + 1, max(1, most // 4)):
         x, _ = place(step, math.exp(floor))
         parts.append(f'<text x="{x:.1f}" y="{height - low + 18}" text-anchor="middle">{step}</text>')
-    for number, (precision, colour) in enumerate(zip(PRECISIONS, ("#1f5fa8", "#c2410c"), strict=True)):
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*of) for of in training[precision].items()))
+    for number, name in enumerate(training):
+        colour = COLOURS[name]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*of) for of in training[name].items()))
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-opacity="0.5"/>')
-        for x, y in (place(*of) for of in held_out[precision].items()):
+        for x, y in (place(*of) for of in held_out[name].items()):
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
-        parts.append(f'<text x="{width - 60}" y="{30 + 18 * number}" fill="{colour}">{precision}</text>')
+        parts.append(f'<text x="{width - 72}" y="{30 + 18 * number}" fill="{colour}">{name}</text>')
     return "\n".join([*parts, "</svg>\n"])
 
 
@@ -180,6 +191,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a value")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", type=Path, help="folder of the runs, which must not be there")
+    parser.add_argument("--control", action="store_true", help="also train in bf16 with smaller micro-batches")
     parser.add_argument("--report", action="store_true", help="report the runs that --out has, and start none")
     parser.add_argument("--first-step", type=int, nargs=3, metavar="N", help="compare a step of such a latent instead")
     parser.add_argument("--depth", type=int, default=56, help="blocks of it")
