@@ -86,12 +86,12 @@ def report_runs(out: Path) -> None:
     (out / "curves.json").write_text(json.dumps(curves))
     (out / "curves.svg").write_text(drawn(curves))
     for tag, runs in curves.items():
-        exact, *others = runs.values()
-        steps = [step for step in exact if all(step in run for run in others)]
+        (_, exact), *others = runs.items()
+        steps = [step for step in exact if all(step in run for _, run in others)]
         rows = [
             {"step": step}
             | {name: run[step] for name, run in runs.items()}
-            | {f"{name}, difference %": 100 * (run[step] / exact[step] - 1) for name, run in list(runs.items())[1:]}
+            | {f"{name}, difference %": 100 * (run[step] / exact[step] - 1) for name, run in others}
             for step in steps[:: max(1, len(steps) // 10)]
         ]
         report(tag, rows)

@@ -452,6 +452,18 @@ def test_switched_off_a_block_is_that_in_bf16(device, backend, adapted):
     assert torch.equal(run(block, backward=False)["out"], rounded_out)
 
 
+def test_compiled_segments_are_switched_too(device, backend):
+    block = make_block(device)
+    plain = run(block, backward=False)["out"]
+    use_fp8(block, backend)
+    with patch("torch.compile", partial(torch.compile, backend=aot_eager)):
+        block.compile_segments()
+    for _ in range(2):
+        off_by = relative(run(block, backward=False)["out"].detach(), plain)
+        with fp8_off(block):
+            assert relative(run(block, backward=False)["out"].detach(), plain) < off_by / 4
+
+
 def test_what_an_fp8_run_measures_and_shows_is_of_its_weights_in_bf16(tmp_path):
     """As a run in bf16 does that starts from the weights it leaves; the steps themselves differ."""
     manifest = write_dataset(tmp_path / "data", [(1, 4, 4)] * 4)
