@@ -3,6 +3,8 @@
 import argparse
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -95,12 +97,20 @@ def divert(folder: str, rank: int) -> None:
             say(f"note: {file}: {error.strerror}; what libraries print is shown here", error=True)
 
 
-def leave(status: int) -> NoReturn:
-    """Ends the process at once with this status.
+_LEAVING = threading.Lock()
+
+
+def leave(status: int, linger: float = 0.0) -> NoReturn:
+    """Ends the process with this status, whichever thread calls it first: another that comes meanwhile waits.
 
     After an error, threads of the process groups outlive the interpreter, whose end would abort the process and with it
     the status that says what happened.
+
+    Args:
+        linger: seconds until then.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    with _LEAVING:
+        time.sleep(linger)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

@@ -143,6 +143,14 @@ def test_a_rank_that_hangs_is_named(tmp_path, manifest, report, frozen, act, tol
         report(24, "SIGSTOP of a rank, time-out 4 s", "the rank is named, status 75", time.time() - begin)
 
 
+def test_a_rank_that_sees_the_hang_later_ends_alike(tmp_path, manifest):
+    """The launcher passes on the status that it sees first, and the other's end breaks this one's connection."""
+    faults = {0: inject.see_late, 1: partial(inject.at_step, step=2, act=inject.doze)}
+    done = run(configure(tmp_path, manifest), 2, "guard.timeout_s=4.0", faults=faults)
+    assert done.codes == [75, 75], done.output
+    assert done.output.count("held up by rank 1 ") == 2
+
+
 @pytest.mark.parametrize(
     "parallel",
     [*(pytest.param({axis: 2}, marks=pytest.mark.long) for axis in ("sequence", "pipeline")), {"data": 2}],

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
+from mugv_ds.config.command import leave
 from mugv_ds.config.console import say
 from mugv_ds.config.errors import Status
 
@@ -26,7 +27,8 @@ _BEATS = 10  # a time-out
 _STALE_BEATS = 5  # missed by a rank that is taken to be stopped or gone
 _LISTEN_BEATS = _STALE_BEATS + 2  # before the time-out: long enough to see who misses them
 _LONGEST_BEAT = 10.0  # seconds
-_LOOK_EVERY = 0.05  # seconds; so closely together the ranks end
+_LOOK_EVERY = 0.05  # seconds; so closely together the ranks see it
+_LINGER_BEATS, _LEAST_LINGER = 2, 3.0  # and seconds: for a rank of a busy machine that sees it later
 _WAITING = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}deepspeed{os.sep}comm{os.sep}")
 
 
@@ -115,8 +117,9 @@ class Watchdog:
                     f"held up by {self._heard.culprits()}",
                     error=True,
                 )
-                time.sleep(2 * self._beat)  # all have said so before the first end breaks the others' connections
-                os._exit(self._status)
+                # All have said so before the first end breaks the others' connections; their main threads, which
+                # then fail, wait for this one to end the process.
+                leave(self._status, linger=max(_LINGER_BEATS * self._beat, _LEAST_LINGER))
 
 
 def told(beat: int, **whereabouts: Any) -> str:
