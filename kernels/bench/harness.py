@@ -37,7 +37,7 @@ def median_ms(function: Callable[[], object], *, seconds: float = 1.0, warmup: i
 
 @contextmanager
 def watched() -> Iterator[dict[str, float]]:
-    """Has nvidia-smi read the first card ten times a second; what it gives is there once the block has ended.
+    """Has nvidia-smi read the card ten times a second; what it gives is there once the block has ended.
 
     Yields:
         The median of the later half of the readings: "MHz" of the multiprocessors, "W". Without nvidia-smi, nothing.
@@ -45,7 +45,7 @@ def watched() -> Iterator[dict[str, float]]:
     found: dict[str, float] = {}
     command = [
         "nvidia-smi",
-        "--id=0",
+        f"--id=GPU-{torch.cuda.get_device_properties('cuda').uuid}",
         "--query-gpu=clocks.sm,power.draw",
         "--format=csv,noheader,nounits",
         "--loop-ms=100",

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mugv_kernels.modulate import EPS, by_class, modulate_forward_reference, multiprocessors, row_launch
+from mugv_kernels.modulate import EPS, modulate_forward_reference, multiprocessors, row_launch
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 ROWS = 16
@@ -101,8 +101,7 @@ def modulate_to_reference(
 
 def transpose_modulated_reference(x_BNC: Tensor, of: Modulated, bound: Tensor, dtype: torch.dtype) -> Rounded:
     """Does what `transpose_modulated` does in plain PyTorch."""
-    normed = (x_BNC.float() - of.mean[..., None]) * of.rstd[..., None]
-    y = normed * (1 + by_class(of.scale.float(), of.clean)) + by_class(of.shift.float(), of.clean)
+    y, *_ = modulate_forward_reference(x_BNC.float(), of.shift, of.scale, of.clean)
     return round_reference(y.flatten(0, 1), bound, dtype, values=False, transposed=True)
 
 

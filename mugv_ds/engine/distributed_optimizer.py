@@ -69,8 +69,7 @@ class Bucket:
 
     Attributes:
         weights: all parameters, padded to a multiple of the ranks. own: this rank's piece, a view of it.
-        master: fp32, what the piece is rounded from. gradient: accumulated, of the piece; zero while `is_empty`,
-            whatever it holds, so that the first micro-batch writes it in place of adding to zeros.
+        master: fp32, what the piece is rounded from. gradient: accumulated, of the piece.
         missing: parameters whose gradients of the current micro-batch are not there yet.
     """
 
@@ -89,8 +88,7 @@ class Bucket:
         self._begin = rank * self.size
         self.own = self.weights.narrow(0, self._begin, self.size)
         self.master = nn.Parameter(self.own.to(torch.float32, copy=True))
-        self.gradient = torch.empty(self.size, dtype=gradient_dtype, device=first.device)
-        self.is_empty = True
+        self.gradient = torch.zeros(self.size, dtype=gradient_dtype, device=first.device)
         self.missing = len(self.slots)
         stops = [*starts[1:], len(self.weights)]
         self._gaps = [(slot.start + slot.parameter.numel(), stop) for slot, stop in zip(self.slots, stops, strict=True)]
@@ -178,8 +176,6 @@ class DistributedOptimizer:
                 self._parts += parts
             of["params"] = [bucket.master for bucket in buckets]
             self._buckets += buckets
-        # A tensor with a dimension, so that the product is computed in its dtype.
-        self._share = torch.full((1,), 1 / self._replicas, device=self._buckets[0].weights.device)
         self.shards = {parameter: shard for bucket in self._buckets for parameter, shard in bucket.shards()}
         self._pre_hooks: list[Callable[[DistributedOptimizer], None]] = []
         self._post_hooks: list[Callable[[DistributedOptimizer], None]] = []
@@ -253,12 +249,7 @@ class DistributedOptimizer:
         reduction = self._on_their_way.popleft()
         if reduction.work is not None:
             reduction.work.wait()
-        bucket = reduction.bucket
-        if bucket.is_empty:
-            torch.mul(reduction.piece, self._share, out=bucket.gradient)
-            bucket.is_empty = False
-        else:
-            bucket.gradient.add_(reduction.piece, alpha=1 / self._replicas)
+        reduction.bucket.gradient.add_(reduction.piece, alpha=1 / self._replicas)
 
     def _end_micro_batch(self) -> None:
         """Reduces what is left of a micro-batch: buckets some of whose parameters took no part in it."""
@@ -274,9 +265,6 @@ class DistributedOptimizer:
 
         Where a gradient is not finite, nothing changes on any rank.
         """
-        for bucket in self._buckets:
-            if bucket.is_empty:  # none of this stage's parameters took part in the step
-                bucket.gradient.zero_()
         norm = self._norm()
         self.overflow = not norm.isfinite().item()
         self._global_grad_norm = float("inf") if self.overflow else norm.item()
@@ -358,8 +346,7 @@ class DistributedOptimizer:
         return comm.all_gather_into_tensor(bucket.weights, bucket.own, group=self.dp_process_group, async_op=True)
 
     def zero_grad(self) -> None:
-        for bucket in self._buckets:
-            bucket.is_empty = True
+        torch._foreach_zero_([bucket.gradient for bucket in self._buckets])
 
 
 def make_engine(

@@ -156,12 +156,10 @@ def check_rest(out: Path) -> None:
     for kind, before in states.items():
         for name, value in whole_state(engine, kind).items():
             assert torch.equal(value, before[name]), (kind, name)
+    assert all(not bucket.gradient.any() for bucket in optimizer._buckets), "nothing is left of the bad step"
     engine.backward(engine(x))
-    assert all(bucket.gradient.isfinite().all() for bucket in optimizer._buckets), "nothing is left of the bad step"
     engine.step()
     assert engine.was_step_applied()
-    optimizer.step()
-    assert optimizer._global_grad_norm == 0, "without a micro-batch there is no gradient"
     for dtypes in ({}, {"communication_data_type": "fp32"}):
         engine = wide_engine(make_engine, 64, 3, torch.bfloat16, 8, data_types={"grad_accum_dtype": "fp32"}, **dtypes)
         expected = {}
